@@ -1,0 +1,22 @@
+"""ds_moelora: Mixture-of-LoRA-experts and gate-scaled Riemannian optimizers for DeepSpeed.
+
+Importing the package registers the optimizers with DeepSpeed and the tuner with PEFT (see `plugin.register`).
+"""
+
+from .adapters import MoELoRAConfig, MoELoRAModel, tag_lora_pairs
+from .optim import GateRiemannianAdamW, GateRiemannianSGD
+from .plugin import register
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GateRiemannianAdamW",
+    "GateRiemannianSGD",
+    "MoELoRAConfig",
+    "MoELoRAModel",
+    "__version__",
+    "register",
+    "tag_lora_pairs",
+]
+
+register()

@@ -1,0 +1,36 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (HERE / "ds_moelora/__init__.py").read_text()).group(1)
+
+setup(
+    name="ds_moelora",
+    version=version,
+    description="Mixture-of-LoRA-experts and exact sharded Riemannian optimizers for DeepSpeed",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["ds_moelora", "ds_moelora.*"]),
+    package_data={"ds_moelora": ["py.typed"]},
+    python_requires=">=3.10",
+    # Lower bounds: the oldest versions whose interfaces this package uses. Tested versions: constraints.txt.
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.16",
+        "transformers>=4.56",
+        "peft>=0.17",
+        "accelerate>=1.6",
+        "datasets>=3.0",
+        "trl>=1.0",
+        "tensorboard>=2.15",
+        "mpi4py>=4.0",
+        "safetensors>=0.4.3",
+        # DeepSpeed compiles its CPU collectives with these on first use.
+        "ninja",
+        "setuptools",
+    ],
+    extras_require={"dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14"]},
+)
