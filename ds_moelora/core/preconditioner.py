@@ -1,0 +1,86 @@
+"""The Riemannian preconditioner of a low-rank product, on local tensors.
+
+For `W = s * B A` with A: (r, in) and B: (out, r), the metric induced on the factors by that of W preconditions their
+gradients by the small Gram matrices of the *other* factor (Zhang & Pilanci, arXiv 2402.02347, eq. 3):
+
+    dA = (B^T B + d I)^-1 grad_A          dB = grad_B (A A^T + d I)^-1
+
+Factors are stored rank last, A as (E, in, r) and B as (E, out, r), so that both lines read the same: every *row*
+(r consecutive elements) of one factor's gradient is multiplied from the right by the inverse of the other factor's
+Gram matrix. Any set of whole rows can thus be preconditioned where it lies, given only r x r matrices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Below this multiple of the trace, a Gram matrix of fp32 sums is singular for all that fp32 can tell. The same bound
+# holds in float64, so that all precisions compute the same function.
+RELATIVE_DAMPING = torch.finfo(torch.float32).eps
+
+
+def algebra_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype of the r x r algebra: float32 whatever the model's dtype, float64 if the model's is float64."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def gram(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Gram matrices `rows^T rows`.
+
+    Args:
+        rows: (..., n, r); any n, 0 included.
+        dtype: of the sum and the result.
+
+    Returns:
+        (..., r, r).
+    """
+    rows = rows.to(dtype)
+    return rows.mT @ rows
+
+
+def effective_damping(grams: Tensor, damping: Tensor | float) -> Tensor:
+    """`max(damping, eps_fp32 * trace)`: the least damping with which an fp32 Cholesky factorisation cannot fail.
+
+    Args:
+        grams: (..., r, r).
+        damping: scalar, or (...,).
+
+    Returns:
+        (...,).
+    """
+    trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)
+    # `tiny` keeps damping=0 finite where a factor is exactly zero (B at the start): the gradient there is zero too.
+    floor = (RELATIVE_DAMPING * trace).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.maximum(floor, torch.as_tensor(damping, dtype=grams.dtype, device=grams.device))
+
+
+def damped_inverse(grams: Tensor, damping: Tensor | float) -> Tensor:
+    """`(G + d I)^-1` with `d = effective_damping(G, damping)`, by batched Cholesky; no branch and no host sync.
+
+    A Gram matrix with a NaN or an infinity gives an inverse of NaNs: the update is then visibly broken on every rank
+    that uses it, never silently the plain one.
+
+    Args:
+        grams: (N, r, r), symmetric positive semi-definite, float32 or float64.
+        damping: scalar, or (N,).
+
+    Returns:
+        (N, r, r).
+    """
+    identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
+    damped = grams + effective_damping(grams, damping)[..., None, None] * identity
+    factor, _ = torch.linalg.cholesky_ex(damped)
+    # LAPACK leaves finite garbage behind a failed pivot, so what went in decides: x * 0 is NaN for inf and NaN.
+    poison = (damped * 0).sum((-2, -1), keepdim=True)
+    return torch.cholesky_inverse(factor) + poison
+
+
+def precondition_(grad_rows: Tensor, inverses: Tensor) -> None:
+    """`grad_rows @ inverses`, in place, computed in the dtype of `inverses`.
+
+    Args:
+        grad_rows: (N, n, r), any strides.
+        inverses: (N, r, r).
+    """
+    grad_rows.copy_(torch.bmm(grad_rows.to(inverses.dtype), inverses))

@@ -1,0 +1,79 @@
+"""Finds the pairs among an optimizer's parameters, by the tags of `core.pairs`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..core.pairs import LoraPair
+from ..parallel.placement import Placement
+from ..parallel.sharded import Factor
+
+REMEDY = (
+    "Call ds_moelora.tag_lora_pairs(model) before the optimizer is built, and give the optimizer both lora_A and "
+    "lora_B (model.parameters() that require gradients)."
+)
+
+
+@dataclass(frozen=True)
+class TaggedFactor:
+    """A parameter that is the A or B of a pair, with the number of its group and the index of its partner."""
+
+    param: nn.Parameter
+    pair: LoraPair
+    role: str
+    group: int
+    partner: int
+
+    def placed(self, placement: Placement) -> Factor:
+        return Factor(
+            name=f"{self.pair.name}.lora_{self.role}",
+            num_experts=self.pair.num_experts,
+            rank=self.pair.rank,
+            rank_first=self.pair.rank_first_A and self.role == "A",
+            partner=self.partner,
+            placement=placement,
+        )
+
+
+def collect_pairs(members: Mapping[int, Sequence[nn.Parameter]]) -> list[TaggedFactor]:
+    """All trained factors of all pairs, A and B next to each other, in the order of the parameters.
+
+    Args:
+        members: the parameters of each group, by the group's number.
+
+    Raises:
+        ValueError: there is no pair, or one factor of a pair is missing, or frozen while the other is trained.
+    """
+    found: dict[int, dict[str, tuple[nn.Parameter, int]]] = {}
+    for index, params in members.items():
+        for param in params:
+            if getattr(param, "lora_role", None) in ("A", "B"):
+                found.setdefault(id(param.lora_pair), {})[param.lora_role] = (param, index)
+    if not found:
+        raise ValueError(f"none of the optimizer's parameters belongs to a LoRA pair. {REMEDY}")
+    factors: list[TaggedFactor] = []
+    for halves in found.values():
+        some, _ = next(iter(halves.values()))
+        pair: LoraPair = some.lora_pair
+        if len(halves) < 2:
+            (role,) = halves
+            missing = "B" if role == "A" else "A"
+            raise ValueError(
+                f"{pair.name}: the optimizer has lora_{role} but not lora_{missing}; a Riemannian step needs both. "
+                f"{REMEDY}"
+            )
+        trained = {role: param.requires_grad for role, (param, _) in halves.items()}
+        if trained["A"] != trained["B"]:
+            frozen = "B" if trained["A"] else "A"
+            raise ValueError(
+                f"{pair.name}: lora_{frozen} is frozen while its partner is trained; freeze both or neither."
+            )
+        if not trained["A"]:
+            continue
+        for k, role in enumerate("AB"):
+            param, group_index = halves[role]
+            factors.append(TaggedFactor(param, pair, role, group_index, partner=len(factors) + 1 - 2 * k))
+    return factors

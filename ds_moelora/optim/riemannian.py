@@ -1,0 +1,293 @@
+"""GateRiemannianAdamW and GateRiemannianSGD: torch's AdamW and SGD on Riemannian-preconditioned gradients.
+
+Per expert, with G_A = A A^T and G_B = B^T B taken before the step (Sun et al., arXiv 2502.15828; Zhang & Pilanci,
+arXiv 2402.02347):
+
+    grad_A <- (G_B + d I)^-1 grad_A        grad_B <- grad_B (G_A + d I)^-1        d = max(damping, eps_fp32 * trace)
+
+then the ordinary AdamW / SGD update. The gate scaling of the paper (1/g or 1/sqrt(g) on the preconditioner of an
+expert whose gate is g) depends on the token, so the *layer* applies it, in its backward pass; the optimizer tells the
+layers which one through the tags of their parameters.
+
+Under ZeRO the gradients are preconditioned inside `step()`, on the slice that each rank owns, after DeepSpeed has
+reduced, unscaled and clipped them: `parallel.sharded` says how. Parameters without a tag follow torch's rule exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.pairs import GATE_SCALINGS
+from ..parallel.sharded import ShardedPreconditioner
+from ..parallel.zero import GROUP_KEY, Storage, find_storage
+from .pairs import TaggedFactor, collect_pairs
+
+ParamGroup = dict[str, Any]
+
+
+def _check_options(group: ParamGroup) -> None:
+    """Raises a ValueError that names the value, the bound and the remedy."""
+    damping, gate_lr_scale = group["damping"], group["gate_lr_scale"]
+    for name, value in (("damping", damping), ("gate_lr_scale", gate_lr_scale)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name}={value!r} must be a finite number >= 0; the papers use damping=1e-6.")
+    if group["gate_scaling"] not in GATE_SCALINGS:
+        raise ValueError(
+            f"gate_scaling={group['gate_scaling']!r} is unknown; choose one of {', '.join(map(repr, GATE_SCALINGS))}."
+        )
+    if not isinstance(group["scale_input_grad"], bool):
+        raise ValueError(f"scale_input_grad={group['scale_input_grad']!r} must be true or false.")
+
+
+@contextmanager
+def _scaled_learning_rates(param_groups: list[ParamGroup]) -> Iterator[None]:
+    """`lr * lr_scale` while the step runs. Schedulers, which overwrite `lr`, never see the product."""
+    original = [group["lr"] for group in param_groups]
+    for group in param_groups:
+        if group["lr_scale"] != 1.0:
+            group["lr"] = group["lr"] * group["lr_scale"]
+    try:
+        yield
+    finally:
+        for group, lr in zip(param_groups, original, strict=True):
+            group["lr"] = lr
+
+
+def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """torch wraps `step` of every optimizer class that is instantiated with the step hooks; ours runs them already."""
+    while getattr(step, "hooked", False) and hasattr(step, "__wrapped__"):
+        step = step.__wrapped__
+    return step
+
+
+def _as_groups(params: Any) -> list[ParamGroup]:
+    """What torch accepts (tensors, named tensors or groups, from any iterable) as groups that can be read twice."""
+    if isinstance(params, torch.Tensor):
+        raise TypeError("params must be an iterable of tensors or of parameter groups, not a single tensor.")
+    params = list(params)
+    if params and isinstance(params[0], dict):
+        return [{**group, "params": _as_list(group["params"])} for group in params]
+    return [{"params": params}]
+
+
+def _as_list(params: Any) -> list[Any]:
+    if isinstance(params, torch.Tensor):
+        return [params]
+    if isinstance(params, set):
+        raise TypeError("the order of a set differs between ranks and runs: pass the parameters as a list.")
+    return list(params)
+
+
+def _tensor(param: Any) -> nn.Parameter:
+    """Of a parameter or a (name, parameter)."""
+    return param[1] if isinstance(param, tuple) else param
+
+
+class _GateRiemannian(torch.optim.Optimizer):
+    """What both optimizers share. Stands before torch's class in the method resolution order.
+
+    DeepSpeed replaces `param_groups[i]["params"]`, hides groups while it steps one, and drops empty ones. So the
+    parameters that a group was given (`_members`) and its dict (`_known_groups`) are kept by the group's number.
+    """
+
+    _base: type[torch.optim.Optimizer]
+
+    def _construct(self, params: Any, options: dict[str, Any], **torch_options: Any) -> None:
+        groups = _as_groups(params)
+        for group in groups or [{}]:
+            _check_options({**options, **group})
+        self._forget_pairs(options)
+        tensors = [_tensor(p) for group in groups for p in group["params"]]
+        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in tensors) or None
+        super().__init__(groups, **torch_options, fused=fused)
+        self.defaults.update(options)
+        self._collect()
+
+    def _forget_pairs(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._known_groups: dict[int, ParamGroup] = {}
+        self._members: dict[int, list[nn.Parameter]] = {}
+        self._factors: list[TaggedFactor] | None = None
+        self._located: tuple[Any, Storage, ShardedPreconditioner] | None = None
+
+    # -- parameter groups ---------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: ParamGroup) -> None:
+        """As torch's; routers in a group whose `gate_lr_scale` is not 1 get a group of their own, with that scale."""
+        (given,) = _as_groups([param_group])
+        given = {**self._options, **given}
+        _check_options(given)
+        routers: list[Any] = []
+        if "lr_scale" not in given and given["gate_lr_scale"] != 1.0:
+            routers = [p for p in given["params"] if getattr(_tensor(p), "lora_role", None) == "router"]
+        router_ids = {id(_tensor(p)) for p in routers}
+        others = [p for p in given["params"] if id(_tensor(p)) not in router_ids]
+        for members, lr_scale in ((others, 1.0), (routers, given["gate_lr_scale"])):
+            if members or not given["params"] and members is others:
+                group = {"lr_scale": lr_scale, **given, "params": members, GROUP_KEY: len(self._known_groups)}
+                super().add_param_group(group)
+                self._known_groups[group[GROUP_KEY]] = group
+                self._members[group[GROUP_KEY]] = list(group["params"])
+        self._factors = None
+
+    def _collect(self) -> None:
+        """Finds the pairs and tells their layers the gate scaling."""
+        self._factors = collect_pairs(self._members)
+        self._located = None
+        for factor in self._factors:
+            gate, group = factor.pair.gate, self._known_groups[factor.group]
+            if factor.role == "A" and gate is not None:
+                gate.gate_scaling, gate.scale_input_grad = group["gate_scaling"], group["scale_input_grad"]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called by `load_state_dict` and on unpickling: the groups are new dicts, with the loaded settings."""
+        super().__setstate__(state)
+        if not hasattr(self, "_options"):
+            self._forget_pairs(dict(DEFAULTS))
+        for index, group in enumerate(self.param_groups):
+            for name, value in {**self._options, "lr_scale": 1.0, GROUP_KEY: index}.items():
+                group.setdefault(name, value)
+            self._known_groups[group[GROUP_KEY]] = group
+            self._members.setdefault(group[GROUP_KEY], list(group["params"]))
+        self._collect()
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Preconditions the gradients of all pairs in place, then takes torch's step.
+
+        A parameter without a gradient is left alone, as in torch; the other factor of its pair is preconditioned all
+        the same.
+
+        Raises:
+            ValueError: a closure under ZeRO, a sparse gradient, half a pair.
+        """
+        if self._factors is None:
+            self._collect()
+        storage, preconditioner = self._locate()
+        loss = None
+        if closure is not None:
+            if storage is not None and storage.sharded:
+                raise ValueError(
+                    "a closure cannot be evaluated inside a ZeRO step, whose gradients are reduced before it: call "
+                    "engine.backward(loss) and engine.step() without a closure."
+                )
+            with torch.enable_grad():
+                loss = closure()
+        if storage is not None and preconditioner is not None:
+            preconditioner(storage.units(self.param_groups), self._damping)
+        with torch.no_grad(), _scaled_learning_rates(self.param_groups):
+            _unhooked(self._base.step)(self)
+        return loss
+
+    def _damping(self, factor: int) -> float:
+        assert self._factors is not None
+        return self._known_groups[self._factors[factor].group]["damping"]
+
+    def _locate(self) -> tuple[Storage | None, ShardedPreconditioner | None]:
+        """Where the parameters are now: DeepSpeed takes them over after the optimizer was built."""
+        assert self._factors is not None
+        if not self._factors:
+            return None, None
+        first = self._factors[0]
+        held = self._known_groups[first.group]["params"]
+        holder = (hasattr(first.param, "_z3_optimizer") or [id(p) for p in held[:1]], len(self._known_groups))
+        if self._located is None or self._located[0] != holder:
+            trained = [(p, index) for index, ps in self._members.items() for p in ps if p.requires_grad]
+            storage = find_storage([p for p, _ in trained], [index for _, index in trained], self._known_groups)
+            position = {id(p): i for i, (p, _) in enumerate(trained)}
+            placements = [storage.placement(position[id(f.param)]) for f in self._factors]
+            factors = [f.placed(placement) for f, placement in zip(self._factors, placements, strict=True)]
+            self._located = (holder, storage, ShardedPreconditioner(factors, storage.flat, first.param.device))
+        return self._located[1:]
+
+
+DEFAULTS = {"damping": 1e-6, "gate_scaling": "sqrt", "scale_input_grad": False, "gate_lr_scale": 1.0}
+
+
+class GateRiemannianAdamW(_GateRiemannian, torch.optim.AdamW):
+    """AdamW on gate-scaled Riemannian-preconditioned gradients (gRAdamW of arXiv 2502.15828), exact under ZeRO.
+
+    `m, v` are the moments of the preconditioned gradient; decoupled weight decay; bias correction; torch's fused
+    kernel. Parameters outside LoRA pairs follow `torch.optim.AdamW` exactly.
+
+    Args:
+        params: parameters or groups, among them the lora_A and lora_B of at least one tagged pair.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. The paper uses lr 1e-5.
+        damping: d in (G + d I)^-1, raised to eps_fp32 * trace(G) where that is larger.
+        gate_scaling: factor on the gradient that reaches an expert's factors, given its gate g: "none" (g), "sqrt"
+            (sqrt(g), the paper's choice) or "full" (1).
+        scale_input_grad: put the same factor on the gradient into the layer's input, as the published code does.
+        gate_lr_scale: factor on the routers' learning rate (paper: 1e-3). Each group's routers become a group of their
+            own with the key `lr_scale`, applied inside the step, whatever a scheduler writes into `lr`.
+
+    All of the last four can be set per parameter group.
+
+    Raises:
+        ValueError: no pairs, half a pair, an option out of range; at `step()`: see there.
+    """
+
+    _base = torch.optim.AdamW
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        damping: float = 1e-6,
+        gate_scaling: str = "sqrt",
+        scale_input_grad: bool = False,
+        gate_lr_scale: float = 1.0,
+    ) -> None:
+        options = {
+            "damping": damping,
+            "gate_scaling": gate_scaling,
+            "scale_input_grad": scale_input_grad,
+            "gate_lr_scale": gate_lr_scale,
+        }
+        self._construct(params, options, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+
+
+class GateRiemannianSGD(_GateRiemannian, torch.optim.SGD):
+    """SGD on gate-scaled Riemannian-preconditioned gradients (gRSGD of arXiv 2502.15828), exact under ZeRO.
+
+    Momentum and coupled weight decay as in `torch.optim.SGD`, which parameters outside LoRA pairs follow exactly.
+
+    Args:
+        params: parameters or groups, among them the lora_A and lora_B of at least one tagged pair.
+        lr, momentum, weight_decay: as in `torch.optim.SGD`. The paper uses lr 3e-5.
+        damping, gate_scaling, scale_input_grad, gate_lr_scale: as in `GateRiemannianAdamW`.
+
+    Raises:
+        ValueError: no pairs, half a pair, an option out of range; at `step()`: see there.
+    """
+
+    _base = torch.optim.SGD
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        damping: float = 1e-6,
+        gate_scaling: str = "sqrt",
+        scale_input_grad: bool = False,
+        gate_lr_scale: float = 1.0,
+    ) -> None:
+        options = {
+            "damping": damping,
+            "gate_scaling": gate_scaling,
+            "scale_input_grad": scale_input_grad,
+            "gate_lr_scale": gate_lr_scale,
+        }
+        self._construct(params, options, lr=lr, momentum=momentum, weight_decay=weight_decay)

@@ -1,0 +1,111 @@
+"""Where the factors of low-rank pairs lie in flat, partitioned buffers: integer arithmetic, no tensors, no groups.
+
+Vocabulary.
+    factor     one lora_A or lora_B, flattened: (E, n, r) elements, n = in or out; row j belongs to expert j // n.
+    space      a flat buffer that is cut into equal partitions, one per rank: a ZeRO-1/2 parameter group, or, at
+               ZeRO-3, the factor itself.
+    unit       what one call of `optimizer.step()` updates: all parameters, one ZeRO-1/2 group, one ZeRO-3 sub-group.
+    cut row    a row of r elements that a boundary between two ranks (or more) cuts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """One factor's place. All but `local_offset` and `rank` are equal on every rank of the group.
+
+    Args:
+        numel: elements of the whole factor.
+        unit: the optimizer call that updates it.
+        position: of its first element in its space.
+        partition: elements per rank in that space.
+        local_offset: where this rank's slice begins in the local flat tensor of `unit`.
+        rank, world: of the group over which the space is partitioned.
+        group: that process group; None where nothing is partitioned.
+    """
+
+    numel: int
+    unit: Hashable
+    position: int = 0
+    partition: int
+    local_offset: int = 0
+    rank: int = 0
+    world: int = 1
+    group: Any = None
+
+    @property
+    def start(self) -> int:
+        """First element of the factor that this rank owns."""
+        return min(max(self.rank * self.partition - self.position, 0), self.numel)
+
+    @property
+    def stop(self) -> int:
+        """One past the last element of the factor that this rank owns."""
+        return min(max((self.rank + 1) * self.partition - self.position, 0), self.numel)
+
+    @property
+    def is_cut(self) -> bool:
+        """True if more than one rank owns a part of the factor."""
+        return self.position // self.partition != (self.position + self.numel - 1) // self.partition
+
+    def cut_rows(self, row_numel: int) -> list[int]:
+        """Rows (of `row_numel` elements) that lie on more than one rank, in order; the same list on every rank."""
+        boundaries = (rank * self.partition - self.position for rank in range(1, self.world))
+        return sorted({b // row_numel for b in boundaries if 0 < b < self.numel and b % row_numel})
+
+
+@dataclass(frozen=True)
+class Piece:
+    """This rank's part of a cut row: `length` elements from `column` on, at `offset` in the rank's slice."""
+
+    row: int
+    column: int
+    offset: int
+    length: int
+
+
+def split_slice(start: int, stop: int, row_numel: int) -> tuple[list[Piece], int, int]:
+    """Cuts the slice [start, stop) of a factor into whole rows and pieces of cut rows.
+
+    Returns:
+        pieces: at most two, head and tail.
+        first_row, num_rows: of the whole rows; the first of them is at `first_row * row_numel - start` in the slice.
+    """
+    first_row, end_row = -(-start // row_numel), stop // row_numel
+    pieces = []
+    if start % row_numel and start < stop:
+        length = min(stop, first_row * row_numel) - start
+        pieces.append(Piece(first_row - 1, start % row_numel, 0, length))
+    tail = max(end_row * row_numel, start)
+    # A slice inside one row is a single piece: the head above, unless it begins where the row does.
+    if tail < stop and not (pieces and pieces[0].row == end_row):
+        pieces.append(Piece(end_row, tail % row_numel, tail - start, stop - tail))
+    return pieces, first_row, max(end_row - first_row, 0)
+
+
+def expert_blocks(first_row: int, num_rows: int, rows_per_expert: int) -> list[tuple[int, int, int, int]]:
+    """Cuts consecutive rows into blocks of equally many rows per expert: a part, whole experts, a part.
+
+    Returns:
+        list of (expert, num_experts, row, rows_per_block): `num_experts` blocks of `rows_per_block` rows each, the
+        first at row `row` (counted from `first_row`) and belonging to expert `expert`. At most three.
+    """
+    n, stop = rows_per_expert, first_row + num_rows
+    blocks = []
+    row = first_row
+    if row % n and row < stop:
+        end = min(stop, -(-row // n) * n)
+        blocks.append((row // n, 1, 0, end - row))
+        row = end
+    whole = (stop - row) // n
+    if whole > 0:
+        blocks.append((row // n, whole, row - first_row, n))
+        row += whole * n
+    if row < stop:
+        blocks.append((row // n, 1, row - first_row, stop - row))
+    return blocks

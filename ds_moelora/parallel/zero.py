@@ -1,0 +1,223 @@
+"""Where DeepSpeed keeps the parameters it took from an optimizer: the one module that reads its private attributes.
+
+DeepSpeed replaces `param_group["params"]` by flat partitions of its own and calls `optimizer.step()` as follows
+(seen on the versions of `TESTED_VERSIONS`):
+
+    stage 0, fp32             the parameters themselves; one call
+    stage 0, fp16 / bf16      FP16_UnfusedOptimizer: fp32 master copies, same order and shape; one call
+    stages 1 and 2            DeepSpeedZeroOptimizer: one flat fp32 partition per group; one call per group, during
+                              which `optimizer.param_groups` holds that group alone
+    stage 1, bf16 with fp32   BF16_Optimizer: the same partitions, one call for all groups
+      gradient accumulation
+    stage 3                   DeepSpeedZeroOptimizer_Stage3: one flat fp32 tensor per sub-group that holds this rank's
+                              partition of every parameter; one call per sub-group
+
+No import of DeepSpeed is needed: everything hangs on the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from importlib import metadata
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .placement import Placement
+from .sharded import Flat
+
+TESTED_VERSIONS = "0.19.8"
+GROUP_KEY = "group_index"  # an optimizer's param groups carry their number: DeepSpeed drops, slices and copies lists
+ParamGroup = dict[str, Any]
+
+
+class Storage(Protocol):
+    """Where trained parameters lie. A parameter is named by its index in the list given to `find_storage`."""
+
+    sharded: bool
+
+    def placement(self, index: int) -> Placement:
+        """Of parameter `index`; equal on every rank but for the rank's own part."""
+
+    def units(self, param_groups: Sequence[ParamGroup]) -> set[Hashable]:
+        """What the running call of `optimizer.step()` updates, given the groups it sees."""
+
+    def flat(self, unit: Hashable) -> Flat:
+        """The local flat weights of a unit and their gradient."""
+
+
+def find_storage(params: list[nn.Parameter], groups: list[int], known_groups: Mapping[int, ParamGroup]) -> Storage:
+    """Finds out who holds the parameters now.
+
+    Args:
+        params: the optimizer's trained parameters, as the model has them.
+        groups: number of each one's group.
+        known_groups: the optimizer's groups by number, as DeepSpeed left them.
+
+    Raises:
+        ValueError: the optimizer holds something else than the parameters, and no known DeepSpeed optimizer put it
+            there.
+    """
+    first = params[0]
+    try:
+        if hasattr(first, "_z3_optimizer"):
+            return ZeroStage3Storage(params)
+        if hasattr(first, "_hp_mapping"):
+            return ZeroPartitionStorage(params, groups, known_groups)
+    except (AttributeError, KeyError) as error:
+        raise _unknown(f"DeepSpeed's optimizer lacks an attribute that was there in tested versions ({error})") from error
+    held = {id(p) for group in known_groups.values() for p in group["params"]}
+    if all(id(p) in held for p in params):
+        return WholeStorage(params, params)
+    return WholeStorage(params, _master_copies(params, groups, known_groups))
+
+
+def _unknown(what: str) -> ValueError:
+    try:
+        version = metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        version = "not installed"
+    return ValueError(
+        f"{what}. DeepSpeed here: {version}; tested: {TESTED_VERSIONS}. Use a tested version, or give the optimizer "
+        "the parameters themselves."
+    )
+
+
+class WholeStorage:
+    """Nothing is partitioned: the parameters, or full-precision copies of the same shapes. One unit each."""
+
+    sharded = False
+
+    def __init__(self, params: list[nn.Parameter], held: list[nn.Parameter]) -> None:
+        self.numels = [p.numel() for p in params]
+        self.held = held
+
+    def placement(self, index: int) -> Placement:
+        return Placement(numel=self.numels[index], unit=index, partition=max(self.numels[index], 1))
+
+    def units(self, param_groups: Sequence[ParamGroup]) -> set[Hashable]:
+        return set(range(len(self.held)))
+
+    def flat(self, unit: Hashable) -> Flat:
+        assert isinstance(unit, int)
+        p = self.held[unit]
+        if p.grad is not None:
+            if p.grad.layout is not torch.strided:
+                raise ValueError(
+                    f"the gradient of a {tuple(p.shape)} parameter is sparse ({p.grad.layout}); Riemannian "
+                    "preconditioning needs dense gradients: construct the layer with sparse=False."
+                )
+            p.grad = p.grad.contiguous()
+        return p.detach().contiguous().view(-1), None if p.grad is None else p.grad.view(-1)
+
+
+def _master_copies(
+    params: list[nn.Parameter], groups: list[int], known_groups: Mapping[int, ParamGroup]
+) -> list[nn.Parameter]:
+    """FP16_UnfusedOptimizer: each group's params became full-precision copies, in the same order."""
+    held = {index: list(group["params"]) for index, group in known_groups.items()}
+    copies = []
+    for param, group in zip(params, groups, strict=True):
+        if not held[group] or held[group][0].shape != param.shape:
+            raise _unknown(
+                f"the optimizer no longer holds the parameters it was given (one of shape {tuple(param.shape)} is "
+                "missing), and what replaced them is neither a ZeRO partition nor a full-precision copy"
+            )
+        copies.append(held[group].pop(0))
+    return copies
+
+
+class ZeroPartitionStorage:
+    """ZeRO-1/2 and BF16_Optimizer: every group is one flat buffer, cut into equal partitions over its ranks.
+
+    Reads `param._hp_mapping` (None where this rank owns nothing of the parameter) with its `lp_fragment_address` and
+    `hp_fragment_address`, and `param._dp_group`. The model's parameters are views of the flat buffer of their whole
+    group, so `storage_offset()` tells a position to ranks that own nothing there; owners check it against the mapping.
+    """
+
+    sharded = True
+
+    def __init__(self, params: list[nn.Parameter], groups: list[int], known_groups: Mapping[int, ParamGroup]) -> None:
+        self.params, self.groups, self.known_groups = params, groups, known_groups
+
+    def placement(self, index: int) -> Placement:
+        param, unit = self.params[index], self.groups[index]
+        partition = self._partition(unit).numel()
+        rank = dist.get_rank(param._dp_group)
+        position = param.storage_offset()
+        mapping = param._hp_mapping
+        if mapping is not None:
+            mapped = rank * partition + mapping.hp_fragment_address.start - mapping.lp_fragment_address.start
+            if mapped != position:
+                raise _unknown(
+                    f"a parameter of shape {tuple(param.shape)} lies at {position} in its group's flat buffer, but "
+                    f"DeepSpeed maps it to {mapped}"
+                )
+        return Placement(
+            numel=param.numel(),
+            unit=unit,
+            position=position,
+            partition=partition,
+            local_offset=max(position - rank * partition, 0),
+            rank=rank,
+            world=dist.get_world_size(param._dp_group),
+            group=param._dp_group,
+        )
+
+    def _partition(self, unit: int) -> nn.Parameter:
+        params = self.known_groups[unit]["params"]
+        if len(params) != 1:
+            raise _unknown(f"parameter group {unit} holds {len(params)} tensors, where ZeRO keeps one flat partition")
+        return params[0]
+
+    def units(self, param_groups: Sequence[ParamGroup]) -> set[Hashable]:
+        return {group[GROUP_KEY] for group in param_groups if group["params"]}
+
+    def flat(self, unit: Hashable) -> Flat:
+        assert isinstance(unit, int)
+        partition = self._partition(unit)
+        return partition.detach(), partition.grad
+
+
+class ZeroStage3Storage:
+    """ZeRO-3: every parameter is cut into equal partitions of its own; a sub-group's lie in one flat tensor.
+
+    Reads `param._z3_optimizer` with `grad_position[id] = [sub_group, offset, numel]` and
+    `fp32_partitioned_groups_flat`, and `param.ds_numel`, `param.ds_process_group`.
+    """
+
+    sharded = True
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        self.params = params
+        self.optimizer = params[0]._z3_optimizer
+        self.partitions = self.optimizer.fp32_partitioned_groups_flat
+        if hasattr(self.optimizer, "backup_optimizer"):
+            raise ValueError(
+                f"offload_optimizer.ratio is {self.optimizer.partial_offload}: DeepSpeed then steps a part of the "
+                "parameters with torch.optim.AdamW instead of this optimizer; set ratio to 1.0."
+            )
+
+    def placement(self, index: int) -> Placement:
+        param = self.params[index]
+        sub_group, offset, partition = self.optimizer.grad_position[self.optimizer.get_param_id(param)]
+        return Placement(
+            numel=param.ds_numel,
+            unit=sub_group,
+            partition=partition,
+            local_offset=offset,
+            rank=dist.get_rank(param.ds_process_group),
+            world=dist.get_world_size(param.ds_process_group),
+            group=param.ds_process_group,
+        )
+
+    def units(self, param_groups: Sequence[ParamGroup]) -> set[Hashable]:
+        stepped = {id(p) for group in param_groups for p in group["params"]}
+        return {i for i, partition in enumerate(self.partitions) if id(partition) in stepped}
+
+    def flat(self, unit: Hashable) -> Flat:
+        assert isinstance(unit, int)
+        partition = self.partitions[unit]
+        return partition.detach(), partition.grad

@@ -1,0 +1,34 @@
+"""Registration with DeepSpeed and PEFT, done by `import ds_moelora`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from .adapters import register_with_peft
+from .optim import GateRiemannianAdamW, GateRiemannianSGD
+
+OPTIMIZERS = (GateRiemannianAdamW, GateRiemannianSGD)
+
+
+def register() -> None:
+    """Makes the optimizers and the tuner known by name; calling it again changes nothing.
+
+    - DeepSpeed resolves `"optimizer": {"type": NAME}` by `getattr(torch.optim, NAME)`, and ZeRO accepts the classes
+      listed in `ZERO_SUPPORTED_OPTIMIZERS`. Without DeepSpeed installed this part is left out.
+    - PEFT resolves `peft_type` "MOELORA" through its mappings.
+
+    Raises:
+        RuntimeError: another library put a different optimizer of the same name into `torch.optim`.
+    """
+    for optimizer in OPTIMIZERS:
+        name = optimizer.__name__
+        if getattr(torch.optim, name, optimizer) is not optimizer:
+            raise RuntimeError(f"torch.optim.{name} is already taken by {getattr(torch.optim, name)!r}.")
+        setattr(torch.optim, name, optimizer)
+    register_with_peft()
+    if find_spec("deepspeed") is not None:
+        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+        ZERO_SUPPORTED_OPTIMIZERS.extend(o for o in OPTIMIZERS if o not in ZERO_SUPPORTED_OPTIMIZERS)
