@@ -1,0 +1,39 @@
+"""Mixtures of LoRA experts as a PEFT tuner."""
+
+from __future__ import annotations
+
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import BaseTuner
+
+from .config import PEFT_TYPE, MoELoRAConfig
+from .layer import MoELoRAExperts, MoELoRALayer
+from .model import PREFIX, MoELoRAModel
+from .tagging import tag_lora_pairs
+
+__all__ = [
+    "MoELoRAConfig",
+    "MoELoRAExperts",
+    "MoELoRALayer",
+    "MoELoRAModel",
+    "register_with_peft",
+    "tag_lora_pairs",
+]
+
+
+def register_with_peft() -> None:
+    """Makes PEFT know the type "MOELORA"; calling it again changes nothing.
+
+    PEFT's own registration wants a member of its PeftType enum; its tables take a plain string as well.
+
+    Raises:
+        ImportError: this PEFT cannot save such an adapter.
+    """
+    if not hasattr(BaseTuner, "_remove_adapter_name_from_key"):
+        raise ImportError("This version of PEFT is too old for ds_moelora: pip install 'peft>=0.21'.")
+    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = MoELoRAConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = MoELoRAModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PREFIX

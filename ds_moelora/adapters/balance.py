@@ -1,0 +1,174 @@
+"""The load-balancing loss: collecting the routers' decisions during one forward pass, and reducing them to one number.
+
+Layers do not store anything. While a `Collector` is active (the tuner's hooks around the base model's forward see to
+that), each layer hands over its router's logits and choice, two tensors that exist anyway: the operations of a layer
+are the same whether or not anyone listens, which is what recomputation under gradient checkpointing needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.routing import sequence_balance_loss
+
+_ACTIVE: ContextVar[Collector | None] = ContextVar("ds_moelora_collector", default=None)
+
+
+@dataclass(eq=False)
+class RouterRecord:
+    """One router's decision in one forward pass.
+
+    Args:
+        adapter: the adapter's name. coef: its `router_aux_loss_coef`. layer: the layer's name, for messages.
+        lead: the layer's input shape without its last dimension; T is its product.
+        logits: (T, E). chosen: (T, E) bool.
+        grad_enabled: whether autograd was recording.
+    """
+
+    adapter: str
+    coef: float
+    layer: str
+    lead: tuple[int, ...]
+    logits: Tensor
+    chosen: Tensor
+    grad_enabled: bool
+
+
+@dataclass(eq=False)
+class Collector:
+    """The records of one forward pass of `owner`; `outer` is the collector of a forward pass around it."""
+
+    owner: Any
+    outer: Collector | None
+    records: list[RouterRecord] = field(default_factory=list)
+
+
+def active_collector() -> Collector | None:
+    """The collector that this thread's forward pass reports to, or None."""
+    return _ACTIVE.get()
+
+
+def start_collecting(owner: Any) -> None:
+    """Makes a new collector for `owner` active. What an earlier, aborted pass of the same owner left is dropped."""
+    stop_collecting(owner)
+    _ACTIVE.set(Collector(owner, _ACTIVE.get()))
+
+
+def stop_collecting(owner: Any) -> list[RouterRecord]:
+    """Ends the collector of `owner`, and any inside it, and returns its records ([] if there was none)."""
+    collector = _ACTIVE.get()
+    while collector is not None and collector.owner is not owner:
+        collector = collector.outer
+    if collector is None:
+        return []
+    _ACTIVE.set(collector.outer)
+    return collector.records
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How the rows that a layer sees are grouped into sequences.
+
+    Args:
+        grid: (B, T) of the model's input, None if unknown.
+        mask: (B, T), non-zero where a token is real; None: all are.
+        weights: (B,) the weight of each sequence, adding up to 1 over all micro-batches of a step; None: 1 / B.
+    """
+
+    grid: tuple[int, int] | None = None
+    mask: Tensor | None = None
+    weights: Tensor | None = None
+
+
+def batch_layout(kwargs: Mapping[str, Any], labels_are_shifted: bool, is_encoder_decoder: bool = False) -> BatchLayout:
+    """Reads the layout of a batch from the keyword arguments of a model's forward.
+
+    With `num_items_in_batch` (passed by transformers' Trainer, which then does not divide the loss by the number of
+    accumulation steps) sequence s weighs n_s / num_items_in_batch, n_s being its labels other than -100, counted as
+    the Trainer counts them.
+
+    Args:
+        kwargs: input_ids, inputs_embeds, attention_mask, labels, shift_labels, num_items_in_batch: all optional.
+        labels_are_shifted: the model's loss compares position i with label i + 1.
+        is_encoder_decoder: two sequences per row. If they are equally long a layer's tokens cannot be told apart by
+            their shape, and the mask, which is the encoder's, is then left unused.
+    """
+    grid, mask = None, None
+    for name in ("attention_mask", "input_ids", "inputs_embeds"):
+        value = kwargs.get(name)
+        if isinstance(value, Tensor) and value.dim() == (3 if name == "inputs_embeds" else 2):
+            grid = grid or (value.shape[0], value.shape[1])
+            mask = value if name == "attention_mask" else mask
+    if is_encoder_decoder:
+        targets = [kwargs.get(name) for name in ("decoder_input_ids", "labels")]
+        if any(isinstance(t, Tensor) and grid is not None and tuple(t.shape) == grid for t in targets):
+            mask = None
+    return BatchLayout(grid, mask, _sequence_weights(kwargs, labels_are_shifted))
+
+
+def _sequence_weights(kwargs: Mapping[str, Any], labels_are_shifted: bool) -> Tensor | None:
+    num_items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if kwargs.get("shift_labels") is not None:
+        labels = kwargs["shift_labels"]
+    elif labels_are_shifted and isinstance(labels, Tensor):
+        labels = labels[..., 1:]
+    if num_items is None or not isinstance(labels, Tensor) or labels.dim() == 0:
+        return None
+    if isinstance(num_items, Tensor):
+        num_items = num_items.reshape(-1)[0].to(labels.device)  # DataParallel hands each replica a (1, n) copy
+    return labels.ne(-100).reshape(labels.shape[0], -1).sum(1) / num_items
+
+
+def _record_loss(record: RouterRecord, layout: BatchLayout) -> Tensor:
+    """Weighted sum over the sequences of one record: a 0-dim tensor."""
+    rows, num_experts = record.logits.shape
+    lead = record.lead
+    if len(lead) >= 2:
+        shape = (lead[0], math.prod(lead[1:]))
+    elif layout.grid is not None and math.prod(layout.grid) == rows:
+        shape = layout.grid
+    else:
+        shape = (rows, 1)
+    mask = layout.mask
+    if mask is not None:
+        mask = mask.to(record.logits.device) if tuple(mask.shape) == shape and lead in (shape, (rows,)) else None
+    losses = sequence_balance_loss(
+        record.logits.reshape(*shape, num_experts), record.chosen.reshape(*shape, num_experts), mask
+    )
+    if layout.weights is None:
+        return losses.sum() / max(shape[0], 1)
+    weights = layout.weights.to(losses)
+    if weights.shape == losses.shape:
+        return (weights * losses).sum()
+    return weights.sum() * losses.sum() / max(shape[0], 1)
+
+
+def auxiliary_loss(records: list[RouterRecord], layout: BatchLayout) -> tuple[Tensor, Tensor]:
+    """Load-balancing loss of one forward pass: per sequence, averaged over sequences, then over an adapter's layers.
+
+    Its gradient does not depend on how a batch is cut into micro-batches: the mean over sequences is linear, and the
+    part that is not linear (f_i P_i) never crosses a sequence. Rows that belong to no known sequence (an input of
+    (rows, features) whose rows are not all of the batch's tokens) are one sequence each.
+
+    Args:
+        records: at least one. layout: see `batch_layout`.
+
+    Returns:
+        coef * L, summed over adapters, and L without its coefficient: two 0-dim float32 tensors.
+    """
+    by_adapter: dict[str, list[RouterRecord]] = {}
+    for record in records:
+        by_adapter.setdefault(record.adapter, []).append(record)
+    device = records[0].logits.device
+    scaled = plain = torch.zeros((), device=device)
+    for group in by_adapter.values():
+        mean = torch.stack([_record_loss(r, layout).to(device) for r in group]).mean()
+        scaled, plain = scaled + group[0].coef * mean, plain + mean
+    return scaled, plain

@@ -1,0 +1,147 @@
+"""The configuration of a mixture of LoRA experts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
+
+from peft import PeftConfig
+
+PEFT_TYPE = "MOELORA"
+SCALINGS = ("alpha", "rslora")
+
+
+@dataclass
+class MoELoRAConfig(PeftConfig):
+    """Each target module computes y = W x + s * sum_{i in topk} g_i(x) B_i A_i x; pass it to `peft.get_peft_model`.
+
+    A plain (not frozen) dataclass, because PEFT itself fills in `target_modules` and `base_model_name_or_path`.
+
+    Args:
+        r: rank of one expert, >= 1.
+        num_experts: E, >= 1. With 1 the layer is a plain LoRA of rank r.
+        top_k: experts per token, 1 <= top_k <= num_experts.
+        lora_alpha: numerator of the scaling s, > 0.
+        lora_dropout: probability in [0, 1) of dropping an element of the experts' input. The router sees all of it.
+        target_modules: list of module names (or their endings), a regular expression that matches full names, or
+            "all-linear"; None: PEFT's default for LoRA on this architecture.
+        exclude_modules: names or a regular expression of modules to leave out.
+        scaling: "alpha": s = lora_alpha / r. "rslora": s = lora_alpha / sqrt(r).
+        init_lora_weights: True: A Kaiming-uniform, B zero, so that training starts at the base model. False: B
+            uniform as well, for tests.
+        router_aux_loss_coef: what the load-balancing loss (1 at perfect balance) is multiplied with before it is added
+            to the model's loss; 0 switches it off.
+        ep_size: ranks that share the experts; 1 until expert parallelism is there.
+        modules_to_save: modules to train and save whole, beside the adapter (e.g. a new classification head).
+        layers_to_transform: index or indices of the layers to adapt; needs `target_modules` as a list.
+        layers_pattern: name of the list of layers, e.g. "layers" or "h"; needs `layers_to_transform`.
+
+    Raises:
+        ValueError: a value out of range; the message gives the value, the bound and the remedy.
+    """
+
+    r: int = field(default=4, metadata={"help": "Rank of one expert."})
+    num_experts: int = field(default=8, metadata={"help": "Number of LoRA experts in each adapted module."})
+    top_k: int = field(default=2, metadata={"help": "Number of experts that each token uses."})
+    lora_alpha: float = field(default=16, metadata={"help": "Numerator of the scaling."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the experts' input."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names, a regular expression, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names, or a regular expression, to leave out."}
+    )
+    scaling: str = field(default="alpha", metadata={"help": "'alpha': alpha / r; 'rslora': alpha / sqrt(r)."})
+    init_lora_weights: bool = field(
+        default=True, metadata={"help": "True: random A, zero B. False: random A and B, for tests."}
+    )
+    router_aux_loss_coef: float = field(
+        default=1e-3, metadata={"help": "Coefficient of the load-balancing loss; 0 switches it off."}
+    )
+    ep_size: int = field(default=1, metadata={"help": "Expert-parallel ranks; only 1 for now."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train and save whole, beside the adapter."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers, with layers_to_transform."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        _check_int("r", self.r, "Pass the rank of one expert, e.g. 4.")
+        _check_int("num_experts", self.num_experts, "Pass how many experts each module gets, e.g. 8.")
+        _check_int("top_k", self.top_k, "Pass how many experts a token uses, e.g. 2.")
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k={self.top_k} is larger than num_experts={self.num_experts}: a token cannot use more experts "
+                f"than there are. Lower top_k to at most {self.num_experts}, or raise num_experts."
+            )
+        _check_real("lora_alpha", self.lora_alpha, "a number > 0", lambda v: v > 0, "A usual value is 16.")
+        _check_real("lora_dropout", self.lora_dropout, "in [0, 1)", lambda v: 0 <= v < 1, "0 switches dropout off.")
+        _check_real(
+            "router_aux_loss_coef", self.router_aux_loss_coef, "a number >= 0", lambda v: v >= 0, "0 switches it off."
+        )
+        if self.scaling not in SCALINGS:
+            raise ValueError(
+                f"scaling={self.scaling!r} is unknown; use 'alpha' (lora_alpha / r) or 'rslora' (lora_alpha / sqrt(r))."
+            )
+        if not isinstance(self.init_lora_weights, bool):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} is unknown; use True (random A, zero B) or False "
+                "(random A and B)."
+            )
+        _check_int("ep_size", self.ep_size, "Use 1.")
+        if self.ep_size != 1:
+            raise ValueError(
+                f"ep_size={self.ep_size}, but expert parallelism is not there yet: every rank holds all experts. "
+                "Use ep_size=1; ZeRO shards the experts' optimizer state (and, at stage 3, the experts)."
+            )
+        self._check_targets()
+
+    def _check_targets(self) -> None:
+        # Like PEFT's LoraConfig: sets make the lookup of every module's name cheap.
+        if self.target_modules is not None and not isinstance(self.target_modules, str):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if self.exclude_modules is not None and not isinstance(self.exclude_modules, str):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError(
+                f"target_modules={self.target_modules!r} is empty; name the modules to adapt, e.g. "
+                "['q_proj', 'v_proj'], or pass 'all-linear', or None for PEFT's default."
+            )
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} cannot be used with target_modules={self.target_modules!r}; "
+                        "pass target_modules as a list of names, or put the layers into the regular expression."
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform; pass both."
+            )
+
+    @property
+    def lora_scaling(self) -> float:
+        """s: lora_alpha / r, or lora_alpha / sqrt(r) with scaling="rslora"."""
+        return self.lora_alpha / (self.r if self.scaling == "alpha" else math.sqrt(self.r))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, with sets as sorted lists, so that saving twice writes the same adapter_config.json."""
+        return {key: sorted(v) if isinstance(v, set) else v for key, v in super().to_dict().items()}
+
+
+def _check_int(name: str, value: Any, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer >= 1. {remedy}")
+
+
+def _check_real(name: str, value: Any, bound: str, ok: Any, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not ok(value):
+        raise ValueError(f"{name}={value!r} must be {bound}. {remedy}")

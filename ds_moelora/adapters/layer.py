@@ -1,0 +1,296 @@
+"""The adapted layer: a frozen module, called as it is, plus mixtures of low-rank experts."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..core.moe_lora import moe_lora
+from ..core.pairs import GateSettings, LoraPair, tag_pair
+from ..core.routing import route
+from .balance import RouterRecord, active_collector
+from .config import MoELoRAConfig
+
+
+def in_out_features(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features) of a module that can be adapted, else None.
+
+    Taken from the module's attributes: under ZeRO-3 a weight's shape is (0,) and its real one in `ds_shape`.
+    """
+    if isinstance(module, Conv1D):
+        shape = getattr(module.weight, "ds_shape", module.weight.shape)
+        return getattr(module, "nx", shape[0]), getattr(module, "nf", shape[1])
+    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
+        sizes = tuple(getattr(module, name, None) for name in names)
+        if all(isinstance(size, int) and size > 0 for size in sizes):
+            return sizes  # type: ignore[return-value]
+    return None
+
+
+class Router(nn.Linear):
+    """(..., I) -> (..., E) logits, computed in the input's dtype.
+
+    Casting the (E, I) weight rather than the input keeps a float32 adapter on a bfloat16 model from making a float32
+    copy of every activation. A module of its own, because ZeRO-3 fetches a parameter when its module is called.
+    """
+
+    weight: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class MoELoRAExperts(nn.Module):
+    """One adapter's experts and router in one layer: `lora_A` (E, I, R), `lora_B` (E, O, R), `router.weight` (E, I).
+
+    Args:
+        in_features: I. out_features: O.
+        config: the adapter's configuration.
+        adapter_name: the adapter's name. layer_name: the layer's qualified name; both for messages.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, config: MoELoRAConfig, adapter_name: str, layer_name: str
+    ) -> None:
+        super().__init__()
+        self.adapter_name = adapter_name
+        self.num_experts, self.rank, self.top_k = config.num_experts, config.r, config.top_k
+        self.scaling = config.lora_scaling
+        self.aux_loss_coef = float(config.router_aux_loss_coef)
+        self.dropout = nn.Dropout(config.lora_dropout)
+        self.router = Router(in_features, config.num_experts, bias=False)
+        self.lora_A = nn.Parameter(torch.empty(config.num_experts, in_features, config.r))
+        self.lora_B = nn.Parameter(torch.empty(config.num_experts, out_features, config.r))
+        # Here and not later: inside deepspeed.zero.Init, parameters are cut up as soon as __init__ returns.
+        self.reset_parameters(config.init_lora_weights)
+        self.pair = LoraPair(
+            name=layer_name,
+            num_experts=config.num_experts,
+            rank=config.r,
+            scaling=self.scaling,
+            gate=GateSettings(),
+        )
+        self.register_load_state_dict_post_hook(_tag_after_load)
+        self.tag()
+
+    def reset_parameters(self, init_lora_weights: bool) -> None:
+        """Each expert's A as PEFT's LoRA: Kaiming-uniform, a = sqrt(5), i.e. uniform in +-1/sqrt(I). B zero.
+
+        The router keeps nn.Linear's default, the same distribution. `init_lora_weights=False` draws B, too, from
+        +-1/sqrt(R).
+        """
+        with torch.no_grad():
+            nn.init.uniform_(self.lora_A, -1 / math.sqrt(self.lora_A.shape[1]), 1 / math.sqrt(self.lora_A.shape[1]))
+            if init_lora_weights:
+                nn.init.zeros_(self.lora_B)
+            else:
+                nn.init.uniform_(self.lora_B, -1 / math.sqrt(self.rank), 1 / math.sqrt(self.rank))
+
+    def tag(self, layer_name: str | None = None) -> None:
+        """Puts the pair's tag on the parameters, as an optimizer needs it. Cheap, and may be repeated."""
+        if layer_name is not None:
+            self.pair.name = layer_name
+        tag_pair(self.pair, self.lora_A, self.lora_B, self.router.weight)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> MoELoRAExperts:
+        super()._apply(*args, **kwargs)  # may make new Parameters (e.g. when leaving the meta device)
+        self.tag()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # copy.deepcopy and pickle end here, with new Parameters
+        self.tag()
+
+    # Compiled code may not read the collector or the gate settings at trace time: both change between calls.
+    @torch.compiler.disable
+    def forward(self, x: Tensor, base_out: Tensor, inplace: bool = False) -> Tensor:
+        """base_out + s * sum_{i in topk} g_i(x) B_i A_i x.
+
+        Args:
+            x: (..., I). base_out: (..., O).
+            inplace: `base_out` belongs to the caller alone and may be overwritten.
+
+        Returns:
+            (..., O) in the dtype of `base_out`.
+        """
+        x_TI = x.reshape(-1, x.shape[-1])
+        logits = self.router(x_TI)
+        routing = route(logits, self.top_k)
+        collector = active_collector()
+        if collector is not None and self.training and self.aux_loss_coef > 0:
+            collector.records.append(
+                RouterRecord(
+                    adapter=self.adapter_name,
+                    coef=self.aux_loss_coef,
+                    layer=self.pair.name,
+                    lead=tuple(x.shape[:-1]),
+                    logits=logits,
+                    chosen=routing.chosen,
+                    grad_enabled=torch.is_grad_enabled(),
+                )
+            )
+        # A reshape to the same shape would be a view, onto which nothing may be added in place.
+        base_TO = base_out if base_out.dim() == 2 else base_out.reshape(-1, base_out.shape[-1])
+        y = moe_lora(
+            base_TO,
+            self.dropout(x_TI),
+            routing.gates,
+            routing.chosen,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            self.pair.gate,
+            # ZeRO-3's hooks hand this module a view, which may not be changed in place.
+            inplace=inplace and not base_TO._is_view(),
+        )
+        return y if base_out.dim() == 2 else y.view(base_out.shape)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, rank={self.rank}, top_k={self.top_k}, scaling={self.scaling:g}"
+
+
+def _tag_after_load(module: nn.Module, incompatible_keys: Any) -> None:
+    # load_state_dict(assign=True), which PEFT uses with low_cpu_mem_usage, puts new Parameters in place.
+    assert isinstance(module, MoELoRAExperts)
+    module.tag()
+
+
+class MoELoRALayer(nn.Module, BaseTunerLayer):
+    """A module with in/out features, called as a black box, plus one `MoELoRAExperts` per adapter.
+
+    With several active adapters their contributions add up, as in PEFT's LoRA.
+
+    Args:
+        base_layer: nn.Linear, Conv1D, or any module with in_features and out_features (e.g. a quantised linear).
+        adapter_name: the first adapter. config: its configuration. layer_name: the layer's qualified name.
+    """
+
+    adapter_layer_names = ("moelora_experts",)
+    other_param_names = ()
+
+    base_layer: nn.Module
+    moelora_experts: nn.ModuleDict
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MoELoRAConfig, layer_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        features = in_out_features(base_layer)
+        assert features is not None, f"{layer_name}: the tuner checks that {type(base_layer)} can be adapted"
+        self.in_features, self.out_features = features
+        self.moelora_experts = nn.ModuleDict({})
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, layer_name)
+
+    def update_layer(self, adapter_name: str, config: MoELoRAConfig, layer_name: str) -> None:
+        """Adds (or replaces) the experts of an adapter, on the device and in the dtype of the base layer."""
+        self.moelora_experts[adapter_name] = MoELoRAExperts(
+            self.in_features, self.out_features, config, adapter_name, layer_name
+        )
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def experts(self, adapter_name: str) -> MoELoRAExperts:
+        """The experts of one adapter."""
+        experts = self.moelora_experts[adapter_name]
+        assert isinstance(experts, MoELoRAExperts)
+        return experts
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """base_layer(x) + the active adapters' mixtures; (..., in_features) -> (..., out_features)."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [name for name in self.active_adapters if name in self.moelora_experts]
+        if self.disable_adapters or self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        owned = self._owns_base_output()
+        # nn.Linear's output is a view unless its input is a matrix.
+        y = self.base_layer(x.reshape(-1, x.shape[-1]) if owned else x, *args, **kwargs)
+        for name in active:
+            y = self.moelora_experts[name](x, y, inplace=owned)
+        return y.view(*x.shape[:-1], y.shape[-1]) if owned else y
+
+    def _owns_base_output(self) -> bool:
+        """Whether nothing but this layer can hold the base layer's output, so that it may be overwritten.
+
+        True for a plain nn.Linear without forward hooks: its backward pass needs its input and weight alone.
+        """
+        base = self.base_layer
+        return (
+            type(base) is nn.Linear
+            and type(base.weight) is nn.Parameter
+            and "forward" not in base.__dict__  # e.g. replaced by accelerate
+            and not base._forward_hooks
+            and not base._forward_pre_hooks
+        )
+
+    # Merging: exact for one expert, whose gate is always 1.
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """s * B A of an adapter with one expert, in the layout of the base layer's weight.
+
+        Raises:
+            ValueError: the adapter has several experts.
+        """
+        experts = self.experts(adapter_name)
+        refuse_merge(adapter_name, experts.num_experts)
+        wide = torch.promote_types(experts.lora_A.dtype, torch.float32)
+        delta = experts.scaling * (experts.lora_B[0].to(wide) @ experts.lora_A[0].to(wide).t())
+        return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """W += s * B A for each adapter, which must have one expert.
+
+        Args:
+            safe_merge: check the new weight for non-finite values before it is used.
+            adapter_names: None: the active ones.
+
+        Raises:
+            ValueError: several experts, a base weight that is not a plain matrix, or a non-finite result.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.moelora_experts:
+                continue
+            delta, weight = self.get_delta_weight(name), self._base_matrix()
+            merged = (weight.data + delta.to(weight.device)).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"Merging adapter {name!r} would give non-finite weights; its weights are broken.")
+            weight.data = merged
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Takes the merged adapters out of the base weight again (up to rounding)."""
+        if not self.merged:
+            warnings.warn("Already unmerged, nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            delta, weight = self.get_delta_weight(self.merged_adapters.pop()), self._base_matrix()
+            weight.data = (weight.data - delta.to(weight.device)).to(weight.dtype)
+
+    def _base_matrix(self) -> Tensor:
+        base = self.get_base_layer()
+        plain = isinstance(base, (nn.Linear, Conv1D)) and base.weight.is_floating_point()
+        if not plain or base.weight.numel() != self.in_features * self.out_features:
+            raise ValueError(
+                f"Cannot merge into a {type(base).__name__} whose weight is quantised or partitioned; merge into an "
+                "unquantised copy of the base model, on one process."
+            )
+        return base.weight
+
+
+def refuse_merge(adapter_name: str, num_experts: int) -> None:
+    """Raises ValueError if an adapter with this many experts cannot be merged exactly."""
+    if num_experts > 1:
+        raise ValueError(
+            f"Adapter {adapter_name!r} has num_experts={num_experts}: its gates depend on the token, so no single "
+            "weight matrix equals it and it cannot be merged. Keep the adapter beside the base model, or train with "
+            "num_experts=1, which merges exactly."
+        )

@@ -1,0 +1,168 @@
+"""The mixture of low-rank experts as one autograd function: two matrix products over all experts, each way.
+
+    y = base + s * sum_i g_i(x) B_i A_i x
+
+Shape suffixes: T tokens, I input features, O output features, E experts, R rank of one expert. Experts are stored as
+`lora_A` (E, I, R) and `lora_B` (E, O, R); side by side they are one (I, E*R) and one (E*R, O) matrix, so that all
+experts together are a plain LoRA of rank E*R whose projection `p = x A` is scaled by the gates in between.
+
+The backward pass, with q_ti = B_i^T dy_t and h the factor that `GateSettings.gate_scaling` names (g, sqrt(g) or 1 for
+a chosen expert):
+
+    dA_i = s * sum_t h_ti x_t q_ti^T        dB_i = s * sum_t h_ti dy_t p_ti^T      (scaled)
+    dg_ti = s * <q_ti, p_ti>                dx_t = s * sum_i g_ti A_i q_ti         (exact; h for g in dx on request)
+
+Saved for it: x, p, the gates, one bool per token and expert, and the two Parameters themselves. Never a (T, O)
+tensor, and no copy of a parameter: under ZeRO-3 a saved copy would keep the gathered weight alive, while the
+Parameter's data is fetched again before the backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .pairs import GATE_SCALINGS, GateSettings
+
+
+def moe_lora(
+    base_out: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    chosen: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    settings: GateSettings | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """y_t = base_t + s * sum_i g_ti B_i A_i x_t, with gate-scaled gradients for A and B.
+
+    Args:
+        base_out: (T, O), the frozen layer's output. Its dtype is the compute dtype.
+        x: (T, I), the experts' input, any floating dtype.
+        gates: (T, E), zero where an expert is not chosen.
+        chosen: (T, E) bool, the experts in each token's top-k.
+        lora_A: (E, I, R). lora_B: (E, O, R). Any floating dtype; their gradients come back in it.
+        scaling: s.
+        settings: how A's and B's gradients (and x's, on request) are scaled. Read when the backward pass runs, since
+            the optimizer that sets it is built after the model. None: exact gradients.
+        inplace: add onto `base_out` instead of allocating another (T, O) tensor. The caller vouches that nobody else
+            reads `base_out`; autograd raises if it was saved for a backward pass.
+
+    Returns:
+        (T, O) in the dtype of `base_out`.
+
+    Raises:
+        ValueError: an unknown `gate_scaling` (in the backward pass).
+        RuntimeError: a second derivative is asked for; the scaled gradients have none.
+
+    Source: Sun et al., arXiv 2502.15828, section 3 (the scaling); design.md, section 2 (kept out of dx).
+    """
+    return _MoELoRA.apply(base_out, x, gates, chosen, lora_A, lora_B, scaling, settings or GateSettings(), inplace)
+
+
+def gate_factor(gate_scaling: str, gates: Tensor, chosen: Tensor) -> Tensor:
+    """The factor h on an expert's gradient: g ("none"), sqrt(g) ("sqrt") or 1 where chosen ("full").
+
+    Args:
+        gate_scaling: one of `GATE_SCALINGS`.
+        gates: (T, E). chosen: (T, E) bool.
+
+    Returns:
+        (T, E) in the dtype of `gates`.
+    """
+    if gate_scaling == "none":
+        return gates
+    if gate_scaling == "sqrt":
+        return gates.sqrt()
+    if gate_scaling == "full":
+        return chosen.to(gates.dtype)
+    raise ValueError(f"gate_scaling={gate_scaling!r} is unknown; use one of {', '.join(GATE_SCALINGS)}.")
+
+
+def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    # The dtypes are chosen here, once; autocast would cast the float32 parts of the gates again.
+    device = tensor.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _flatten_a(lora_A: Tensor, dtype: torch.dtype) -> Tensor:
+    """(E, I, R) -> (I, E*R): one small copy, which the cast to the compute dtype makes anyway."""
+    return lora_A.to(dtype).permute(1, 0, 2).reshape(lora_A.shape[1], -1)
+
+
+def _flatten_b(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """(E, O, R) -> (E*R, O)."""
+    return lora_B.to(dtype).permute(0, 2, 1).reshape(-1, lora_B.shape[1])
+
+
+def _scale_experts(projection_TER: Tensor, factor_TE: Tensor) -> Tensor:
+    """Multiplies expert e's R columns of a (T, E*R) tensor by factor_te."""
+    T, E = factor_TE.shape
+    factor = factor_TE.to(projection_TER.dtype).unsqueeze(-1)
+    return (projection_TER.view(T, E, projection_TER.shape[1] // E) * factor).view(T, -1)
+
+
+class _MoELoRA(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base_out: Tensor,
+        x: Tensor,
+        gates: Tensor,
+        chosen: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        settings: GateSettings,
+        inplace: bool,
+    ) -> Tensor:
+        with _no_autocast(x):
+            dtype = base_out.dtype
+            x_compute = x.to(dtype)
+            p = x_compute @ _flatten_a(lora_A, dtype)
+            weighted = _scale_experts(p, gates * scaling)
+            B_flat = _flatten_b(lora_B, dtype)
+            if inplace:
+                ctx.mark_dirty(base_out)
+                y = base_out.addmm_(weighted, B_flat)
+            else:
+                y = torch.addmm(base_out, weighted, B_flat)
+        ctx.scaling, ctx.settings, ctx.x_dtype = scaling, settings, x.dtype
+        # x is needed for dA alone: a frozen A keeps no activation alive.
+        saved_x = x_compute if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(saved_x, p, gates, chosen, lora_A, lora_B)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, p, gates, chosen, lora_A, lora_B = ctx.saved_tensors
+        needs_base, needs_x, needs_gates, _, needs_A, needs_B = ctx.needs_input_grad[:6]
+        settings, s, dtype = ctx.settings, ctx.scaling, p.dtype
+        E, I, R = lora_A.shape
+        dx = dgates = dA = dB = None
+        with _no_autocast(dy):
+            h = gate_factor(settings.gate_scaling, gates, chosen) * s
+            if needs_x or needs_gates or needs_A:
+                q = dy @ _flatten_b(lora_B, dtype).t()
+            if needs_gates:
+                # Summed in float32: it is the router's whole signal, and a difference of nearly equal terms.
+                dgates = (q * p.to(gates.dtype)).view(-1, E, R).sum(-1) * s
+            if needs_x:
+                factor = h if settings.scale_input_grad else gates * s
+                dx = (_scale_experts(q, factor) @ _flatten_a(lora_A, dtype).t()).to(ctx.x_dtype)
+            if needs_A:
+                dA = x.t() @ _scale_experts(q, h)
+                dA = dA.view(I, E, R).permute(1, 0, 2).to(lora_A.dtype).contiguous()
+            if needs_B:
+                dB = _scale_experts(p, h).t() @ dy
+                dB = dB.view(E, R, -1).permute(0, 2, 1).to(lora_B.dtype).contiguous()
+        return dy if needs_base else None, dx, dgates, None, dA, dB, None, None, None
