@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from ..core.pairs import GateSettings, LoraPair, tag_pair
 from ..core.routing import route
 from .balance import RouterRecord, active_collector
 from .config import MoELoRAConfig
+
+_MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def in_out_features(module: nn.Module) -> tuple[int, int] | None:
@@ -177,6 +180,11 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
 
     base_layer: nn.Module
     moelora_experts: nn.ModuleDict
+    # PEFT's, declared because type checkers take them for submodules.
+    active_adapters: list[str]
+    get_base_layer: Callable[[], nn.Module]
+    set_adapter: Callable[..., None]
+    _move_adapter_to_device_of_base_layer: Callable[..., None]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MoELoRAConfig, layer_name: str) -> None:
         super().__init__()
@@ -277,13 +285,14 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
 
     def _base_matrix(self) -> Tensor:
         base = self.get_base_layer()
-        plain = isinstance(base, (nn.Linear, Conv1D)) and base.weight.is_floating_point()
-        if not plain or base.weight.numel() != self.in_features * self.out_features:
+        weight: Any = getattr(base, "weight", None)
+        plain = isinstance(base, (nn.Linear, Conv1D)) and weight.dtype in _MERGEABLE
+        if not plain or weight.numel() != self.in_features * self.out_features:
             raise ValueError(
                 f"Cannot merge into a {type(base).__name__} whose weight is quantised or partitioned; merge into an "
                 "unquantised copy of the base model, on one process."
             )
-        return base.weight
+        return weight
 
 
 def refuse_merge(adapter_name: str, num_experts: int) -> None:

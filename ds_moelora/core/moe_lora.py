@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .pairs import GATE_SCALINGS, GateSettings
 
@@ -107,7 +106,7 @@ def _scale_experts(projection_TER: Tensor, factor_TE: Tensor) -> Tensor:
     """Multiplies expert e's R columns of a (T, E*R) tensor by factor_te."""
     T, E = factor_TE.shape
     factor = factor_TE.to(projection_TER.dtype).unsqueeze(-1)
-    return (projection_TER.view(T, E, projection_TER.shape[1] // E) * factor).view(T, -1)
+    return (projection_TER.view(T, E, projection_TER.shape[1] // E) * factor).view_as(projection_TER)
 
 
 class _MoELoRA(torch.autograd.Function):
@@ -142,8 +141,13 @@ class _MoELoRA(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # torch's once_differentiable would let a gradient without a graph pass if dy is a constant.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "MoE-LoRA has no second derivative (gate-scaled gradients are not the gradient of any function); call "
+                "backward without create_graph=True."
+            )
         x, p, gates, chosen, lora_A, lora_B = ctx.saved_tensors
         needs_base, needs_x, needs_gates, _, needs_A, needs_B = ctx.needs_input_grad[:6]
         settings, s, dtype = ctx.settings, ctx.scaling, p.dtype
@@ -155,7 +159,7 @@ class _MoELoRA(torch.autograd.Function):
                 q = dy @ _flatten_b(lora_B, dtype).t()
             if needs_gates:
                 # Summed in float32: it is the router's whole signal, and a difference of nearly equal terms.
-                dgates = (q * p.to(gates.dtype)).view(-1, E, R).sum(-1) * s
+                dgates = (q * p.to(gates.dtype)).view(*gates.shape, R).sum(-1) * s
             if needs_x:
                 factor = h if settings.scale_input_grad else gates * s
                 dx = (_scale_experts(q, factor) @ _flatten_a(lora_A, dtype).t()).to(ctx.x_dtype)
