@@ -1,0 +1,1 @@
+"""Fine-tuning scripts around `ds_moelora`. Nothing in the package imports this folder."""

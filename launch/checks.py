@@ -1,0 +1,193 @@
+"""What can be checked from files and settings alone, before a rank waits for another or a model is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+from transformers.trainer_utils import get_last_checkpoint
+
+from ds_moelora.core.pairs import GATE_SCALINGS
+from launch.arguments import Arguments
+from launch.errors import UserError
+
+# The keys that transformers fills in; "auto" anywhere else would reach the optimizer as a string.
+AUTO_KEYS = ("lr", "betas", "eps", "weight_decay")
+OURS = ("GateRiemannianAdamW", "GateRiemannianSGD")
+
+
+def read_deepspeed_config(path: str) -> dict[str, Any]:
+    """The DeepSpeed config as a dict.
+
+    Raises:
+        UserError: no such file, not JSON (with line and column), or not an object.
+    """
+    file = Path(path)
+    if not file.is_file():
+        near = sorted(str(p) for p in file.parent.glob("*.json")) if file.parent.is_dir() else []
+        found = f" That folder has: {', '.join(near)}." if near else ""
+        raise UserError(f"--deepspeed {path}: there is no such file (working directory: {Path.cwd()}).{found}")
+    try:
+        config = json.loads(file.read_text())
+    except UnicodeDecodeError as error:
+        raise UserError(f"--deepspeed {path} is not text: {error}.") from error
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"--deepspeed {path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}."
+        ) from error
+    if not isinstance(config, dict):
+        raise UserError(f"--deepspeed {path} holds a JSON {type(config).__name__}; a config is an object {{...}}.")
+    return config
+
+
+def check_optimizer(arguments: Arguments) -> str:
+    """Makes sure that the optimizer that will run is one that was asked for.
+
+    Returns:
+        The optimizer's name: the `type` in the DeepSpeed config, or `--optim`.
+
+    Raises:
+        UserError: no DeepSpeed optimizer block and no `--optim` (transformers would quietly run its AdamW), both of
+            them (DeepSpeed's would quietly win), an unknown type, or parameters the optimizer does not take.
+    """
+    path, optim = arguments.training.deepspeed, arguments.training.optim
+    if path is None:
+        if optim is None:
+            raise UserError(
+                "no --deepspeed config was given, so transformers would train with its own AdamW. Pass --deepspeed "
+                "configs/zero2.json for GateRiemannianAdamW, or choose an optimizer yourself with --optim."
+            )
+        return optim
+    config = read_deepspeed_config(path)
+    block = config.get("optimizer")
+    if block is None:
+        if optim is None:
+            raise UserError(
+                f'{path} has no "optimizer" block, so transformers would train with its own AdamW. Add '
+                '"optimizer": {"type": "GateRiemannianAdamW", "params": {"lr": "auto"}}, or pass --optim to accept '
+                "another one."
+            )
+        return optim
+    if optim is not None:
+        raise UserError(f'--optim {optim} has no effect: {path} has an "optimizer" block. Remove one of the two.')
+    if not isinstance(block, dict) or not isinstance(block.get("type"), str):
+        raise UserError(f'{path}: "optimizer" must be an object with a "type", such as "GateRiemannianAdamW".')
+    _check_optimizer_block(path, block)
+    return block["type"]
+
+
+def _check_optimizer_block(path: str, block: dict[str, Any]) -> None:
+    name, params = block["type"], block.get("params", {})
+    optimizer_class = getattr(torch.optim, name, None)
+    if name.lower() not in DEEPSPEED_OPTIMIZERS and not _is_optimizer(optimizer_class):
+        torch_names = [n for n in dir(torch.optim) if _is_optimizer(getattr(torch.optim, n)) and n != "Optimizer"]
+        names = {n.lower(): n for n in [*DEEPSPEED_OPTIMIZERS, *torch_names, *OURS]}
+        near = [names[n] for n in difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)]
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"{', '.join(OURS)} come with ds_moelora."
+        raise UserError(f'{path}: there is no optimizer "{name}". {hint}')
+    if not isinstance(params, dict):
+        raise UserError(f'{path}: "optimizer.params" must be an object.')
+    for key, value in params.items():
+        if value == "auto" and key not in AUTO_KEYS:
+            raise UserError(
+                f'{path}: optimizer.params.{key} is "auto", which transformers fills in for {", ".join(AUTO_KEYS)} '
+                "only. Write a value, or remove the key for the optimizer's default."
+            )
+    if name in OURS:
+        _check_our_params(path, name, params, optimizer_class)
+
+
+def _check_our_params(path: str, name: str, params: dict[str, Any], optimizer_class: Callable[..., Any]) -> None:
+    accepted = [p for p in inspect.signature(optimizer_class).parameters if p not in ("self", "params")]
+    for key in params:
+        if key not in accepted:
+            raise UserError(f"{path}: {name} has no parameter {key!r}; it takes: {', '.join(accepted)}.")
+    gate_scaling = params.get("gate_scaling", "sqrt")
+    if gate_scaling not in GATE_SCALINGS:
+        raise UserError(f"{path}: gate_scaling {gate_scaling!r} is unknown; choose one of: {', '.join(GATE_SCALINGS)}.")
+    for key in ("damping", "gate_lr_scale"):
+        value = params.get(key, 1.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            raise UserError(f"{path}: {key} is {value!r}; it must be a finite number that is not negative.")
+
+
+def _is_optimizer(candidate: object) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, torch.optim.Optimizer)
+
+
+def check_output_dir(arguments: Arguments) -> None:
+    """Settles where results go and which checkpoint to go on from; writes nothing.
+
+    `resume_from_checkpoint` is replaced by the path of a checkpoint, or None.
+
+    Raises:
+        UserError: a non-empty folder without resume or overwrite, or a checkpoint that is not there.
+    """
+    training = arguments.training
+    output_dir = Path(training.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} is a file; name a folder.")
+    training.resume_from_checkpoint = _find_checkpoint(training.resume_from_checkpoint, output_dir)
+    if training.resume_from_checkpoint is not None:
+        if arguments.run.overwrite_output_dir:
+            raise UserError("--overwrite_output_dir and --resume_from_checkpoint contradict each other; keep one.")
+        return
+    if not arguments.run.overwrite_output_dir and output_dir.is_dir() and any(output_dir.iterdir()):
+        raise UserError(
+            f"--output_dir {output_dir} is not empty. Choose another folder, go on from its newest checkpoint with "
+            "--resume_from_checkpoint true, or write over it with --overwrite_output_dir."
+        )
+
+
+def _find_checkpoint(wish: str | None, output_dir: Path) -> str | None:
+    """The checkpoint folder that `--resume_from_checkpoint` means."""
+    if wish is None or str(wish).lower() in ("false", "no", "none"):
+        return None
+    if str(wish).lower() in ("true", "yes", "last"):
+        newest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+        if newest is None:
+            raise UserError(f"--resume_from_checkpoint {wish}: {output_dir} has no checkpoint-* folder.")
+        return newest
+    if not (Path(wish) / "trainer_state.json").is_file():
+        here = sorted(str(p) for p in output_dir.glob("checkpoint-*")) if output_dir.is_dir() else []
+        found = f" {output_dir} has: {', '.join(here)}." if here else f" {output_dir} has none either."
+        raise UserError(f"--resume_from_checkpoint {wish}: there is no checkpoint (no trainer_state.json).{found}")
+    return str(wish)
+
+
+def check_numbers(arguments: Arguments) -> None:
+    """Bounds of the run's own numbers.
+
+    Raises:
+        UserError: a value outside its bounds, or two settings that exclude each other.
+    """
+    run = arguments.run
+    for name in ("max_train_samples", "max_eval_samples"):
+        value = getattr(run, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} must be at least 1.")
+    if not 0.0 <= run.eval_fraction < 1.0:
+        raise UserError(f"--eval_fraction {run.eval_fraction} must be at least 0 and below 1.")
+    if run.eval_fraction and run.eval_dataset_name:
+        raise UserError("--eval_fraction and --eval_dataset_name both name an evaluation set; keep one.")
+    has_eval = bool(run.eval_fraction or run.eval_dataset_name or arguments.demo)
+    if (
+        str(getattr(arguments.training.eval_strategy, "value", arguments.training.eval_strategy)) != "no"
+        and not has_eval
+    ):
+        raise UserError("--eval_strategy needs an evaluation set: --eval_dataset_name, or --eval_fraction.")
+
+
+def preflight(arguments: Arguments) -> str:
+    """All checks of this module; returns the optimizer's name."""
+    check_numbers(arguments)
+    name = check_optimizer(arguments)
+    check_output_dir(arguments)
+    return name

@@ -1,0 +1,78 @@
+"""One clear error per rank, an exit code, and no hang.
+
+Every rank reaches its verdict alone: the checks of this folder read files and settings, and exchange nothing. A rank
+that fails ends its process with a non-zero code, and the launcher (deepspeed, torchrun, mpirun) then ends the others.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+# A launcher kills the other ranks as soon as it sees one end. Ranks start within about a second of each other, so that
+# a moment's wait lets each of them print its own verdict.
+GRACE_SECONDS = 2.0
+
+
+class UserError(ValueError):
+    """Something that the person who started the run can put right; shown without a traceback."""
+
+
+class UsageError(UserError):
+    """A wrong flag, or a wrong combination of flags."""
+
+
+def process_rank() -> tuple[int, int]:
+    """(rank, world size) of this process as its launcher told it through the environment; (0, 1) without a launcher."""
+    for rank, world in (
+        ("RANK", "WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("PMI_RANK", "PMI_SIZE"),
+    ):
+        if rank in os.environ and world in os.environ:
+            return int(os.environ[rank]), int(os.environ[world])
+    return 0, 1
+
+
+def local_rank() -> int:
+    """This process's number on its own machine; 0 without a launcher."""
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
+
+
+def describe(error: BaseException, debug: bool) -> str:
+    """The text shown for an error: one message if it is the user's to mend, else the traceback too."""
+    prefix = f"[rank {process_rank()[0]}] "
+    if isinstance(error, UserError):
+        message = f"{prefix}error: {error}"
+        return f"{traceback.format_exc()}{message}" if debug else message
+    # Not foreseen: whoever looks into it needs the traceback, and may not be able to repeat a long run to get it.
+    return f"{prefix}{traceback.format_exc()}{prefix}error: {type(error).__name__}: {error}"
+
+
+def run_guarded(main: Callable[[], None], debug: bool) -> None:
+    """Calls `main`; an exception becomes a message on stderr and the end of this process."""
+    try:
+        main()
+    except Exception as error:  # the one place where every failure of a rank ends up
+        print(describe(error, debug), file=sys.stderr, flush=True)
+        _end(EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR)
+
+
+def _end(code: int) -> None:
+    """Ends this process with `code`, without waiting for its peers."""
+    if process_rank()[1] == 1:
+        sys.exit(code)
+    time.sleep(GRACE_SECONDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: the process group's destructor, loader threads and atexit handlers may wait for ranks that in turn
+    # wait for this one in a collective, and the launcher acts only once this process is gone.
+    os._exit(code)

@@ -1,0 +1,135 @@
+"""Tokenizer, model and adapter: first looked over without weights, then loaded."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from peft import PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+import ds_moelora
+from launch.arguments import AdapterArguments, Arguments
+from launch.errors import UserError
+
+AUTO_CLASSES = {"causal-lm": AutoModelForCausalLM, "sequence-classification": AutoModelForSequenceClassification}
+TASK_TYPES = {"causal-lm": TaskType.CAUSAL_LM, "sequence-classification": TaskType.SEQ_CLS}
+SHOWN_NAMES = 12
+
+
+def load_tokenizer(arguments: Arguments) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token.
+
+    Raises:
+        UserError: no tokenizer there, or none that ends and pads sequences.
+    """
+    run = arguments.run
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            run.model_name_or_path, revision=run.revision, trust_remote_code=arguments.training.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_name_or_path {run.model_name_or_path}: no tokenizer: {error}") from error
+    if run.task == "causal-lm" and tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer of {run.model_name_or_path} has no end-of-sequence token; set eos_token in it.")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"the tokenizer of {run.model_name_or_path} has no padding token; set pad_token in it.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def adapter_config(adapter: AdapterArguments, task: str) -> Any:
+    """The `MoELoRAConfig` that the flags describe.
+
+    Raises:
+        UserError: a value outside its bounds.
+    """
+    # A single plain name means "modules called so"; a string would be a regular expression for the full path.
+    targets: Any = adapter.target_modules
+    if len(targets) == 1 and (targets[0] == "all-linear" or not re.fullmatch(r"[\w.]+", targets[0])):
+        targets = targets[0]
+    try:
+        return ds_moelora.MoELoRAConfig(
+            task_type=TASK_TYPES[task],
+            r=adapter.r,
+            num_experts=adapter.num_experts,
+            top_k=adapter.top_k,
+            lora_alpha=adapter.lora_alpha,
+            lora_dropout=adapter.lora_dropout,
+            target_modules=targets,
+            scaling=adapter.scaling,
+            init_lora_weights={"true": True, "false": False}.get(
+                adapter.init_lora_weights.lower(), adapter.init_lora_weights
+            ),
+            router_aux_loss_coef=adapter.router_aux_loss_coef,
+            ep_size=adapter.ep_size,
+            modules_to_save=adapter.modules_to_save or None,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"adapter: {error}") from error
+
+
+def check_model(arguments: Arguments, config: Any, model_options: dict[str, Any]) -> None:
+    """Builds the model without weights and puts the adapter on it, so that a wrong target shows within a second.
+
+    Raises:
+        UserError: the model's config cannot be read, or the adapter does not fit the model.
+    """
+    skeleton = _build_on_meta(arguments, model_options)
+    names = linear_names(skeleton)
+    try:
+        get_peft_model(skeleton, config)
+    except (ValueError, NotImplementedError) as error:
+        shown = ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
+        raise UserError(
+            f"--target_modules {' '.join(arguments.adapter.target_modules)}: {error} "
+            f"Linear layers of this model are called: {shown}."
+        ) from error
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Last parts of the names of all linear layers, each once, in the model's order."""
+    found = [name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    return list(dict.fromkeys(found))
+
+
+def _build_on_meta(arguments: Arguments, model_options: dict[str, Any]) -> PreTrainedModel:
+    run, trust = arguments.run, arguments.training.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(
+            run.model_name_or_path, revision=run.revision, trust_remote_code=trust, **model_options
+        )
+        with torch.device("meta"):
+            return AUTO_CLASSES[run.task].from_config(config, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_name_or_path {run.model_name_or_path}: {error}") from error
+
+
+def load_model(
+    arguments: Arguments, config: Any, model_options: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> PeftModel:
+    """The model with its weights and a fresh adapter. Call it after `training.start()`: ZeRO-3 shards while loading."""
+    run, training = arguments.run, arguments.training
+    # In fp32 unless mixed precision was asked for: a checkpoint's own bf16 would train the adapter in bf16 unasked.
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    model = AUTO_CLASSES[run.task].from_pretrained(
+        run.model_name_or_path,
+        revision=run.revision,
+        trust_remote_code=training.trust_remote_code,
+        dtype=dtype,
+        **model_options,
+    )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return get_peft_model(model, config)

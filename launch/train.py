@@ -1,0 +1,143 @@
+"""Fine-tunes a model with a mixture of LoRA experts under DeepSpeed.
+
+    deepspeed launch/train.py --deepspeed configs/zero2.json                    # the embedded demo
+    deepspeed launch/train.py --deepspeed configs/zero2.json --config recipe.yaml
+    torchrun --nproc_per_node 2 launch/train.py ...        python launch/train.py ...
+
+docs/launcher.md has all flags, data formats and recipes. The order below matters: everything that can be wrong is
+checked before torch.distributed opens, and every rank finds it out alone (see `launch.errors`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    # Started as a script: Python put this folder first on the path; the repository's root is what is needed.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import deepspeed
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import set_seed
+
+import ds_moelora  # noqa: F401  (registers the optimizers and the tuner)
+from launch import checks, demo, formats, modeling, report, trainers
+from launch.arguments import Arguments, parse_arguments
+from launch.data import load_splits
+from launch.errors import UserError, process_rank, run_guarded
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the launcher in this process.
+
+    Args:
+        argv: arguments without the program's name; None: those of the command line.
+
+    Returns:
+        The closing summary.
+
+    Raises:
+        UserError: something that the caller can put right; raised before a model is loaded where that is possible.
+    """
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv, demo.DEFAULTS)
+    optimizer = checks.preflight(arguments)
+    config = modeling.adapter_config(arguments.adapter, arguments.run.task)
+    if arguments.demo:
+        arguments.run.model_name_or_path = str(demo.base_model())
+    tokenizer = modeling.load_tokenizer(arguments)
+    train, evaluation, model_options = load_data(arguments, tokenizer)
+    modeling.check_model(arguments, config, model_options)
+
+    start(arguments)
+    set_seed(arguments.training.seed)
+    model = modeling.load_model(arguments, config, model_options, tokenizer)
+    callbacks: list[TrainerCallback] = [trainers.OptimizerGuard(optimizer)]
+    if arguments.demo:
+        callbacks.append(demo.ExactMatch(tokenizer))
+    trainer = trainers.build_trainer(arguments, model, tokenizer, train, evaluation, callbacks)
+    return run(trainer, arguments, optimizer, callbacks)
+
+
+def load_data(
+    arguments: Arguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset | None, dict[str, Any]]:
+    """Training rows, evaluation rows, and what the model's config must know about them (the classes)."""
+    run = arguments.run
+    if arguments.demo:
+        return demo.dataset(arguments.training.seed), None, {}
+    train, evaluation = load_splits(run, arguments.training.seed)
+    flags = f"--dataset_name {run.dataset_name}", f"--eval_dataset_name {run.eval_dataset_name or run.dataset_name}"
+    if run.task == "causal-lm":
+        # --chat_template_path gives the tokenizer its template later, in the trainer.
+        chat = bool(tokenizer.chat_template or arguments.training.chat_template_path)
+        train = formats.causal_rows(train, run, flags[0], chat)
+        return train, evaluation and formats.causal_rows(evaluation, run, flags[1], chat), {}
+    train = formats.classification_texts(train, run, flags[0])
+    names = formats.label_names(train, flags[0])
+    train = formats.number_labels(train, names, flags[0])
+    if evaluation is not None:
+        evaluation = formats.number_labels(formats.classification_texts(evaluation, run, flags[1]), names, flags[1])
+    ids = dict(enumerate(names))
+    return train, evaluation, {"num_labels": len(names), "id2label": ids, "label2id": {n: i for i, n in ids.items()}}
+
+
+def start(arguments: Arguments) -> None:
+    """Opens torch.distributed and completes the training arguments."""
+    if process_rank()[1] > 1:
+        # Before transformers does: it reads the launcher's environment alone, while DeepSpeed also asks MPI.
+        deepspeed.init_distributed()
+    try:
+        arguments.training.start()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    ds_config = getattr(arguments.training, "hf_deepspeed_config", None)
+    if ds_config is not None and ds_config.mismatches:
+        raise UserError(
+            f"{arguments.training.deepspeed} and the flags disagree: {'; '.join(ds_config.mismatches)}. "
+            'Write "auto" into the DeepSpeed config, or change the flag.'
+        )
+    output_dir = Path(arguments.training.output_dir)
+    if arguments.run.overwrite_output_dir and arguments.training.process_index == 0 and output_dir.is_dir():
+        # A later --resume_from_checkpoint true would take the old run's checkpoints for this one's.
+        for path in output_dir.iterdir():
+            if re.fullmatch(r"checkpoint-\d+", path.name):
+                shutil.rmtree(path)
+
+
+def run(trainer: Trainer, arguments: Arguments, optimizer: str, callbacks: list[TrainerCallback]) -> dict[str, Any]:
+    """Trains, evaluates, saves and reports."""
+    training = arguments.training
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    eval_metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    # Gathers what ZeRO-3 has sharded; PEFT then writes the adapter alone.
+    trainer.save_model(training.output_dir)
+    extra = {}
+    for callback in callbacks:
+        if isinstance(callback, demo.ExactMatch):
+            extra = callback.results()
+    if (
+        trainer.eval_dataset is not None
+        and "labels" in trainer.eval_dataset.column_names
+        and (arguments.run.task == "sequence-classification")
+    ):
+        labels = trainer.eval_dataset["labels"]
+        eval_metrics["eval_majority_class_accuracy"] = max(map(labels[:].count, set(labels))) / len(labels)
+    summary = report.summarize(trainer, optimizer, eval_metrics, extra)
+    if trainer.is_world_process_zero():
+        path = report.write_summary(summary, training.output_dir)
+        for callback in callbacks:
+            if isinstance(callback, demo.ExactMatch):
+                callback.print_table()
+        report.print_summary(summary, path)
+    return summary
+
+
+if __name__ == "__main__":
+    run_guarded(main, debug="--show_traceback" in sys.argv or bool(os.environ.get("DS_MOELORA_TRACEBACK")))

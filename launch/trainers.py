@@ -1,0 +1,127 @@
+"""The trainers: TRL's SFTTrainer and transformers' Trainer, with what a mixture needs on top."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import SFTTrainer
+
+from launch.arguments import Arguments
+from launch.errors import UserError
+
+
+class MixtureSFTTrainer(SFTTrainer):
+    """SFTTrainer that trains on the model's own `loss`.
+
+    TRL 1.16 computes the loss from the log-probabilities that its fused head returns, and so leaves out what a tuner
+    adds to the model's `loss`: the load-balancing term of the routers. The fused head returns a `loss` too, in which
+    that term is; this class takes it.
+    """
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        inputs = {**inputs, "use_cache": False, "fused_lm_head": True}
+        loss, outputs = Trainer.compute_loss(
+            self, model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if not model.training:
+            counts = torch.stack([outputs.is_top1.sum(), outputs.label_mask.sum()]).unsqueeze(0)
+            right, total = self.accelerator.gather_for_metrics(counts).sum(0).tolist()
+            self._metrics["eval"]["mean_token_accuracy"].append(right / max(total, 1))
+        return (loss, outputs) if return_outputs else loss
+
+
+class OptimizerGuard(TrainerCallback):
+    """Stops the run if the engine trains with another optimizer than the one that was asked for.
+
+    Args:
+        wanted: the `type` in the DeepSpeed config.
+    """
+
+    def __init__(self, wanted: str) -> None:
+        self.wanted = wanted
+        self.trainer: Trainer | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        engine = self.trainer.deepspeed if self.trainer is not None else None
+        if engine is None or getattr(torch.optim, self.wanted, None) is None:
+            return  # DeepSpeed's own names (adamw, lamb) stand for whichever of its implementations fits the device
+        running = type(engine.basic_optimizer).__name__
+        if running != self.wanted:
+            raise UserError(
+                f"the DeepSpeed config asks for {self.wanted}, but the engine runs {running}. With offload_optimizer, "
+                'add "zero_force_ds_cpu_optimizer": false to the DeepSpeed config.'
+            )
+
+
+def tokenize_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """`text` as token ids, cut at `max_length`."""
+    return rows.map(
+        lambda batch: tokenizer(batch["text"], truncation=True, max_length=max_length),
+        batched=True,
+        remove_columns=["text"],
+        desc="Tokenizing",
+    )
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of rows whose most probable class is the label."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == prediction.label_ids))}
+
+
+def build_trainer(
+    arguments: Arguments,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    evaluation: Dataset | None,
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    """The trainer of the task.
+
+    Raises:
+        UserError: no training row has an answer within `max_length`.
+    """
+    training = arguments.training
+    common = {"model": model, "args": training, "processing_class": tokenizer, "callbacks": callbacks}
+    if arguments.run.task == "causal-lm":
+        training.completion_only_loss = True
+        trainer: Trainer = MixtureSFTTrainer(train_dataset=train, eval_dataset=evaluation, **common)
+        if len(trainer.train_dataset) == 0:
+            raise UserError(
+                f"no training row has an answer within --max_length {training.max_length} tokens; raise it."
+            )
+    else:
+        trainer = Trainer(
+            train_dataset=tokenize_texts(train, tokenizer, training.max_length),
+            eval_dataset=None if evaluation is None else tokenize_texts(evaluation, tokenizer, training.max_length),
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=accuracy,
+            **common,
+        )
+    for callback in callbacks:
+        if isinstance(callback, OptimizerGuard):
+            callback.trainer = trainer
+    return trainer
