@@ -39,6 +39,23 @@ def without_absent(target_modules: Any, model: nn.Module) -> Any:
     return {entry for entry in target_modules if _matches(entry, names)} or target_modules
 
 
+def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
+    """Refuses an adapter name that is also a part of a parameter's name.
+
+    PEFT tells adapters apart by looking for ".name." anywhere in a key: saving one adapter beside another that is
+    called "router" would leave all routers out of its file.
+
+    Raises:
+        ValueError: naming the part.
+    """
+    parts = {part for name in _candidates(model) for part in name.split(".") if ".modules_to_save" not in name}
+    if adapter_name in parts | {"router", "lora_A", "lora_B", "weight", "bias", "base_layer", "moelora_experts"}:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is also the name of a module or parameter, by which PEFT would confuse "
+            "adapters when it saves them; choose another name."
+        )
+
+
 def check_targets(config: MoELoRAConfig, model: nn.Module, matches: Callable[[Any, str], Any]) -> None:
     """Refuses target modules that are not there or cannot be adapted, before the first module is replaced.
 
@@ -59,7 +76,7 @@ def check_targets(config: MoELoRAConfig, model: nn.Module, matches: Callable[[An
         absent = sorted(entry for entry in targets if not _matches(entry, modules))
         if absent:
             endings = sorted({name.rpartition(".")[2] for name, m in modules.items() if _can_adapt(m)} - {""})
-            near = {n for entry in absent for n in difflib.get_close_matches(entry.rpartition(".")[2], endings)}
+            near = {n for entry in absent for n in difflib.get_close_matches(entry.rpartition(".")[2], endings, n=1)}
             raise ValueError(
                 f"target_modules: {absent} not found in the base model. "
                 + (f"Did you mean {sorted(near)}? " if near else "")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from .balance import auxiliary_loss, batch_layout, start_collecting, stop_collecting
-from .checks import check_complete, check_not_partitioned, check_targets, without_absent
+from .checks import check_adapter_name, check_complete, check_not_partitioned, check_targets, without_absent
 from .config import MoELoRAConfig
 from .layer import MoELoRALayer, refuse_merge
 
@@ -49,6 +49,10 @@ class MoELoRAModel(BaseTuner):
         ]
 
     # Injection
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_adapter_name(adapter_name, model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         from_mapping = peft_config.target_modules is None
