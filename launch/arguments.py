@@ -115,7 +115,7 @@ class CausalConfig(_Deferred, SFTConfig):
     optim: str | None = _flag(None, "Only without an optimizer block in the DeepSpeed config: a transformers name.")
     report_to: str = _flag("tensorboard", "Where metrics go: tensorboard, none, or another integration's name.")
     logging_first_step: bool = _flag(True, "Log the first step.")
-    include_num_input_tokens_seen: str | bool = _flag("non_padding", "Count tokens: no, all or non_padding.")
+    include_num_input_tokens_seen: str = _flag("non_padding", "Count tokens: no, all or non_padding.")
 
     def __post_init__(self) -> None:
         """Left to `start()`."""
@@ -129,7 +129,7 @@ class ClassificationConfig(_Deferred, TrainingArguments):
     optim: str | None = _flag(None, "Only without an optimizer block in the DeepSpeed config: a transformers name.")
     report_to: str = _flag("tensorboard", "Where metrics go: tensorboard, none, or another integration's name.")
     logging_first_step: bool = _flag(True, "Log the first step.")
-    include_num_input_tokens_seen: str | bool = _flag("non_padding", "Count tokens: no, all or non_padding.")
+    include_num_input_tokens_seen: str = _flag("non_padding", "Count tokens: no, all or non_padding.")
     logging_steps: float = _flag(10, "Log every so many steps.")
     bf16: bool | None = _flag(None, "bf16 training. Default: where an accelerator supports it.")
     max_length: int = _flag(256, "Longest input in tokens; longer texts are cut.")

@@ -6,6 +6,8 @@ import difflib
 import inspect
 import json
 import math
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from launch.errors import UserError
 
 # The keys that transformers fills in; "auto" anywhere else would reach the optimizer as a string.
 AUTO_KEYS = ("lr", "betas", "eps", "weight_decay")
+STALE_LOCK_MINUTES = 30
 OURS = ("GateRiemannianAdamW", "GateRiemannianSGD")
 
 
@@ -185,9 +188,46 @@ def check_numbers(arguments: Arguments) -> None:
         raise UserError("--eval_strategy needs an evaluation set: --eval_dataset_name, or --eval_fraction.")
 
 
+def check_loss(arguments: Arguments) -> None:
+    """Refuses losses that are not the model's own, of which the routers' load-balancing loss is a part.
+
+    Raises:
+        UserError: label smoothing, or TRL's "dft" loss.
+    """
+    training = arguments.training
+    if training.label_smoothing_factor:
+        raise UserError(
+            f"--label_smoothing_factor {training.label_smoothing_factor} is not supported: it replaces the model's "
+            "loss, and the routers' load-balancing loss with it. Use 0."
+        )
+    if getattr(training, "loss_type", "nll") == "dft":
+        raise UserError("--loss_type dft is not supported: it leaves out the routers' load-balancing loss. Use nll.")
+
+
+def check_build_lock() -> None:
+    """Finds the lock of a killed build, at which torch's compiler of extensions would wait for ever.
+
+    Raises:
+        UserError: a lock older than any build takes.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    for lock in root.glob("**/lock"):
+        try:
+            minutes = (time.time() - lock.stat().st_mtime) / 60
+        except FileNotFoundError:
+            continue  # a build that is running right now has just finished
+        if minutes > STALE_LOCK_MINUTES:
+            raise UserError(
+                f"{lock} is {minutes:.0f} minutes old: a build of DeepSpeed's extensions was killed, and every later "
+                "one waits for it. Remove that file."
+            )
+
+
 def preflight(arguments: Arguments) -> str:
     """All checks of this module; returns the optimizer's name."""
+    check_build_lock()
     check_numbers(arguments)
+    check_loss(arguments)
     name = check_optimizer(arguments)
     check_output_dir(arguments)
     return name

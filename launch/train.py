@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def start(arguments: Arguments) -> None:
     """Opens torch.distributed and completes the training arguments."""
     if process_rank()[1] > 1:
         # Before transformers does: it reads the launcher's environment alone, while DeepSpeed also asks MPI.
-        deepspeed.init_distributed()
+        deepspeed.init_distributed(timeout=timedelta(seconds=arguments.training.ddp_timeout))
     try:
         arguments.training.start()
     except ValueError as error:

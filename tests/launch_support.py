@@ -1,0 +1,106 @@
+"""What the launcher's tests share: a tiny model on disk, data files, and runs of the real launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from launch.demo_base import byte_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny_model(folder: Path, chat_template: str | None = None) -> Path:
+    """A two-layer Llama over bytes with random weights, and its tokenizer, as a hub model looks on disk."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = chat_template
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def alpaca_rows(count: int) -> list[dict[str, Any]]:
+    return [{"instruction": f"say {i}", "input": "", "output": f"it is {i}"} for i in range(count)]
+
+
+def question_rows(count: int) -> list[dict[str, Any]]:
+    return [{"question": f"is {i} even?", "label": "yes" if i % 2 == 0 else "no"} for i in range(count)]
+
+
+@dataclass
+class Finished:
+    """A run of the launcher that has ended."""
+
+    code: int
+    output: str
+    seconds: float
+
+
+def launch(arguments: list[str], ranks: int = 2, script: Path | None = None, timeout: float = 240.0) -> Finished:
+    """`deepspeed --num_gpus <ranks> launch/train.py <arguments>` in the repository's root, on a free port.
+
+    Raises:
+        AssertionError: still running after `timeout` seconds (all its processes are killed).
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    bin_folder = Path(sys.executable).parent
+    command = [str(bin_folder / "deepspeed"), "--master_port", str(port), "--num_gpus", str(ranks)]
+    command += [str(script or ROOT / "launch" / "train.py"), *arguments]
+    environment = {
+        **os.environ,
+        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        output, _ = process.communicate()
+        raise AssertionError(f"still running after {timeout} s:\n{output[-4000:]}") from None
+    return Finished(process.returncode, output, time.monotonic() - started)
