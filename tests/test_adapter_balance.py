@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -88,8 +90,6 @@ def test_dict_and_scalar_outputs_of_other_models():
         def forward(self, x):
             return self.wrap(self.lin(x).mean())
 
-    from peft import get_peft_model
-
     losses = []
     for coef in (0.0, COEF):
         for wrap, unwrap in ((lambda v: {"loss": v}, lambda o: o["loss"]), (lambda v: v, lambda o: o)):
@@ -108,6 +108,17 @@ def test_an_exception_ends_the_collection():
     assert active_collector() is None
     expected = adapted(router_aux_loss_coef=COEF).train()(**inputs).loss
     assert torch.equal(model(**inputs).loss, expected)
+
+
+def test_a_deep_copy_has_a_loss_of_its_own_and_unloads_alone():
+    model = adapted(router_aux_loss_coef=COEF)
+    twin, inputs = copy.deepcopy(model), batch()
+    loss, _ = train_step(twin, inputs)
+    assert model.base_model.last_aux_loss is None
+    assert twin.base_model.last_aux_loss is not None
+    unloaded = twin.unload()
+    assert not unloaded._forward_hooks
+    assert torch.equal(train_step(model, inputs)[0], loss)
 
 
 @pytest.mark.parametrize("builder", [llama, gpt2, bert])
