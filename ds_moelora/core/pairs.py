@@ -64,7 +64,9 @@ def tag_parameter(param: nn.Parameter, pair: LoraPair, role: Role) -> None:
     param.lora_role = role  # type: ignore[attr-defined]
 
 
-def tag_pair(pair: LoraPair, lora_A: nn.Parameter, lora_B: nn.Parameter, router: nn.Parameter | None = None) -> LoraPair:
+def tag_pair(
+    pair: LoraPair, lora_A: nn.Parameter, lora_B: nn.Parameter, router: nn.Parameter | None = None
+) -> LoraPair:
     """Marks the two factors of a pair, and the router's weight if there is one.
 
     Raises:
@@ -82,3 +84,10 @@ def tag_pair(pair: LoraPair, lora_A: nn.Parameter, lora_B: nn.Parameter, router:
     if router is not None:
         tag_parameter(router, pair, "router")
     return pair
+
+
+def tag_of(param: nn.Parameter) -> tuple[LoraPair, Role] | None:
+    """The pair that a parameter belongs to, and its role there; None for any other parameter."""
+    if not hasattr(param, "lora_pair"):
+        return None
+    return param.lora_pair, param.lora_role  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from torch import Tensor
 # Below this multiple of the trace, a Gram matrix of fp32 sums is singular for all that fp32 can tell. The same bound
 # holds in float64, so that all precisions compute the same function.
 RELATIVE_DAMPING = torch.finfo(torch.float32).eps
+SECOND_ATTEMPT = 64
 
 
 def algebra_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -40,7 +41,7 @@ def gram(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def effective_damping(grams: Tensor, damping: Tensor | float) -> Tensor:
-    """`max(damping, eps_fp32 * trace)`: the least damping with which an fp32 Cholesky factorisation cannot fail.
+    """`max(damping, eps_fp32 * trace)`: what is below the second bound cannot be told from rounding in fp32.
 
     Args:
         grams: (..., r, r).
@@ -55,25 +56,44 @@ def effective_damping(grams: Tensor, damping: Tensor | float) -> Tensor:
     return torch.maximum(floor, torch.as_tensor(damping, dtype=grams.dtype, device=grams.device))
 
 
-def damped_inverse(grams: Tensor, damping: Tensor | float) -> Tensor:
-    """`(G + d I)^-1` with `d = effective_damping(G, damping)`, by batched Cholesky; no branch and no host sync.
+def _cholesky(grams: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower factors of `G + d I`, and which of them can be used: (N, r, r), (N,) -> (N, r, r), (N,).
 
-    A Gram matrix with a NaN or an infinity gives an inverse of NaNs: the update is then visibly broken on every rank
-    that uses it, never silently the plain one.
+    In exact arithmetic every squared pivot is at least d. One far below is rounding noise, and its inverse would make a
+    step as much too long without any sign of failure.
+    """
+    identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
+    factors, failed = torch.linalg.cholesky_ex(grams + d[:, None, None] * identity)
+    pivots = factors.diagonal(dim1=-2, dim2=-1).square()
+    return factors, (failed == 0) & (pivots.amin(-1) >= 0.5 * d)
+
+
+def damped_inverse(grams: Tensor, damping: Tensor | float) -> Tensor:
+    """`(G + d I)^-1` with `d = effective_damping(G, damping)`, by batched Cholesky.
+
+    No branch, no host synchronisation, and no failure. A singular G, rounded to fp32, is indefinite by a few
+    eps * trace: where that spoils the factorisation, d is raised to 64 eps_fp32 * trace, and in the last resort G is
+    replaced by its upper bound `trace I`: a shorter step, never a wrong one. A G with a NaN or an infinity gives an
+    inverse of NaNs: the update is visibly broken wherever that expert is used, never silently plain, nor nought.
 
     Args:
         grams: (N, r, r), symmetric positive semi-definite, float32 or float64.
         damping: scalar, or (N,).
 
     Returns:
-        (N, r, r).
+        (N, r, r), symmetric positive definite.
     """
-    identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
-    damped = grams + effective_damping(grams, damping)[..., None, None] * identity
-    factor, _ = torch.linalg.cholesky_ex(damped)
-    # LAPACK leaves finite garbage behind a failed pivot, so what went in decides: x * 0 is NaN for inf and NaN.
-    poison = (damped * 0).sum((-2, -1), keepdim=True)
-    return torch.cholesky_inverse(factor) + poison
+    trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)
+    d = effective_damping(grams, damping)
+    first, first_usable = _cholesky(grams, d)
+    second, second_usable = _cholesky(grams, torch.maximum(d, SECOND_ATTEMPT * RELATIVE_DAMPING * trace))
+    # Not finite: x * 0 is NaN for inf and NaN alike. LAPACK leaves finite garbage there, so what went in decides.
+    poison = (grams * 0).sum((-2, -1), keepdim=True)
+    bound = (trace + d).nan_to_num(1.0).sqrt()
+    factors = torch.where(first_usable[:, None, None], first, second)
+    usable = (first_usable | second_usable)[:, None, None] & (poison == 0)
+    factors = torch.where(usable, factors, torch.diag_embed(bound[:, None].expand(-1, grams.shape[-1])))
+    return torch.cholesky_inverse(factors) + poison
 
 
 def precondition_(grad_rows: Tensor, inverses: Tensor) -> None:

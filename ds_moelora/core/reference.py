@@ -7,29 +7,19 @@ which damping is raised. Works in the dtype of the parameters, float64 included.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .pairs import LoraPair
+from .pairs import LoraPair, tag_of
 from .preconditioner import RELATIVE_DAMPING
 
 
-def riemannian_gradients(
-    A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, damping: float
-) -> tuple[Tensor, Tensor]:
-    """`(B^T B + d I)^-1 grad_A` and `grad_B (A A^T + d I)^-1` of one expert, `d = max(damping, eps_fp32 * trace)`.
-
-    Args:
-        A, grad_A: (r, in).
-        B, grad_B: (out, r).
-    """
-
-    def inverse(G: Tensor) -> Tensor:
-        d = max(damping, RELATIVE_DAMPING * G.trace().item())
-        return torch.linalg.inv(G + d * torch.eye(len(G), dtype=G.dtype, device=G.device))
-
-    return inverse(B.T @ B) @ grad_A, grad_B @ inverse(A @ A.T)
+def damped_inverse(G: Tensor, damping: float) -> Tensor:
+    """`(G + d I)^-1` with `d = max(damping, eps_fp32 * trace(G))`; G: (r, r)."""
+    d = max(damping, RELATIVE_DAMPING * G.trace().item())
+    return torch.linalg.inv(G + d * torch.eye(len(G), dtype=G.dtype, device=G.device))
 
 
 def _rank_last(tensor: Tensor, pair: LoraPair, role: str) -> Tensor:
@@ -39,92 +29,103 @@ def _rank_last(tensor: Tensor, pair: LoraPair, role: str) -> Tensor:
     return tensor.reshape(pair.num_experts, -1, pair.rank)
 
 
-def _preconditioned(params: list[nn.Parameter], damping: float) -> dict[nn.Parameter, Tensor]:
-    """The gradient of every parameter that has one, with those of tagged pairs preconditioned expert by expert."""
+def preconditioned_gradients(
+    params: Iterable[nn.Parameter], damping: dict[nn.Parameter, float]
+) -> dict[nn.Parameter, Tensor]:
+    """The gradient of every parameter that has one; in tagged pairs, for every expert i,
+
+        (B_i^T B_i + d I)^-1 grad_A_i        and        grad_B_i (A_i A_i^T + d I)^-1.
+
+    Args:
+        params: any order; A: r x in and B: out x r below are the factors of one expert.
+        damping: d of each parameter.
+    """
+    params = list(params)
     grads = {p: p.grad.clone(memory_format=torch.contiguous_format) for p in params if p.grad is not None}
-    halves: dict[int, dict[str, nn.Parameter]] = {}
+    factors: dict[LoraPair, dict[str, nn.Parameter]] = {}
     for p in params:
-        if getattr(p, "lora_role", None) in ("A", "B"):
-            halves.setdefault(id(p.lora_pair), {})[p.lora_role] = p
-    for factors in halves.values():
-        pair = factors["A"].lora_pair
-        A, B = (_rank_last(factors[role].detach(), pair, role) for role in "AB")
-        grad_A, grad_B = (
-            _rank_last(grads.get(factors[role], torch.zeros_like(factors[role])), pair, role) for role in "AB"
-        )
+        tag = tag_of(p)
+        if tag is not None and tag[1] != "router":
+            factors.setdefault(tag[0], {})[tag[1]] = p
+    for pair, roles in factors.items():
+        A, B = (_rank_last(roles[role].detach(), pair, role) for role in "AB")
         for i in range(pair.num_experts):
-            new_A, new_B = riemannian_gradients(A[i].T, B[i], grad_A[i].T, grad_B[i], damping)
-            grad_A[i] = new_A.T
-            grad_B[i] = new_B
+            if roles["A"] in grads:
+                grad_A = _rank_last(grads[roles["A"]], pair, "A")[i].T
+                grad_A.copy_(damped_inverse(B[i].T @ B[i], damping[roles["A"]]) @ grad_A)
+            if roles["B"] in grads:
+                grad_B = _rank_last(grads[roles["B"]], pair, "B")[i]
+                grad_B.copy_(grad_B @ damped_inverse(A[i].T @ A[i], damping[roles["B"]]))
     return grads
 
 
 class _Reference:
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, damping: float) -> None:
-        self.params = [p for p in params if p.requires_grad]
-        self.lr, self.weight_decay, self.damping = lr, weight_decay, damping
-        self.steps: dict[nn.Parameter, int] = {}
+    def __init__(self, groups: Iterable[Any], **options: Any) -> None:
+        groups = list(groups)
+        if groups and not isinstance(groups[0], dict):
+            groups = [{"params": groups}]
+        self.options: dict[nn.Parameter, dict[str, Any]] = {
+            p: {**options, **group} for group in groups for p in group["params"] if p.requires_grad
+        }
+        self.params = list(self.options)
+        self.state: dict[nn.Parameter, dict[str, Any]] = {p: {} for p in self.params}
 
-    def _update(self, p: nn.Parameter, grad: Tensor, lr: float, step: int) -> None:
+    def _update(self, p: nn.Parameter, grad: Tensor, state: dict[str, Any], options: dict[str, Any]) -> None:
         raise NotImplementedError
 
     @torch.no_grad()
-    def step(self, lr_scale: dict[nn.Parameter, float] | None = None) -> None:
+    def step(self) -> None:
         """One step from the parameters' `.grad`; parameters without one stay as they are."""
-        for p, grad in _preconditioned(self.params, self.damping).items():
-            self.steps[p] = self.steps.get(p, 0) + 1
-            self._update(p, grad, self.lr * (lr_scale or {}).get(p, 1.0), self.steps[p])
-
-    def zero_grad(self) -> None:
-        for p in self.params:
-            p.grad = None
+        damping = {p: options["damping"] for p, options in self.options.items()}
+        for p, grad in preconditioned_gradients(self.params, damping).items():
+            self._update(p, grad, self.state[p], self.options[p])
 
 
 class ReferenceAdamW(_Reference):
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2) on preconditioned gradients."""
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2) on preconditioned gradients.
+
+    Args:
+        groups: parameters, or groups with options of their own.
+    """
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        groups: Iterable[Any],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         damping: float = 1e-6,
     ) -> None:
-        super().__init__(params, lr, weight_decay, damping)
-        self.betas, self.eps = betas, eps
-        self.m = {p: torch.zeros_like(p) for p in self.params}
-        self.v = {p: torch.zeros_like(p) for p in self.params}
+        super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, damping=damping)
 
-    def _update(self, p: nn.Parameter, grad: Tensor, lr: float, step: int) -> None:
-        b1, b2 = self.betas
-        self.m[p] = b1 * self.m[p] + (1 - b1) * grad
-        self.v[p] = b2 * self.v[p] + (1 - b2) * grad**2
-        m_hat = self.m[p] / (1 - b1**step)
-        v_hat = self.v[p] / (1 - b2**step)
-        p.mul_(1 - lr * self.weight_decay)
-        p.sub_(lr * m_hat / (v_hat.sqrt() + self.eps))
+    def _update(self, p: nn.Parameter, grad: Tensor, state: dict[str, Any], options: dict[str, Any]) -> None:
+        lr, (b1, b2) = options["lr"], options["betas"]
+        t = state["step"] = state.get("step", 0) + 1
+        m = state["m"] = b1 * state.get("m", 0) + (1 - b1) * grad
+        v = state["v"] = b2 * state.get("v", 0) + (1 - b2) * grad**2
+        p.mul_(1 - lr * options["weight_decay"])
+        p.sub_(lr * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + options["eps"]))
 
 
 class ReferenceSGD(_Reference):
-    """SGD with torch's heavy-ball momentum and coupled weight decay on preconditioned gradients."""
+    """SGD with torch's heavy-ball momentum and coupled weight decay on preconditioned gradients.
+
+    Args:
+        groups: parameters, or groups with options of their own.
+    """
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        groups: Iterable[Any],
         lr: float,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         damping: float = 1e-6,
     ) -> None:
-        super().__init__(params, lr, weight_decay, damping)
-        self.momentum = momentum
-        self.buffers: dict[nn.Parameter, Tensor] = {}
+        super().__init__(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, damping=damping)
 
-    def _update(self, p: nn.Parameter, grad: Tensor, lr: float, step: int) -> None:
-        grad = grad + self.weight_decay * p
-        if self.momentum:
-            grad = grad + self.momentum * self.buffers[p] if p in self.buffers else grad
-            self.buffers[p] = grad
-        p.sub_(lr * grad)
+    def _update(self, p: nn.Parameter, grad: Tensor, state: dict[str, Any], options: dict[str, Any]) -> None:
+        grad = grad + options["weight_decay"] * p
+        velocity = state["velocity"] = options["momentum"] * state.get("velocity", 0) + grad
+        p.sub_(options["lr"] * velocity)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..core.pairs import LoraPair
+from ..core.pairs import LoraPair, tag_of
 from ..parallel.placement import Placement
-from ..parallel.sharded import Factor
+from ..parallel.plan import Factor
 
 REMEDY = (
     "Call ds_moelora.tag_lora_pairs(model) before the optimizer is built, and give the optimizer both lora_A and "
@@ -47,17 +47,16 @@ def collect_pairs(members: Mapping[int, Sequence[nn.Parameter]]) -> list[TaggedF
     Raises:
         ValueError: there is no pair, or one factor of a pair is missing, or frozen while the other is trained.
     """
-    found: dict[int, dict[str, tuple[nn.Parameter, int]]] = {}
+    found: dict[LoraPair, dict[str, tuple[nn.Parameter, int]]] = {}
     for index, params in members.items():
         for param in params:
-            if getattr(param, "lora_role", None) in ("A", "B"):
-                found.setdefault(id(param.lora_pair), {})[param.lora_role] = (param, index)
+            tag = tag_of(param)
+            if tag is not None and tag[1] != "router":
+                found.setdefault(tag[0], {})[tag[1]] = (param, index)
     if not found:
         raise ValueError(f"none of the optimizer's parameters belongs to a LoRA pair. {REMEDY}")
     factors: list[TaggedFactor] = []
-    for halves in found.values():
-        some, _ = next(iter(halves.values()))
-        pair: LoraPair = some.lora_pair
+    for pair, halves in found.items():
         if len(halves) < 2:
             (role,) = halves
             missing = "B" if role == "A" else "A"

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.pairs import GATE_SCALINGS
+from ..core.pairs import GATE_SCALINGS, tag_of
 from ..parallel.sharded import ShardedPreconditioner
 from ..parallel.zero import GROUP_KEY, Storage, find_storage
 from .pairs import TaggedFactor, collect_pairs
@@ -106,7 +106,7 @@ class _GateRiemannian(torch.optim.Optimizer):
         self._forget_pairs(options)
         tensors = [_tensor(p) for group in groups for p in group["params"]]
         fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in tensors) or None
-        super().__init__(groups, **torch_options, fused=fused)
+        super().__init__(groups, **torch_options, fused=fused)  # type: ignore[call-arg]
         self.defaults.update(options)
         self._collect()
 
@@ -126,11 +126,11 @@ class _GateRiemannian(torch.optim.Optimizer):
         _check_options(given)
         routers: list[Any] = []
         if "lr_scale" not in given and given["gate_lr_scale"] != 1.0:
-            routers = [p for p in given["params"] if getattr(_tensor(p), "lora_role", None) == "router"]
+            routers = [p for p in given["params"] if (tag_of(_tensor(p)) or (None, None))[1] == "router"]
         router_ids = {id(_tensor(p)) for p in routers}
         others = [p for p in given["params"] if id(_tensor(p)) not in router_ids]
         for members, lr_scale in ((others, 1.0), (routers, given["gate_lr_scale"])):
-            if members or not given["params"] and members is others:
+            if members or (not given["params"] and members is others):
                 group = {"lr_scale": lr_scale, **given, "params": members, GROUP_KEY: len(self._known_groups)}
                 super().add_param_group(group)
                 self._known_groups[group[GROUP_KEY]] = group

@@ -19,171 +19,15 @@ process, no ZeRO) there is no communication at all.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..core.preconditioner import algebra_dtype, damped_inverse, gram, precondition_
-from .placement import Placement, expert_blocks, split_slice
+from .plan import Block, Factor, Plan
 
 Flat = tuple[Tensor, Tensor | None]  # a unit's local flat weights and their gradient
-
-
-@dataclass(frozen=True, kw_only=True)
-class Factor:
-    """One lora_A or lora_B and its place. `partner` is the index of the other factor of the pair."""
-
-    name: str
-    num_experts: int
-    rank: int
-    rank_first: bool
-    partner: int
-    placement: Placement
-
-    @property
-    def rows_per_expert(self) -> int:
-        return self.placement.numel // (self.num_experts * self.rank)
-
-
-class Block(NamedTuple):
-    """`count` consecutive experts' worth of `rows` whole rows each, in the flat tensor of `source`."""
-
-    source: Hashable
-    offset: int
-    count: int
-    rows: int
-    rank: int
-    transposed: bool
-    index: int  # of the first expert's Gram matrix (to add to, or whose inverse to apply) among those of equal rank
-
-    def view(self, flat: Tensor) -> Tensor:
-        piece = flat[self.offset : self.offset + self.count * self.rows * self.rank]
-        if self.transposed:
-            return piece.view(self.rank, self.rows).T.unsqueeze(0)
-        return piece.view(self.count, self.rows, self.rank)
-
-
-class _Index(list[int]):
-    """Indices known on the host, and on the device from the first use on."""
-
-    tensor: Tensor | None = None
-
-    def on(self, device: torch.device) -> Tensor:
-        if self.tensor is None or self.tensor.device != device:
-            self.tensor = torch.tensor(self, dtype=torch.long, device=device)
-        return self.tensor
-
-
-@dataclass
-class _CutRows:
-    """All cut rows of equal rank in the exchange buffer: where they lie, and which Gram matrix each belongs to."""
-
-    rank: int
-    offset: int = 0
-    matrix: _Index = field(default_factory=_Index)
-
-    def view(self, buffer: Tensor) -> Tensor:
-        return buffer[self.offset : self.offset + len(self.matrix) * self.rank].view(-1, self.rank)
-
-
-@dataclass
-class _Copies:
-    """Elements to copy between a unit's local flat tensor and the exchange buffer."""
-
-    local: _Index = field(default_factory=_Index)
-    buffer: _Index = field(default_factory=_Index)
-
-
-class Plan:
-    """Who owns what in one call: built once from placements, then only executed.
-
-    Args:
-        factors: all factors of one process group.
-        due: indices of those whose Gram matrices this call computes.
-        active: indices of those whose gradients this call preconditions.
-    """
-
-    def __init__(self, factors: list[Factor], due: list[int], active: list[int]) -> None:
-        self.factors, self.due, self.active = factors, due, active
-        # Gram matrices whose inverse an earlier call of the same step computed: the other half was updated then.
-        self.carried = [i for i in dict.fromkeys(factors[a].partner for a in active) if i not in set(due)]
-        self.matrix_of: dict[int, int] = {}
-        self.num_matrices: dict[int, int] = {}
-        for i in due + self.carried:
-            rank = factors[i].rank
-            self.matrix_of[i] = self.num_matrices.get(rank, 0)
-            self.num_matrices[rank] = self.matrix_of[i] + factors[i].num_experts
-        self.gram_offset: dict[int, int] = {}
-        self.numel = 0
-        for rank in self.num_matrices:
-            self.gram_offset[rank] = self.numel
-            self.numel += self.num_due_matrices(rank) * rank * rank
-
-        self.assembled = [i for i in sorted({*due, *active}) if factors[i].rank_first and factors[i].placement.is_cut]
-        self.gram_blocks, self.late_gram_blocks = self._blocks(due, own=True)
-        early, late = self._blocks(active, own=False)
-        self.apply_blocks = early + late
-        self.weight_rows, self.weight_copies = self._cut_rows(due, own=True)
-        self.grad_rows, self.grad_copies = self._cut_rows(active, own=False)
-
-    def num_due_matrices(self, rank: int) -> int:
-        return sum(self.factors[i].num_experts for i in self.due if self.factors[i].rank == rank)
-
-    def matrix(self, i: int, own: bool) -> int:
-        """Index of the first Gram matrix of factor i (own), or of the one whose inverse preconditions it."""
-        return self.matrix_of[i if own else self.factors[i].partner]
-
-    def _blocks(self, indices: list[int], own: bool) -> tuple[list[Block], list[Block]]:
-        """Blocks of the whole rows that this rank owns, and those of assembled factors, which every rank owns."""
-        local, assembled = [], []
-        for i in indices:
-            f = self.factors[i]
-            p, matrix = f.placement, self.matrix(i, own)
-            if i in self.assembled:
-                assembled.append(Block(("assembled", i), 0, 1, f.rows_per_expert, f.rank, True, matrix))
-            elif f.rank_first:
-                if p.start < p.stop:
-                    local.append(Block(p.unit, p.local_offset, 1, f.rows_per_expert, f.rank, True, matrix))
-            else:
-                _, first_row, num_rows = split_slice(p.start, p.stop, f.rank)
-                base = p.local_offset + first_row * f.rank - p.start
-                for expert, count, row, rows in expert_blocks(first_row, num_rows, f.rows_per_expert):
-                    local.append(
-                        Block(p.unit, base + row * f.rank, count, rows, f.rank, False, matrix + expert)
-                    )
-        return local, assembled
-
-    def _cut_rows(self, indices: list[int], own: bool) -> tuple[list[_CutRows], dict[Hashable, _Copies]]:
-        """Slots in the exchange buffer for every cut row of the group, and this rank's pieces of them."""
-        by_rank: dict[int, _CutRows] = {}
-        slots: dict[tuple[int, int], int] = {}
-        for i in indices:
-            f = self.factors[i]
-            if f.rank_first:
-                continue
-            rows = by_rank.setdefault(f.rank, _CutRows(f.rank))
-            for row in f.placement.cut_rows(f.rank):
-                slots[i, row] = len(rows.matrix)
-                rows.matrix.append(self.matrix(i, own) + row // f.rows_per_expert)
-        for rows in by_rank.values():
-            rows.offset = self.numel
-            self.numel += len(rows.matrix) * rows.rank
-
-        copies: dict[Hashable, _Copies] = {}
-        for i in indices:
-            f = self.factors[i]
-            if f.rank_first:
-                continue
-            for piece in split_slice(f.placement.start, f.placement.stop, f.rank)[0]:
-                at = by_rank[f.rank].offset + slots[i, piece.row] * f.rank + piece.column
-                local = f.placement.local_offset + piece.offset
-                unit = copies.setdefault(f.placement.unit, _Copies())
-                unit.local.extend(range(local, local + piece.length))
-                unit.buffer.extend(range(at, at + piece.length))
-        return [rows for rows in by_rank.values() if rows.matrix], copies
 
 
 class ShardedPreconditioner:
@@ -250,9 +94,7 @@ class ShardedPreconditioner:
             for unit, c in copies.items():
                 source = flats[unit][which]
                 if source is not None:
-                    buffer.index_copy_(
-                        0, c.buffer.on(device), source[c.local.on(device)].to(dtype)
-                    )
+                    buffer.index_copy_(0, c.buffer.on(device), source[c.local.on(device)].to(dtype))
         buffer = self._all_reduce(buffer, group)
         grams = {r: self._due_grams(plan, buffer, r) for r in plan.num_matrices}
         self._add_grams(plan.late_gram_blocks, flats, grams)
@@ -272,7 +114,7 @@ class ShardedPreconditioner:
     def _add_grams(blocks: list[Block], flats: dict[Hashable, Flat], grams: dict[int, Tensor]) -> None:
         for b in blocks:
             target = grams[b.rank]
-            target[b.index : b.index + b.count] += gram(b.view(flats[b.source][0]), target.dtype)
+            target[b.matrix : b.matrix + b.experts] += gram(b.view(flats[b.source][0]), target.dtype)
 
     def _invert(self, plan: Plan, grams: dict[int, Tensor], damping: Callable[[int], float]) -> dict[int, Tensor]:
         """The inverse of every due Gram matrix, with those of the carried ones behind them; remembers the due ones."""
@@ -297,7 +139,7 @@ class ShardedPreconditioner:
         for b in plan.apply_blocks:
             grad = flats[b.source][1]
             if grad is not None:
-                precondition_(b.view(grad), inverses[b.rank][b.index : b.index + b.count])
+                precondition_(b.view(grad), inverses[b.rank][b.matrix : b.matrix + b.experts])
         for rows in plan.grad_rows:
             cut = rows.view(buffer)
             matrices = inverses[rows.rank][rows.matrix.on(buffer.device)]

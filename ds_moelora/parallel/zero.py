@@ -23,7 +23,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from .placement import Placement
 from .sharded import Flat
@@ -48,7 +47,7 @@ class Storage(Protocol):
         """The local flat weights of a unit and their gradient."""
 
 
-def find_storage(params: list[nn.Parameter], groups: list[int], known_groups: Mapping[int, ParamGroup]) -> Storage:
+def find_storage(params: list[Any], groups: list[int], known_groups: Mapping[int, ParamGroup]) -> Storage:
     """Finds out who holds the parameters now.
 
     Args:
@@ -67,7 +66,9 @@ def find_storage(params: list[nn.Parameter], groups: list[int], known_groups: Ma
         if hasattr(first, "_hp_mapping"):
             return ZeroPartitionStorage(params, groups, known_groups)
     except (AttributeError, KeyError) as error:
-        raise _unknown(f"DeepSpeed's optimizer lacks an attribute that was there in tested versions ({error})") from error
+        raise _unknown(
+            f"DeepSpeed's optimizer lacks an attribute that was there in tested versions ({error})"
+        ) from error
     held = {id(p) for group in known_groups.values() for p in group["params"]}
     if all(id(p) in held for p in params):
         return WholeStorage(params, params)
@@ -90,7 +91,7 @@ class WholeStorage:
 
     sharded = False
 
-    def __init__(self, params: list[nn.Parameter], held: list[nn.Parameter]) -> None:
+    def __init__(self, params: list[Any], held: list[Any]) -> None:
         self.numels = [p.numel() for p in params]
         self.held = held
 
@@ -113,9 +114,7 @@ class WholeStorage:
         return p.detach().contiguous().view(-1), None if p.grad is None else p.grad.view(-1)
 
 
-def _master_copies(
-    params: list[nn.Parameter], groups: list[int], known_groups: Mapping[int, ParamGroup]
-) -> list[nn.Parameter]:
+def _master_copies(params: list[Any], groups: list[int], known_groups: Mapping[int, ParamGroup]) -> list[Any]:
     """FP16_UnfusedOptimizer: each group's params became full-precision copies, in the same order."""
     held = {index: list(group["params"]) for index, group in known_groups.items()}
     copies = []
@@ -132,29 +131,28 @@ def _master_copies(
 class ZeroPartitionStorage:
     """ZeRO-1/2 and BF16_Optimizer: every group is one flat buffer, cut into equal partitions over its ranks.
 
-    Reads `param._hp_mapping` (None where this rank owns nothing of the parameter) with its `lp_fragment_address` and
-    `hp_fragment_address`, and `param._dp_group`. The model's parameters are views of the flat buffer of their whole
-    group, so `storage_offset()` tells a position to ranks that own nothing there; owners check it against the mapping.
+    Reads `param._dp_group`. The model's parameters are views of the flat buffer of their whole group, so that
+    `storage_offset()` tells a parameter's position to every rank, also to those that own nothing of it.
+    `param._hp_mapping`, which tells it to owners alone, is wrong with `round_robin_gradients` (DeepSpeed 0.19.8 links
+    it in the order before the reordering); only its presence is used, as the mark of these optimizers.
     """
 
     sharded = True
 
-    def __init__(self, params: list[nn.Parameter], groups: list[int], known_groups: Mapping[int, ParamGroup]) -> None:
+    def __init__(self, params: list[Any], groups: list[int], known_groups: Mapping[int, ParamGroup]) -> None:
         self.params, self.groups, self.known_groups = params, groups, known_groups
 
     def placement(self, index: int) -> Placement:
         param, unit = self.params[index], self.groups[index]
         partition = self._partition(unit).numel()
         rank = dist.get_rank(param._dp_group)
-        position = param.storage_offset()
-        mapping = param._hp_mapping
-        if mapping is not None:
-            mapped = rank * partition + mapping.hp_fragment_address.start - mapping.lp_fragment_address.start
-            if mapped != position:
-                raise _unknown(
-                    f"a parameter of shape {tuple(param.shape)} lies at {position} in its group's flat buffer, but "
-                    f"DeepSpeed maps it to {mapped}"
-                )
+        world = dist.get_world_size(param._dp_group)
+        if param.untyped_storage().nbytes() < partition * world * param.element_size():
+            raise _unknown(
+                f"a parameter of shape {tuple(param.shape)} is not a view of its group's flat buffer of "
+                f"{partition * world} elements"
+            )
+        position = int(param.storage_offset())
         return Placement(
             numel=param.numel(),
             unit=unit,
@@ -162,11 +160,11 @@ class ZeroPartitionStorage:
             partition=partition,
             local_offset=max(position - rank * partition, 0),
             rank=rank,
-            world=dist.get_world_size(param._dp_group),
+            world=world,
             group=param._dp_group,
         )
 
-    def _partition(self, unit: int) -> nn.Parameter:
+    def _partition(self, unit: int) -> Any:
         params = self.known_groups[unit]["params"]
         if len(params) != 1:
             raise _unknown(f"parameter group {unit} holds {len(params)} tensors, where ZeRO keeps one flat partition")
@@ -190,7 +188,7 @@ class ZeroStage3Storage:
 
     sharded = True
 
-    def __init__(self, params: list[nn.Parameter]) -> None:
+    def __init__(self, params: list[Any]) -> None:
         self.params = params
         self.optimizer = params[0]._z3_optimizer
         self.partitions = self.optimizer.fp32_partitioned_groups_flat

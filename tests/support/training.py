@@ -1,0 +1,192 @@
+"""The same training run twice: through a DeepSpeed engine on real ranks, and whole, in float64, without it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_moelora.core.reference import ReferenceAdamW, ReferenceSGD
+
+from .mixture import SHAPES, Stack, batches
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "GateRiemannianAdamW": {"lr": 1e-2, "betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.1, "damping": 1e-4},
+    "GateRiemannianSGD": {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1, "damping": 1e-4},
+    # What a user would have without this package: the yardstick where half precision limits everybody.
+    "AdamW": {"lr": 1e-2, "betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.1, "torch_adam": True},
+}
+SHARDED = [name for name in OPTIMIZERS if name != "AdamW"]
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def engine_config(
+    stage: int, kind: str, clip: float = 0.0, accumulate: int = 1, precision: str = "fp32", **zero: Any
+) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 6,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": clip,
+        "optimizer": {"type": kind, "params": dict(OPTIMIZERS[kind])},
+        "zero_optimization": {
+            "stage": stage,
+            **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
+            **zero,
+        },
+        "steps_per_print": 10**9,
+    }
+    if stage == 3:
+        config["zero_optimization"].setdefault("stage3_param_persistence_threshold", 0)
+    if precision != "fp32":
+        config[precision] = {"enabled": True}
+    if precision == "fp16":
+        # High enough that the first steps overflow and are skipped, low enough that most are not.
+        config[precision].update(initial_scale_power=18, hysteresis=1)
+    return config
+
+
+def one_group(model: nn.Module) -> list[dict[str, Any]]:
+    return [{"params": [p for p in model.parameters() if p.requires_grad]}]
+
+
+def loraplus_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """A, B and the rest in groups of their own, as LoRA+ has them: every pair lies in two groups."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for n, p in named if "lora_B" in n], "weight_decay": 0.0},
+        {"params": [p for n, p in named if "lora_" not in n]},
+        {"params": [p for n, p in named if "lora_A" in n]},
+    ]
+
+
+def scattered_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Every other parameter in the first group, in reverse order."""
+    params = [p for p in model.parameters() if p.requires_grad][::-1]
+    return [{"params": params[::2]}, {"params": params[1::2]}]
+
+
+def full_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Every trained parameter whole and in full precision, gathered from wherever DeepSpeed keeps it."""
+    import deepspeed
+
+    weights = {}
+    for name, p in module.named_parameters():
+        if not p.requires_grad:
+            continue
+        # Not for fp32 ZeRO-1/2, where the parameter is whole: DeepSpeed's mapping is wrong with round-robin gradients.
+        if hasattr(p, "_z3_optimizer") or (hasattr(p, "_hp_mapping") and p.dtype != torch.float32):
+            weights[name] = deepspeed.utils.safe_get_full_fp32_param(p).float().reshape(getattr(p, "ds_shape", p.shape))
+        else:
+            weights[name] = p.detach().float()
+        weights[name] = weights[name].clone()
+    return weights
+
+
+class Traffic:
+    """Records (numel, bytes per element) of every all-reduce inside the optimizer's step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.calls: list[list[tuple[int, int]]] = []
+        self.step, optimizer.step = optimizer.step, self.watched  # type: ignore[method-assign]
+
+    def watched(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append([])
+        original = dist.all_reduce
+
+        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.calls[-1].append((tensor.numel(), tensor.element_size()))
+            return original(tensor, *args, **kwargs)
+
+        dist.all_reduce = counted  # type: ignore[assignment]
+        try:
+            return self.step(*args, **kwargs)
+        finally:
+            dist.all_reduce = original  # type: ignore[assignment]
+
+
+def run_engine(
+    config: dict[str, Any],
+    model: Callable[[], nn.Module] = lambda: Stack(SHAPES),
+    groups: Callable[[nn.Module], list[dict[str, Any]]] = one_group,
+    steps: int = 10,
+    seed: int = 1,
+) -> dict[str, Any]:
+    """On every rank: trains with `deepspeed.initialize(config)`; final weights, losses, gradient norms and traffic."""
+    import deepspeed
+
+    import ds_moelora  # noqa: F401  registers the optimizers
+
+    module = model()
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=groups(module), config=copy.deepcopy(config))
+    traffic = Traffic(engine.basic_optimizer)
+    losses, norms, skipped = [], [], []
+    dtype = next(engine.module.parameters()).dtype
+    for micro_batches in batches(steps, config["gradient_accumulation_steps"], dist.get_world_size(), seed=seed):
+        for by_rank in micro_batches:
+            x, target = by_rank[dist.get_rank()]
+            loss = engine(x.to(dtype), target.to(dtype))
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        norms.append(float(engine.get_global_grad_norm() or math.nan))
+        skipped.append(engine.skipped_steps > sum(skipped))
+    result = {
+        "weights": full_weights(engine.module),
+        "losses": losses,
+        "norms": norms,
+        "skipped": skipped,
+        "traffic": traffic.calls,
+        "basic": type(engine.basic_optimizer).__name__,
+        "wrapper": type(engine.optimizer).__name__,
+    }
+    engine.destroy()
+    return result
+
+
+def run_reference(
+    kind: str,
+    world: int,
+    model: Callable[[], nn.Module] = lambda: Stack(SHAPES),
+    groups: Callable[[nn.Module], list[dict[str, Any]]] = one_group,
+    steps: int = 10,
+    accumulate: int = 1,
+    clip: float = 0.0,
+    precision: str = "fp32",
+    seed: int = 1,
+    skipped: Sequence[bool] = (),
+) -> dict[str, Any]:
+    """The same training whole, in float64: gradients averaged over ranks and micro-batches, then clipped.
+
+    `precision` rounds weights at the start and data, as a half-precision engine sees them; `skipped` steps do nothing.
+    """
+    module = model().to(PRECISION[precision]).double()
+    options = {k: v for k, v in OPTIMIZERS[kind].items() if k != "torch_adam"}
+    cls = {"GateRiemannianAdamW": ReferenceAdamW, "GateRiemannianSGD": ReferenceSGD, "AdamW": torch.optim.AdamW}[kind]
+    optimizer = cls(groups(module), **options)
+    params = [p for p in module.parameters() if p.requires_grad]
+    norms = []
+    for step, micro_batches in enumerate(batches(steps, accumulate, world, seed=seed)):
+        if any(skipped[step : step + 1]):
+            norms.append(math.inf)
+            continue
+        module.zero_grad()
+        for by_rank in micro_batches:
+            for x, target in by_rank:
+                x, target = (t.to(PRECISION[precision]).double() for t in (x, target))
+                (module(x, target) / (world * accumulate)).backward()
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]).item())
+        if clip:
+            torch.nn.utils.clip_grad_norm_(params, clip)
+        optimizer.step()
+    return {"weights": {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}, "norms": norms}
+
+
+def deviation(weights: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """Largest over the parameters of max|w - w_ref| / max|w_ref|."""
+    assert weights.keys() == reference.keys()
+    return max(((weights[name].double() - w).abs().max() / w.abs().max()).item() for name, w in reference.items())
