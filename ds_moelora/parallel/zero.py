@@ -104,6 +104,9 @@ class WholeStorage:
     def flat(self, unit: Hashable) -> Flat:
         assert isinstance(unit, int)
         p = self.held[unit]
+        if not p.is_contiguous():
+            # Rows must be consecutive, and torch's fused step wants weight and gradient in the same order.
+            p.data = p.data.contiguous()
         if p.grad is not None:
             if p.grad.layout is not torch.strided:
                 raise ValueError(
@@ -111,7 +114,7 @@ class WholeStorage:
                     "preconditioning needs dense gradients: construct the layer with sparse=False."
                 )
             p.grad = p.grad.contiguous()
-        return p.detach().contiguous().view(-1), None if p.grad is None else p.grad.view(-1)
+        return p.detach().view(-1), None if p.grad is None else p.grad.view(-1)
 
 
 def _master_copies(params: list[Any], groups: list[int], known_groups: Mapping[int, ParamGroup]) -> list[Any]:
