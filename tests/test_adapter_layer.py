@@ -254,6 +254,17 @@ def test_nobody_else_sees_the_base_output_overwritten():
     torch.testing.assert_close(model(x), y)
 
 
+def test_a_view_is_never_overwritten():
+    """ZeRO-3's hooks hand the experts a view of the base layer's output, and autograd forbids writing to it."""
+    experts = layer_of(wrap(nn.Linear(6, 5))).experts("default")
+    x, whole = torch.randn(3, 6), torch.zeros(3, 10)
+    out = experts(x, whole[:, :5], inplace=True)
+    assert out.any()
+    assert not whole.any()
+    owned = torch.zeros(3, 5)
+    assert experts(x, owned, inplace=True).data_ptr() == owned.data_ptr()
+
+
 def test_several_adapters():
     base = nn.Linear(6, 5).double()
     model = wrap(base)
