@@ -21,7 +21,7 @@ setup(
         "torch>=2.6",
         "deepspeed>=0.16",
         "transformers>=4.56",
-        "peft>=0.17",
+        "peft>=0.21",
         "accelerate>=1.6",
         "datasets>=3.0",
         "trl>=1.0",

@@ -1,0 +1,126 @@
+"""`ds_moelora.tag_lora_pairs(model)` makes an existing PEFT LoRA job exact at every stage; PEFT's own is not."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_riemannian_optimizer
+from torch import nn
+
+from ds_moelora import GateRiemannianAdamW, tag_lora_pairs
+
+from ..support.mixture import batches
+from ..support.plain_lora import MLP, plain_lora
+from ..support.ranks import run_on_ranks
+from ..support.training import SHARDED, deviation, engine_config, full_weights, run_engine, run_reference
+
+pytestmark = pytest.mark.dist
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "rsLoRA": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "modules_to_save": {"modules_to_save": ["head"]},
+    "bias": {"bias": "lora_only"},
+    "two adapters": {"adapters": 2},
+}
+
+
+def variant(name: str) -> Callable[[], nn.Module]:
+    return functools.partial(plain_lora, **VARIANTS[name])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_equals_the_reference(name: str, stage: int, world: int, report: Callable[[str, str], None]) -> None:
+    results = run_on_ranks(world, run_engine, config=engine_config(stage, "GateRiemannianAdamW"), model=variant(name))
+    reference = run_reference("GateRiemannianAdamW", world, model=variant(name))["weights"]
+    found = max(deviation(result["weights"], reference) for result in results)
+    report("Plain PEFT LoRA with GateRiemannianAdamW", f"{name:16s} stage {stage} world {world}: {found:.1e}")
+    assert found < 1e-5
+    # Rank-first A costs one more all-reduce, which assembles the factors that a boundary cuts.
+    assert all(len(calls) <= 2 for calls in results[0]["traffic"])
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_four_ranks(kind: str) -> None:
+    for stage in (2, 3):
+        results = run_on_ranks(4, run_engine, config=engine_config(stage, kind), model=plain_lora)
+        assert deviation(results[0]["weights"], run_reference(kind, 4, model=plain_lora)["weights"]) < 1e-5
+
+
+def train_with_peft_optimizer(stage: int, which: str) -> dict[str, Any]:
+    """On every rank: `create_riemannian_optimizer` (or a stand-in) as client optimizer of an engine."""
+    import deepspeed
+
+    model = plain_lora()
+    options = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.0}
+    params = [p for p in model.parameters() if p.requires_grad]
+    if which == "peft":
+        optimizer = create_riemannian_optimizer(model, torch.optim.AdamW, reg=1e-4, **options)
+    elif which == "ours":
+        optimizer = GateRiemannianAdamW(params, damping=1e-4, **options)
+    else:
+        optimizer = torch.optim.AdamW(params, **options)
+    config = engine_config(stage, "GateRiemannianAdamW")
+    del config["optimizer"]
+    config["zero_allow_untested_optimizer"] = True
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    for micro in batches(10, 1, dist.get_world_size()):
+        engine.backward(engine(*micro[0][dist.get_rank()]))
+        engine.step()
+    weights = full_weights(engine.module)
+    engine.destroy()
+    return weights
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_peft_optimizer_is_silently_plain_under_zero(stage: int, report: Callable[[str, str], None]) -> None:
+    """Stage 0: PEFT's Riemannian optimizer and ours agree. Stages 1 and 2: PEFT's equals plain AdamW, ours does not."""
+    peft, ours, plain = (
+        run_on_ranks(2, train_with_peft_optimizer, stage=stage, which=which)[0] for which in ("peft", "ours", "plain")
+    )
+    to_ours, to_plain = deviation(peft, ours), deviation(peft, plain)
+    report(
+        "peft.optimizers.create_riemannian_optimizer as client optimizer (maximum relative deviation)",
+        f"stage {stage}: from GateRiemannianAdamW {to_ours:.1e}, from plain AdamW {to_plain:.1e}",
+    )
+    if stage == 0:
+        assert to_ours < 1e-4
+        assert to_plain > 1e-2
+    else:
+        assert to_plain == 0.0
+        assert to_ours > 1e-2
+
+
+def test_embeddings_are_left_alone_and_named() -> None:
+    class WithEmbedding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(10, 7)
+            self.body = MLP()
+
+    model = get_peft_model(WithEmbedding(), LoraConfig(r=2, target_modules=["embed", "first"]))
+    with pytest.warns(UserWarning, match=r"embed"):
+        assert tag_lora_pairs(model) == 1
+
+
+def test_untagged_lora_is_refused() -> None:
+    model = get_peft_model(MLP(), LoraConfig(r=2, target_modules=["first"]))
+    with pytest.raises(ValueError, match="tag_lora_pairs"):
+        GateRiemannianAdamW(p for p in model.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="get_peft_model"):
+        tag_lora_pairs(MLP())
+    copied = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tag_lora_pairs(copied) == 1
