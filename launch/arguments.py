@@ -68,7 +68,8 @@ class RunArguments:
 class AdapterArguments:
     """The mixture of LoRA experts; each field is the one of the same name in `ds_moelora.MoELoRAConfig`."""
 
-    r: int = _flag(8, "Rank of one expert.")
+    # The alias is for torchrun, which takes `--r` for one of its own flags, even behind the script's name.
+    r: int = field(default=8, metadata={"help": "Rank of one expert.", "aliases": ["--lora_r"]})
     num_experts: int = _flag(8, "Experts per layer.")
     top_k: int = _flag(2, "Experts that a token uses.")
     lora_alpha: float = _flag(16.0, "Numerator of the scaling.")

@@ -46,11 +46,6 @@ def _pick(rng: random.Random) -> Line:
     return f"nth:{word}{position + 1}=", word[position]
 
 
-def _sum(rng: random.Random) -> Line:
-    a, b = rng.randrange(10), rng.randrange(10)
-    return f"sum:{a}+{b}=", str((a + b) % 10)
-
-
 def _on_word(name: str, function: Callable[[str], str]) -> Callable[[random.Random], Line]:
     def line(rng: random.Random) -> Line:
         word = _word(rng, WORD_LENGTH)
@@ -65,7 +60,7 @@ SKILLS: dict[str, Callable[[random.Random], Line]] = {
     "next letter": _on_word("rot", lambda word: "".join(LOWER[(LOWER.index(c) + 1) % 26] for c in word)),
     "sort letters": _on_word("srt", lambda word: "".join(sorted(word))),
     "pick n-th": _pick,
-    "sum mod 10": _sum,
+    "swap pairs": _on_word("swp", lambda word: word[1] + word[0] + word[3] + word[2]),
 }
 
 
@@ -76,17 +71,12 @@ def skill_lines(skill: str, count: int, seed: str) -> list[Line]:
 
 
 def split_lines(per_skill: int, held_out_per_skill: int, seed: int) -> tuple[list[Line], dict[str, list[Line]]]:
-    """Training lines of all skills, shuffled, and held-out lines per skill of which none occurs in training.
-
-    `sum mod 10` has 100 different lines in all: a fifth of them is held out, and the rest repeats in training.
-    """
+    """Training lines of all skills, shuffled, and held-out lines per skill of which none occurs in training."""
     training: list[Line] = []
     held_out: dict[str, list[Line]] = {}
     for skill in SKILLS:
-        distinct = list(dict.fromkeys(skill_lines(skill, held_out_per_skill * 40, f"held-out/{seed}")))
-        held_out[skill] = distinct[: min(held_out_per_skill, max(1, len(distinct) // 5))]
-        excluded = set(held_out[skill])
-        lines = [line for line in skill_lines(skill, per_skill * 2, f"train/{seed}") if line not in excluded]
-        training += lines[:per_skill]
+        lines = list(dict.fromkeys(skill_lines(skill, (per_skill + held_out_per_skill) * 2, str(seed))))
+        held_out[skill] = lines[:held_out_per_skill]
+        training += lines[held_out_per_skill : held_out_per_skill + per_skill]
     random.Random(seed).shuffle(training)
     return training, held_out

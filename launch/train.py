@@ -91,7 +91,12 @@ def load_data(
 
 def start(arguments: Arguments) -> None:
     """Opens torch.distributed and completes the training arguments."""
-    if process_rank()[1] > 1:
+    if process_rank()[1] == 1:
+        # Started by plain `python`: DeepSpeed would look for MPI, which need not be there, to learn that it is alone.
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        for name, value in alone.items():
+            os.environ.setdefault(name, value)
+    if arguments.training.deepspeed or process_rank()[1] > 1:
         # Before transformers does: it reads the launcher's environment alone, while DeepSpeed also asks MPI.
         deepspeed.init_distributed(timeout=timedelta(seconds=arguments.training.ddp_timeout))
     try:
