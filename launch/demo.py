@@ -81,10 +81,6 @@ class ExactMatch(TrainerCallback):
     ) -> None:
         self.accuracy["after"] = self._measure(kwargs["model"], args, "Exact match after")
 
-    def results(self) -> dict[str, Any]:
-        """For the summary."""
-        return {"exact_match": self.accuracy}
-
     def print_table(self) -> None:
         """The accuracies as a table."""
         table = Table(title="Exact match on held-out lines (greedy decoding)", title_justify="left")

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -124,23 +125,20 @@ def run(trainer: Trainer, arguments: Arguments, optimizer: str, callbacks: list[
     eval_metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     # Gathers what ZeRO-3 has sharded; PEFT then writes the adapter alone.
     trainer.save_model(training.output_dir)
-    extra = {}
-    for callback in callbacks:
-        if isinstance(callback, demo.ExactMatch):
-            extra = callback.results()
-    if (
-        trainer.eval_dataset is not None
-        and "labels" in trainer.eval_dataset.column_names
-        and (arguments.run.task == "sequence-classification")
-    ):
-        labels = trainer.eval_dataset["labels"]
-        eval_metrics["eval_majority_class_accuracy"] = max(map(labels[:].count, set(labels))) / len(labels)
+    extra: dict[str, Any] = {}
+    if arguments.run.task == "sequence-classification":
+        extra["classes"] = [name for _, name in sorted(trainer.model.config.id2label.items())]
+        if trainer.eval_dataset is not None:
+            counts = Counter(trainer.eval_dataset["labels"])
+            eval_metrics["eval_majority_class_accuracy"] = max(counts.values()) / counts.total()
+    exact_match = next((callback for callback in callbacks if isinstance(callback, demo.ExactMatch)), None)
+    if exact_match is not None:
+        extra["exact_match"] = exact_match.accuracy
     summary = report.summarize(trainer, optimizer, eval_metrics, extra)
     if trainer.is_world_process_zero():
         path = report.write_summary(summary, training.output_dir)
-        for callback in callbacks:
-            if isinstance(callback, demo.ExactMatch):
-                callback.print_table()
+        if exact_match is not None:
+            exact_match.print_table()
         report.print_summary(summary, path)
     return summary
 

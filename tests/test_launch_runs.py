@@ -70,6 +70,8 @@ def test_causal_lm_and_resume(model: Path, alpaca: Path, tmp_path: Path):
     assert finished.code == 0, finished.output[-4000:]
     summary = check_outputs(whole, steps=4)
     assert summary["last_loss"] < summary["first_loss"]
+    assert math.isfinite(summary["eval"]["eval_loss"])
+    assert 0 <= summary["eval"]["eval_mean_token_accuracy"] <= 1
     assert [Path(path).name for path in summary["checkpoints"]] == ["checkpoint-2", "checkpoint-4"]
     assert "Training summary" in finished.output
 
@@ -118,6 +120,7 @@ def test_sequence_classification(model: Path, tmp_path: Path):
     assert 0 <= summary["eval"]["eval_accuracy"] <= 1
     assert summary["eval"]["eval_majority_class_accuracy"] == pytest.approx(4 / 7)
     assert math.isfinite(summary["eval"]["eval_loss"])
+    assert summary["classes"] == ["no", "yes"]
     saved = adapter_of(output_dir)
     assert any("score" in name for name in saved), "the new head is trained and saved with the adapter"
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
