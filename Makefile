@@ -11,7 +11,7 @@ export PATH := $(BIN):$(PATH)
 .PHONY: demo test lint format clean
 
 demo: $(VENV)/.ready
-	OMP_NUM_THREADS=1 deepspeed --num_gpus $(RANKS) launch/train.py --deepspeed configs/zero2.json --overwrite
+	OMP_NUM_THREADS=1 deepspeed --num_gpus $(RANKS) launch/train.py --deepspeed configs/zero2.json --overwrite_output_dir
 
 test: $(VENV)/.ready
 	python -m pytest $(PYTEST_ARGS)

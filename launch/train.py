@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
@@ -24,7 +25,9 @@ if __package__ in (None, ""):
     # Started as a script: Python put this folder first on the path; the repository's root is what is needed.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import datasets
 import deepspeed
+import transformers
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import set_seed
@@ -48,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     Raises:
         UserError: something that the caller can put right; raised before a model is loaded where that is possible.
     """
+    quieten()
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv, demo.DEFAULTS)
     optimizer = checks.preflight(arguments)
     config = modeling.adapter_config(arguments.adapter, arguments.run.task)
@@ -65,6 +69,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         callbacks.append(demo.ExactMatch(tokenizer))
     trainer = trainers.build_trainer(arguments, model, tokenizer, train, evaluation, callbacks)
     return run(trainer, arguments, optimizer, callbacks)
+
+
+def quieten() -> None:
+    """One rank shows progress bars; deprecations inside the libraries are not the reader's to mend."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
+    if process_rank()[0] > 0:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
 
 
 def load_data(
