@@ -54,6 +54,25 @@ class Stack(nn.Module):
         return (self.head(x) - target).square().mean()
 
 
+class SharedStack(Stack):
+    """As Stack, with a mixture that is used twice (one pair, two gradients), a frozen pair and a tied head."""
+
+    def __init__(self, shapes: list[tuple[int, int, int, int]], top_k: int = 2, seed: int = 0) -> None:
+        super().__init__(shapes, top_k, seed)
+        width = shapes[-1][1]
+        self.shared = Mixture("shared", width, width, 3, 2, top_k)
+        self.frozen = Mixture("frozen", width, width, 2, 3, top_k).requires_grad_(False)
+        self.norm = nn.LayerNorm(width)
+        self.tied = nn.Linear(width, 3)
+        self.tied.weight = self.head.weight
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = norm(layer(x)).tanh()
+        x = self.norm(self.shared(self.frozen(self.shared(x)).tanh()))
+        return (self.head(x) + self.tied(x.tanh()) - target).square().mean()
+
+
 # (in, out, experts, rank): odd everywhere; the last has more columns than a small partition has elements.
 SHAPES = [(7, 5, 3, 3), (5, 11, 2, 5), (11, 7, 3, 3)]
 

@@ -71,17 +71,16 @@ def scattered_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def full_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Every trained parameter whole and in full precision, gathered from wherever DeepSpeed keeps it."""
+    """Every trained parameter whole, gathered if DeepSpeed partitions it."""
     import deepspeed
 
     weights = {}
     for name, p in module.named_parameters():
         if not p.requires_grad:
             continue
-        # Not for fp32 ZeRO-1/2, where the parameter is whole: DeepSpeed's mapping is wrong with round-robin gradients.
-        if hasattr(p, "_z3_optimizer") or (hasattr(p, "_hp_mapping") and p.dtype != torch.float32):
-            weights[name] = deepspeed.utils.safe_get_full_fp32_param(p).float().reshape(getattr(p, "ds_shape", p.shape))
-        else:
+        if hasattr(p, "_z3_optimizer"):
+            weights[name] = deepspeed.utils.safe_get_full_fp32_param(p).float().reshape(p.ds_shape)
+        else:  # not DeepSpeed's master weights: its mapping to them is wrong with round-robin gradients
             weights[name] = p.detach().float()
         weights[name] = weights[name].clone()
     return weights
@@ -183,7 +182,9 @@ def run_reference(
         if clip:
             torch.nn.utils.clip_grad_norm_(params, clip)
         optimizer.step()
-    return {"weights": {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}, "norms": norms}
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    start = {n: p.detach().to(PRECISION[precision]).double() for n, p in model().named_parameters() if n in trained}
+    return {"weights": {n: p.detach() for n, p in trained.items()}, "norms": norms, "start": start}
 
 
 def deviation(weights: dict[str, Tensor], reference: dict[str, Tensor]) -> float:

@@ -1,0 +1,149 @@
+"""Every pair of settings that DeepSpeed's users combine: the optimizers mean the same thing in all of them.
+
+fp32 runs are compared with the float64 whole-matrix reference. In half precision everybody's gradients are rounded, so
+the yardstick there is what plain AdamW deviates from *its* reference in the same setting.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ..support.mixture import SHAPES, SharedStack, Stack
+from ..support.pairwise import pairwise
+from ..support.plain_lora import plain_lora
+from ..support.ranks import run_on_ranks
+from ..support.training import (
+    SHARDED,
+    deviation,
+    engine_config,
+    loraplus_groups,
+    one_group,
+    run_engine,
+    run_reference,
+    scattered_groups,
+)
+
+pytestmark = pytest.mark.dist
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    # All experts chosen: in half precision a rounded router logit may swap experts, which says nothing of optimizers.
+    "mixture": functools.partial(Stack, SHAPES, top_k=3),
+    "shared": functools.partial(SharedStack, SHAPES, top_k=3),
+    "lora": plain_lora,
+}
+GROUPS = {"one": one_group, "loraplus": loraplus_groups, "scattered": scattered_groups}
+SETTINGS: dict[str, list[Any]] = {
+    "kind": SHARDED,
+    "stage": [0, 1, 2, 3],
+    "world": [1, 2, 3, 4],
+    "precision": ["fp32", "bf16", "fp16"],
+    "accumulate": [1, 4],
+    "clip": [0.0, 0.3],
+    "groups": list(GROUPS),
+    "model": list(MODELS),
+    "grad_accum_dtype": [None, "fp32"],
+    "offload": [False, True],
+    "overlap_comm": [False, True],
+    "reduce_scatter": [False, True],
+    "contiguous_gradients": [False, True],
+    "round_robin_gradients": [False, True],
+    "sub_group_size": [10**9, 40],
+}
+# fp32 after 10 steps against float64; what is seen stays below 5e-6.
+TOLERANCE = 1e-5
+# Half precision: ours over plain AdamW's drift from its own reference. Both are noise; their ratio varies around 1.
+ALLOWANCE = 2.0
+
+
+def valid(case: dict[str, Any]) -> bool:
+    """Settings that stand for themselves: what has no effect at a stage is left at one value there."""
+    stage = case["stage"]
+    if stage == 0 and (case["offload"] or case["overlap_comm"] or not case["contiguous_gradients"]):
+        return False
+    if stage != 3 and case["sub_group_size"] != 10**9:
+        return False
+    if stage in (0, 3) and (case["round_robin_gradients"] or not case["reduce_scatter"]):
+        return False
+    if case["grad_accum_dtype"] and case["precision"] == "fp16" and case["offload"]:
+        return False  # DeepSpeed never recovers from an overflow there: test_deepspeed_limits.py
+    return case["grad_accum_dtype"] is None or (case["precision"] != "fp32" and stage > 0)
+
+
+def config_of(case: dict[str, Any], kind: str) -> dict[str, Any]:
+    flags = ("overlap_comm", "reduce_scatter", "contiguous_gradients", "round_robin_gradients", "sub_group_size")
+    zero = {flag: case[flag] for flag in flags}
+    if case["offload"]:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    config = engine_config(case["stage"], kind, case["clip"], case["accumulate"], case["precision"], **zero)
+    if case["grad_accum_dtype"]:
+        config["data_types"] = {"grad_accum_dtype": case["grad_accum_dtype"]}
+    return config
+
+
+def both(case: dict[str, Any], kind: str, seed: int = 1) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The engine's results by rank, and the reference's."""
+    shared = {"model": MODELS[case["model"]], "groups": GROUPS[case["groups"]], "seed": seed}
+    results = run_on_ranks(case["world"], run_engine, config=config_of(case, kind), **shared)
+    reference = run_reference(
+        kind,
+        case["world"],
+        accumulate=case["accumulate"],
+        clip=case["clip"],
+        precision=case["precision"],
+        skipped=results[0]["skipped"],
+        **shared,
+    )
+    return results, reference
+
+
+def drift(case: dict[str, Any], kind: str) -> float:
+    """Median over data of the distance to the reference, relative to the distance that training went."""
+    found = []
+    for seed in (1, 2, 3):
+        results, reference = both(case, kind, seed)
+        weights, end, start = results[0]["weights"], reference["weights"], reference["start"]
+        away = sum((weights[name].double() - w).square().sum() for name, w in end.items())
+        found.append((away / sum((start[name] - w).square().sum() for name, w in end.items())).sqrt().item())
+    return statistics.median(found)
+
+
+def name_of(case: dict[str, Any]) -> str:
+    def short(key: str, value: Any) -> str | None:
+        if key in ("kind", "precision", "model", "groups"):
+            return str(value).replace("GateRiemannian", "")
+        if key in ("stage", "world"):
+            return f"{key}{value}"
+        if isinstance(value, bool):
+            return key if value else None
+        return f"{key}={value}" if value not in (None, 10**9, 0.0, 1) else None
+
+    return " ".join(filter(None, (short(k, v) for k, v in case.items())))
+
+
+CASES = list(pairwise(SETTINGS, valid))
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_setting(case: dict[str, Any], report: Callable[[str, str], None]) -> None:
+    started = time.monotonic()
+    table = f"Conformance: {len(CASES)} settings, every pair of values at least once"
+    if case["precision"] == "fp32":
+        results, reference = both(case, case["kind"])
+        assert {result["basic"] for result in results} == {case["kind"]}
+        found, bound = max(deviation(r["weights"], reference["weights"]) for r in results), TOLERANCE
+        if case["stage"] > 0:
+            # Clipping and its log are about raw gradients: nothing of ours happens before them.
+            norms = torch.tensor(results[0]["norms"], dtype=torch.float64)
+            torch.testing.assert_close(norms, torch.tensor(reference["norms"]), rtol=1e-4, atol=1e-6, check_dtype=False)
+    else:
+        found, bound = drift(case, case["kind"]), ALLOWANCE * drift(case, "AdamW")
+    report(table, f"{found:.1e} (bound {bound:.1e}) {time.monotonic() - started:4.1f} s  {name_of(case)}")
+    assert found < bound
