@@ -11,7 +11,7 @@ import string
 from collections.abc import Callable
 
 LOWER, UPPER, DIGITS = string.ascii_lowercase, string.ascii_uppercase, string.digits
-WORD_LENGTH = 4
+WORD_LENGTH = 3
 Line = tuple[str, str]  # prompt, answer
 
 
@@ -60,7 +60,7 @@ SKILLS: dict[str, Callable[[random.Random], Line]] = {
     "next letter": _on_word("rot", lambda word: "".join(LOWER[(LOWER.index(c) + 1) % 26] for c in word)),
     "sort letters": _on_word("srt", lambda word: "".join(sorted(word))),
     "pick n-th": _pick,
-    "swap pairs": _on_word("swp", lambda word: word[1] + word[0] + word[3] + word[2]),
+    "mirror a-z": _on_word("mir", lambda word: "".join(LOWER[-1 - LOWER.index(c)] for c in word)),
 }
 
 

@@ -19,11 +19,13 @@ def test_skills_answer_correctly():
     for prompt, answer in examples["sort letters"]:
         assert list(answer) == sorted(prompt[4:-1])
     for prompt, answer in examples["next letter"]:
-        assert [(ord(b) - ord(a)) % 26 for a, b in zip(prompt[4:-1], answer, strict=True)] == [1] * 4
+        assert [(ord(b) - ord(a)) % 26 for a, b in zip(prompt[4:-1], answer, strict=True)] == [
+            1
+        ] * demo_tasks.WORD_LENGTH
     for prompt, answer in examples["pick n-th"]:
         assert answer == prompt[4:-2][int(prompt[-2]) - 1]
-    for prompt, answer in examples["swap pairs"]:
-        assert prompt[4:-1] == answer[1] + answer[0] + answer[3] + answer[2]
+    for prompt, answer in examples["mirror a-z"]:
+        assert all(ord(a) + ord(b) == ord("a") + ord("z") for a, b in zip(prompt[4:-1], answer, strict=True))
 
 
 def test_held_out_lines_are_not_trained_on():
