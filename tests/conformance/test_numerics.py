@@ -47,9 +47,9 @@ def scales(small: float) -> nn.Module:
     return model
 
 
-# The last column is the tolerance. An fp32 solve is good to eps * cond(G + d I) = 6e-8 * trace / d, here (d = 1e-4, a
-# trace of a few) 2e-3 where G is singular, at any stage and also without ZeRO; AdamW divides by the size of what is left
-# in G's null space, where there is little but rounding. B = 0 starts with G = 0, which is as well conditioned as can be.
+# With tolerances. An fp32 solve is good to eps * cond(G + d I) = 6e-8 * trace / d, here (d = 1e-4, a trace of a few)
+# 2e-3 where G is singular, at any stage and also without ZeRO; AdamW divides by the size of what is left in G's null
+# space, where there is little but rounding. B = 0 starts with G = 0, which is as well conditioned as can be.
 CASES: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "B = 0": (zero_b, 1e-4),
     "duplicate columns": (duplicate_columns, 1e-1),
