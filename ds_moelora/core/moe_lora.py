@@ -60,7 +60,7 @@ def moe_lora(
         ValueError: an unknown `gate_scaling` (in the backward pass).
         RuntimeError: a second derivative is asked for; the scaled gradients have none.
 
-    Source: Sun et al., arXiv 2502.15828, section 3 (the scaling); design.md, section 2 (kept out of dx).
+    Source: Sun et al., arXiv 2502.15828, section 3 (the scaling); docs/architecture.md (why it is kept out of dx).
     """
     return _MoELoRA.apply(base_out, x, gates, chosen, lora_A, lora_B, scaling, settings or GateSettings(), inplace)
 
