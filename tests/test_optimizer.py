@@ -322,6 +322,13 @@ def test_half_a_pair_added_later() -> None:
         optimizer.step()
 
 
+def test_dtensors_are_refused() -> None:
+    model = Mixture("m", 5, 7, 2, 3, 1)
+    model.lora_A.device_mesh = object()
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO instead"):
+        GateRiemannianAdamW(trained(model))
+
+
 def test_sparse_gradient() -> None:
     model = Mixture("m", 5, 7, 2, 3, 1)
     optimizer = GateRiemannianAdamW(trained(model))

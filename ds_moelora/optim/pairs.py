@@ -45,13 +45,19 @@ def collect_pairs(members: Mapping[int, Sequence[nn.Parameter]]) -> list[TaggedF
         members: the parameters of each group, by the group's number.
 
     Raises:
-        ValueError: there is no pair, or one factor of a pair is missing, or frozen while the other is trained.
+        ValueError: there is no pair, one factor of a pair is missing, or frozen while the other is trained, or a
+            factor is a DTensor.
     """
     found: dict[LoraPair, dict[str, tuple[nn.Parameter, int]]] = {}
     for index, params in members.items():
         for param in params:
             tag = tag_of(param)
             if tag is not None and tag[1] != "router":
+                if hasattr(param, "device_mesh"):
+                    raise ValueError(
+                        f"{tag[0].name}: lora_{tag[1]} is a DTensor (FSDP or tensor parallelism), on whose shards this "
+                        "optimizer would not be exact; shard with DeepSpeed ZeRO instead."
+                    )
                 found.setdefault(tag[0], {})[tag[1]] = (param, index)
     if not found:
         raise ValueError(f"none of the optimizer's parameters belongs to a LoRA pair. {REMEDY}")
