@@ -25,7 +25,7 @@ from torch import nn
 
 from ..core.pairs import GATE_SCALINGS, tag_of
 from ..parallel.sharded import ShardedPreconditioner
-from ..parallel.zero import GROUP_KEY, Storage, find_storage
+from ..parallel.zero import GROUP_KEY, Storage, find_storage, is_stage_3
 from .pairs import TaggedFactor, collect_pairs
 
 ParamGroup = dict[str, Any]
@@ -199,7 +199,7 @@ class _GateRiemannian(torch.optim.Optimizer):
             return None, None
         first = self._factors[0]
         held = self._known_groups[first.group]["params"]
-        holder = (hasattr(first.param, "_z3_optimizer") or [id(p) for p in held[:1]], len(self._known_groups))
+        holder = (is_stage_3(first.param) or [id(p) for p in held[:1]], len(self._known_groups))
         if self._located is None or self._located[0] != holder:
             trained = [(p, index) for index, ps in self._members.items() for p in ps if p.requires_grad]
             storage = find_storage([p for p, _ in trained], [index for _, index in trained], self._known_groups)

@@ -12,7 +12,8 @@ DeepSpeed replaces `param_group["params"]` by flat partitions of its own and cal
     stage 3                   DeepSpeedZeroOptimizer_Stage3: one flat fp32 tensor per sub-group that holds this rank's
                               partition of every parameter; one call per sub-group
 
-No import of DeepSpeed is needed: everything hangs on the parameters.
+No import of DeepSpeed is needed: everything hangs on the parameters. What is read there is read through `_read`, whose
+error names the installed and the tested versions; each class below says what it reads.
 """
 
 from __future__ import annotations
@@ -60,19 +61,27 @@ def find_storage(params: list[Any], groups: list[int], known_groups: Mapping[int
             there.
     """
     first = params[0]
-    try:
-        if hasattr(first, "_z3_optimizer"):
-            return ZeroStage3Storage(params)
-        if hasattr(first, "_hp_mapping"):
-            return ZeroPartitionStorage(params, groups, known_groups)
-    except (AttributeError, KeyError) as error:
-        raise _unknown(
-            f"DeepSpeed's optimizer lacks an attribute that was there in tested versions ({error})"
-        ) from error
+    if is_stage_3(first):
+        return ZeroStage3Storage(params)
+    if hasattr(first, "_hp_mapping"):
+        return ZeroPartitionStorage(params, groups, known_groups)
     held = {id(p) for group in known_groups.values() for p in group["params"]}
     if all(id(p) in held for p in params):
         return WholeStorage(params, params)
     return WholeStorage(params, _master_copies(params, groups, known_groups))
+
+
+def is_stage_3(param: Any) -> bool:
+    """True from when DeepSpeedZeroOptimizer_Stage3 took the parameter over."""
+    return hasattr(param, "_z3_optimizer")
+
+
+def _read(owner: Any, name: str) -> Any:
+    """An attribute that DeepSpeed may rename in any release."""
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        raise _unknown(f"DeepSpeed's {type(owner).__name__} has no {name!r}, as it had in tested versions") from error
 
 
 def _unknown(what: str) -> ValueError:
@@ -148,8 +157,8 @@ class ZeroPartitionStorage:
     def placement(self, index: int) -> Placement:
         param, unit = self.params[index], self.groups[index]
         partition = self._partition(unit).numel()
-        rank = dist.get_rank(param._dp_group)
-        world = dist.get_world_size(param._dp_group)
+        group = _read(param, "_dp_group")
+        rank, world = dist.get_rank(group), dist.get_world_size(group)
         if param.untyped_storage().nbytes() < partition * world * param.element_size():
             raise _unknown(
                 f"a parameter of shape {tuple(param.shape)} is not a view of its group's flat buffer of "
@@ -164,7 +173,7 @@ class ZeroPartitionStorage:
             local_offset=max(position - rank * partition, 0),
             rank=rank,
             world=world,
-            group=param._dp_group,
+            group=group,
         )
 
     def _partition(self, unit: int) -> Any:
@@ -185,33 +194,39 @@ class ZeroPartitionStorage:
 class ZeroStage3Storage:
     """ZeRO-3: every parameter is cut into equal partitions of its own; a sub-group's lie in one flat tensor.
 
-    Reads `param._z3_optimizer` with `grad_position[id] = [sub_group, offset, numel]` and
-    `fp32_partitioned_groups_flat`, and `param.ds_numel`, `param.ds_process_group`.
+    Reads `param._z3_optimizer` with `get_param_id(param)`, `grad_position[id] = [sub_group, offset, numel]`,
+    `fp32_partitioned_groups_flat`, `offload_optimizer` and `partial_offload` (offload_optimizer.ratio of the config);
+    and `param.ds_numel`, `param.ds_process_group`.
     """
 
     sharded = True
 
     def __init__(self, params: list[Any]) -> None:
         self.params = params
-        self.optimizer = params[0]._z3_optimizer
-        self.partitions = self.optimizer.fp32_partitioned_groups_flat
-        if hasattr(self.optimizer, "backup_optimizer"):
+        self.optimizer = _read(params[0], "_z3_optimizer")
+        self.partitions = _read(self.optimizer, "fp32_partitioned_groups_flat")
+        ratio = _read(self.optimizer, "partial_offload")
+        if _read(self.optimizer, "offload_optimizer") and ratio != 1.0:
             raise ValueError(
-                f"offload_optimizer.ratio is {self.optimizer.partial_offload}: DeepSpeed then steps a part of the "
-                "parameters with torch.optim.AdamW instead of this optimizer; set ratio to 1.0."
+                f"offload_optimizer.ratio is {ratio}: DeepSpeed then steps a part of the parameters with "
+                "torch.optim.AdamW instead of this optimizer; set ratio to 1.0."
             )
 
     def placement(self, index: int) -> Placement:
         param = self.params[index]
-        sub_group, offset, partition = self.optimizer.grad_position[self.optimizer.get_param_id(param)]
+        positions, key = _read(self.optimizer, "grad_position"), _read(self.optimizer, "get_param_id")(param)
+        if key not in positions:
+            raise _unknown(f"DeepSpeed's {type(self.optimizer).__name__} has no grad_position of a trained parameter")
+        sub_group, offset, partition = positions[key]
+        group = _read(param, "ds_process_group")
         return Placement(
-            numel=param.ds_numel,
+            numel=_read(param, "ds_numel"),
             unit=sub_group,
             partition=partition,
             local_offset=offset,
-            rank=dist.get_rank(param.ds_process_group),
-            world=dist.get_world_size(param.ds_process_group),
-            group=param.ds_process_group,
+            rank=dist.get_rank(group),
+            world=dist.get_world_size(group),
+            group=group,
         )
 
     def units(self, param_groups: Sequence[ParamGroup]) -> set[Hashable]:
