@@ -280,8 +280,8 @@ class GateRiemannianSGD(_GateRiemannian, torch.optim.SGD):
     """
 
     _base = torch.optim.SGD
-    # torch 2.13's fused SGD takes wrong steps with bf16 parameters on CPUs, and fails with momentum once a parameter gets
-    # its first gradient after the others (tests/test_optimizer.py has both cases).
+    # torch 2.13's fused SGD takes wrong steps with bf16 parameters on CPUs, and fails with momentum once a parameter
+    # gets its first gradient after the others (tests/test_optimizer.py has both cases).
     _fused_dtypes = frozenset()
 
     def __init__(
