@@ -6,8 +6,6 @@ import difflib
 import inspect
 import json
 import math
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from ds_moelora.core.pairs import GATE_SCALINGS
 from launch.arguments import Arguments
 from launch.errors import UserError
+from launch.extensions import check_build_lock
 
 # The keys that transformers fills in; "auto" anywhere else would reach the optimizer as a string.
 AUTO_KEYS = ("lr", "betas", "eps", "weight_decay")
-STALE_LOCK_MINUTES = 30
 OURS = ("GateRiemannianAdamW", "GateRiemannianSGD")
 
 
@@ -202,25 +200,6 @@ def check_loss(arguments: Arguments) -> None:
         )
     if getattr(training, "loss_type", "nll") == "dft":
         raise UserError("--loss_type dft is not supported: it leaves out the routers' load-balancing loss. Use nll.")
-
-
-def check_build_lock() -> None:
-    """Finds the lock of a killed build, at which torch's compiler of extensions would wait for ever.
-
-    Raises:
-        UserError: a lock older than any build takes.
-    """
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
-    for lock in root.glob("**/lock"):
-        try:
-            minutes = (time.time() - lock.stat().st_mtime) / 60
-        except FileNotFoundError:
-            continue  # a build that is running right now has just finished
-        if minutes > STALE_LOCK_MINUTES:
-            raise UserError(
-                f"{lock} is {minutes:.0f} minutes old: a build of DeepSpeed's extensions was killed, and every later "
-                "one waits for it. Remove that file."
-            )
 
 
 def preflight(arguments: Arguments) -> str:
