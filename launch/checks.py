@@ -15,6 +15,7 @@ from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from transformers.trainer_utils import get_last_checkpoint
 
 from ds_moelora.core.pairs import GATE_SCALINGS
+from ds_moelora.parallel.checkpoint import check_checkpoint
 from launch.arguments import Arguments
 from launch.errors import UserError
 from launch.extensions import check_build_lock
@@ -155,12 +156,21 @@ def _find_checkpoint(wish: str | None, output_dir: Path) -> str | None:
         newest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
         if newest is None:
             raise UserError(f"--resume_from_checkpoint {wish}: {output_dir} has no checkpoint-* folder.")
-        return newest
+        return _whole(newest)
     if not (Path(wish) / "trainer_state.json").is_file():
         here = sorted(str(p) for p in output_dir.glob("checkpoint-*")) if output_dir.is_dir() else []
         found = f" {output_dir} has: {', '.join(here)}." if here else f" {output_dir} has none either."
         raise UserError(f"--resume_from_checkpoint {wish}: there is no checkpoint (no trainer_state.json).{found}")
-    return str(wish)
+    return _whole(str(wish))
+
+
+def _whole(checkpoint: str) -> str:
+    """The checkpoint, if no file of it was cut short when it was saved."""
+    try:
+        check_checkpoint(checkpoint)
+    except ValueError as error:
+        raise UserError(f"--resume_from_checkpoint: {error}") from error
+    return checkpoint
 
 
 def check_numbers(arguments: Arguments) -> None:

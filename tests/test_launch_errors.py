@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from launch import errors, modeling, train
@@ -167,6 +168,19 @@ def test_non_empty_output_dir(good: dict[str, Any]):
     with pytest.raises(PassedError):
         run({**good, "overwrite_output_dir": "true"})
     assert (output_dir / "notes.txt").read_text() == "mine"
+
+
+def test_resuming_from_a_checkpoint_that_was_cut_short(good: dict[str, Any]):
+    checkpoint = Path(good["output_dir"]) / "checkpoint-7"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    torch.save({"x": torch.zeros(100)}, checkpoint / "rng_state.pth")
+    with pytest.raises(PassedError):
+        run({**good, "resume_from_checkpoint": "true"})
+    data = (checkpoint / "rng_state.pth").read_bytes()
+    (checkpoint / "rng_state.pth").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"rng_state\.pth is incomplete.*checkpoint before it"):
+        run({**good, "resume_from_checkpoint": "true"})
 
 
 def test_output_dir_is_a_file(good: dict[str, Any]):
