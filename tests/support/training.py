@@ -15,13 +15,19 @@ from ds_moelora.core.reference import ReferenceAdamW, ReferenceSGD
 
 from .mixture import SHAPES, Stack, batches
 
+# AdamW's eps is far above its default: an element whose first gradients happen to be near zero otherwise turns rounding
+# into a step of size lr. With eps=1e-6, 3 of 24 draws of data deviate by more than 1e-5 from float64, up to 1.2e-4, at
+# any stage and without DeepSpeed; plain torch AdamW on the same data by up to 6e-5. With 1e-3 all stay below 3e-6.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "GateRiemannianAdamW": {"lr": 1e-2, "betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.1, "damping": 1e-4},
+    "GateRiemannianAdamW": {"lr": 1e-2, "betas": [0.9, 0.99], "eps": 1e-3, "weight_decay": 0.1, "damping": 1e-4},
     "GateRiemannianSGD": {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1, "damping": 1e-4},
     # What a user would have without this package: the yardstick where half precision limits everybody.
-    "AdamW": {"lr": 1e-2, "betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.1, "torch_adam": True},
+    "AdamW": {"lr": 1e-2, "betas": [0.9, 0.99], "eps": 1e-3, "weight_decay": 0.1, "torch_adam": True},
+    # DeepSpeed's name for AdamW, too; with a usual eps: the yardstick for SGD, whose plain steps would be tiny here.
+    "Adam": {"lr": 1e-2, "betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.1, "torch_adam": True},
 }
-SHARDED = [name for name in OPTIMIZERS if name != "AdamW"]
+PLAIN = {"GateRiemannianAdamW": "AdamW", "GateRiemannianSGD": "Adam"}
+SHARDED = list(PLAIN)
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -165,8 +171,13 @@ def run_reference(
     """
     module = model().to(PRECISION[precision]).double()
     options = {k: v for k, v in OPTIMIZERS[kind].items() if k != "torch_adam"}
-    cls = {"GateRiemannianAdamW": ReferenceAdamW, "GateRiemannianSGD": ReferenceSGD, "AdamW": torch.optim.AdamW}[kind]
-    optimizer = cls(groups(module), **options)
+    classes: dict[str, Any] = {
+        "GateRiemannianAdamW": ReferenceAdamW,
+        "GateRiemannianSGD": ReferenceSGD,
+        "AdamW": torch.optim.AdamW,
+        "Adam": torch.optim.AdamW,
+    }
+    optimizer = classes[kind](groups(module), **options)
     params = [p for p in module.parameters() if p.requires_grad]
     norms = []
     for step, micro_batches in enumerate(batches(steps, accumulate, world, seed=seed)):
