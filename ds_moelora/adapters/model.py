@@ -19,6 +19,7 @@ from .balance import auxiliary_loss, batch_layout, start_collecting, stop_collec
 from .checks import check_adapter_name, check_complete, check_not_partitioned, check_targets, without_absent
 from .config import MoELoRAConfig
 from .layer import MoELoRALayer, refuse_merge
+from .saving import cut_for_loading, with_whole_experts
 
 PREFIX = "moelora_"
 
@@ -206,7 +207,7 @@ class MoELoRAModel(BaseTuner):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
         )
         check_not_partitioned(selected)
-        return selected
+        return with_whole_experts(model, selected, state_dict, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -215,6 +216,7 @@ class MoELoRAModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+        remapped = cut_for_loading(model, remapped, adapter_name)
         layers = {name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
         check_complete(remapped, model.state_dict(), layers, adapter_name)
         return remapped
