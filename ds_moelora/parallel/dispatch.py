@@ -150,7 +150,7 @@ class _Exchange:
 
     def __init__(self, chosen: Tensor, group: dist.ProcessGroup) -> None:
         self.group, ranks = group, dist.get_world_size(group)
-        wanted = chosen.view(len(chosen), ranks, -1).any(-1)
+        wanted = chosen.view(len(chosen), ranks, chosen.shape[1] // ranks).any(-1)
         self.rank, self.token = wanted.t().nonzero(as_tuple=True)
         counts = wanted.sum(0)
         received = torch.empty_like(counts)
@@ -209,7 +209,7 @@ class _Exchanged(torch.autograd.Function):
     ) -> Tensor:
         with no_autocast(x):
             exchange, dtype = _Exchange(chosen, group), base_out.dtype
-            shape = (len(x), dist.get_world_size(group), -1)
+            shape = (len(x), dist.get_world_size(group), len(lora_A))  # not -1: there may be no tokens
             # One tensor for both: a gate of -1 says "not chosen" (a chosen expert's gate may have underflowed to 0).
             marked = gates.masked_fill(~chosen, -1.0).view(shape)[exchange.token, exchange.rank]
             x_M, marked_M = exchange.there(x.to(dtype)[exchange.token]), exchange.there(marked)
@@ -240,7 +240,8 @@ class _Exchanged(torch.autograd.Function):
                 dx = dx.to(ctx.x_dtype)
             if grads.dgates is not None:
                 dgates = gates_M.new_zeros(num_tokens, num_experts)
-                by_rank = dgates.view(num_tokens, num_experts // gates_M.shape[1], -1)
+                local = gates_M.shape[1]
+                by_rank = dgates.view(num_tokens, num_experts // local, local)
                 by_rank[exchange.token, exchange.rank] = exchange.back(grads.dgates)
             dA = None if grads.dA is None else grads.dA.to(lora_A.dtype).contiguous()
             dB = None if grads.dB is None else grads.dB.to(lora_B.dtype).contiguous()

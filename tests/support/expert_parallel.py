@@ -134,8 +134,8 @@ def run(
             x, target = by_rank[dist.get_rank()]
             loss = engine(x.to(dtype), target.to(dtype))["loss"]
             engine.backward(loss)
-            if gradients and "gradients" not in result:
-                engine.allreduce_gradients() if False else None
+            if gradients and engine.is_gradient_accumulation_boundary() and "gradients" not in result:
+                result["gradients"] = whole_gradients(engine)
             engine.step()
             mean = loss.detach().float().clone()
             dist.all_reduce(mean)
