@@ -13,7 +13,7 @@ from .config import PEFT_TYPE, MoELoRAConfig
 from .experts import MoELoRAExperts
 from .layer import MoELoRALayer
 from .model import PREFIX, MoELoRAModel
-from .saving import gather_experts, let_first_rank_write
+from .saving import gather_experts, let_first_rank_write, sharded_experts
 from .tagging import tag_lora_pairs
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "MoELoRAModel",
     "gather_experts",
     "register_with_peft",
+    "sharded_experts",
     "tag_lora_pairs",
 ]
 

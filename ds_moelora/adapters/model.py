@@ -19,7 +19,7 @@ from .balance import auxiliary_loss, batch_layout, start_collecting, stop_collec
 from .checks import check_adapter_name, check_complete, check_not_partitioned, check_targets, without_absent
 from .config import MoELoRAConfig
 from .layer import MoELoRALayer, refuse_merge
-from .saving import cut_for_loading, with_whole_experts
+from .saving import cut_for_loading, sharded_experts, with_whole_experts
 
 PREFIX = "moelora_"
 
@@ -216,6 +216,11 @@ class MoELoRAModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+        for name in sharded_experts(model, adapter_name):  # PEFT goes by the model's names, which are those of shards
+            for factor in (f"{name}.lora_A", f"{name}.lora_B"):
+                in_file = cls._remove_adapter_name_from_key(factor, adapter_name)
+                if in_file in remapped:
+                    remapped[factor] = remapped.pop(in_file)
         remapped = cut_for_loading(model, remapped, adapter_name)
         layers = {name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
         check_complete(remapped, model.state_dict(), layers, adapter_name)

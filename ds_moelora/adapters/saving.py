@@ -1,4 +1,4 @@
-"""Whole tensors and shards: an adapter's file has all experts, whatever topology it was trained in or is loaded into."""
+"""Whole tensors and shards: an adapter's file has all experts, whatever topology wrote it or will load it."""
 
 from __future__ import annotations
 
@@ -59,12 +59,11 @@ def with_whole_experts(
     if all(name in kept for name in whole_names):
         return kept
     pointers = {p.data_ptr() for module in modules.values() for p in module.factors()}
-    # The model's own state dict has views of its parameters; a copy of it comes from a Trainer, which saves on one rank.
+    # The model's own state dict has views of its parameters; a copy comes from a Trainer, which saves on one rank.
     if not any(value.data_ptr() in pointers for value in given.values() if isinstance(value, Tensor)):
         raise RuntimeError(
-            "The state dict to be saved has only this rank's experts (ep_size > 1). Call model.save_pretrained(path) on "
-            "every rank, or, in a Trainer, pass state_dict={**state_dict, **ds_moelora.gather_experts(model)} with the "
-            "experts gathered on every rank (docs/expert_parallelism.md)."
+            "The state dict to be saved has only this rank's experts (ep_size > 1). Call model.save_pretrained(path) "
+            "on every rank; in a Trainer, gather them before it saves on one (docs/expert_parallelism.md shows how)."
         )
     return {**kept, **gather_experts(model, adapter_name)}
 
@@ -97,4 +96,4 @@ def let_first_rank_write() -> None:
         return result
 
     setattr(save_pretrained, _MARK, True)
-    PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+    PeftModel.save_pretrained = save_pretrained

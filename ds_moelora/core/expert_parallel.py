@@ -64,7 +64,7 @@ class ExpertShard(Protocol):
         settings: GateSettings | None,
         inplace: bool,
     ) -> Tensor:
-        """`core.moe_lora.moe_lora` over all E experts. Every rank of the group must call it the same number of times."""
+        """`core.moe_lora.moe_lora` over all E experts. Every rank of the group must call it equally often."""
 
     def gather(self, role: str) -> Tensor | None:
         """All E experts of lora_A ("A") or lora_B ("B"), on the CPU of the group's first rank; None elsewhere."""

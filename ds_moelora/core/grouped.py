@@ -4,7 +4,8 @@ Shape suffixes as in `core.moe_lora`, and N: the T*k pairs (token, chosen expert
 expert and the token of pair n:
 
     p_n = A_e^T x_t      y_t += s g_te B_e p_n      q_n = B_e^T dy_t
-    dA_e = s sum_n h_te x_t q_n^T      dB_e = s sum_n h_te dy_t p_n^T      dg_te = s <q_n, p_n>      dx_t += s g_te A_e q_n
+    dA_e = s sum_n h_te x_t q_n^T      dB_e = s sum_n h_te dy_t p_n^T
+    dg_te = s <q_n, p_n>      dx_t += s g_te A_e q_n
 
 FLOPs fall by E/k against the dense form; copies of N rows of x, y and dy are the price, and a loop of small products,
 one per expert. The rows per expert are read on the host: one synchronisation per pass on a GPU. The sum over a token's

@@ -124,7 +124,7 @@ class Needs(NamedTuple):
 
 
 class MixtureGrads(NamedTuple):
-    """Gradients of one mixture: dx (T, I), dA (E, I, R), dB (E, O, R) in the compute dtype, dgates (T, E) in the gates'.
+    """Gradients of one mixture: dx (T, I), dA (E, I, R), dB (E, O, R) in the compute dtype, dgates (T, E).
 
     None where not needed. dA and dB need not be contiguous. dgates is right where an expert was chosen; elsewhere it
     is never read, since those gates are constants.

@@ -1,11 +1,11 @@
 """Mixtures whose experts are spread over a process group: two ways to bring tokens and experts together.
 
-Shape suffixes: T this rank's tokens, I, O features, E experts of all ranks, L = E / ranks experts of this rank, R rank of
-one expert; N rows (token, rank of an expert that it chose) that this rank sends, M those that it receives.
+Shape suffixes: T this rank's tokens, I, O features, E experts of all ranks, L = E / ranks experts of this rank, R rank
+of one expert; N rows (token, rank of an expert that it chose) that this rank sends, M those that it receives.
 
 Communication phases of "weights" (`gathered_moe_lora`), per layer, b bytes per element of the compute dtype:
 
-    forward   one all-gather of A and B together, issued before the base layer runs (`start_gather`) and awaited after it
+    forward   one all-gather of A and B together, issued before the base layer runs and awaited after it
     backward  the same all-gather again (a gathered copy kept from the forward pass would be all experts of all layers),
               one reduce-scatter of dA and dB, in the parameters' dtype
     sent by each rank: 3 * (ranks - 1) / ranks * E R (I + O) * b

@@ -4,8 +4,8 @@ Installed by `adapt_engine` when the first expert-parallel layer is built; model
 Seen on DeepSpeed 0.19.8:
 
 - ZeRO-3 refuses native MoE layers with an AssertionError that names neither the setting nor the way out.
-- At stage 0 in fp32 `clip_grad_norm_` takes each rank's norm over its own experts and averages the norms over the ranks:
-  not the norm of the gradient, so that clipping would depend on ep_size. Replaced by the exact norm.
+- At stage 0 in fp32 `clip_grad_norm_` takes each rank's norm over its own experts and averages the norms over the
+  ranks: not the norm of the gradient, so that clipping would depend on ep_size. Replaced by the exact norm.
 - At stage 0 in half precision the norm is each rank's own, without any exchange: ranks would clip the parameters that
   they share differently and drift apart. Refused.
 - `configure_moe_param_groups` wants a list, and a "name" in each group, which neither transformers nor accelerate give.
@@ -57,16 +57,16 @@ def _check_engine(engine: Any, model: torch.nn.Module) -> None:
     """Raises a ValueError, on every rank, for settings in which expert parallelism would be wrong."""
     if engine.zero_optimization_partition_weights():
         raise ValueError(
-            "ep_size > 1 cannot be combined with ZeRO stage 3: stage 3 shards the experts (and everything else) over all "
-            "ranks already, and DeepSpeed has no second sharding for them. Use ep_size=1 with stage 3, or stage 1 or 2."
+            "ep_size > 1 cannot be combined with ZeRO stage 3: stage 3 shards the experts (and everything else) over "
+            "all ranks already, and DeepSpeed has no second sharding for them. Use ep_size=1, or ZeRO stage 1 or 2."
         )
     half = engine.fp16_enabled() or engine.bfloat16_enabled()
     if half and not engine.zero_optimization() and engine.gradient_clipping():
         raise ValueError(
-            "ep_size > 1 with fp16 or bf16 and gradient clipping needs ZeRO stage 1 or 2: at stage 0 DeepSpeed clips by "
-            "each rank's own norm, and the ranks would drift apart. Use stage 1, or gradient_clipping 0."
+            "ep_size > 1 with fp16 or bf16 and gradient clipping needs ZeRO stage 1 or 2: at stage 0 DeepSpeed clips "
+            "by each rank's own norm, and the ranks would drift apart. Use stage 1, or gradient_clipping 0."
         )
-    sizes = {m.ep_size for m in model.modules() if hasattr(m, "ep_size") and hasattr(m, "expert_group_name")}
+    sizes: set[Any] = {m.ep_size for m in model.modules() if hasattr(m, "ep_size") and hasattr(m, "expert_group_name")}
     if len(sizes) > 1:
         raise ValueError(f"the model has layers with ep_size {sorted(sizes)}; use one ep_size for all adapters.")
 

@@ -2,8 +2,9 @@
 
 The module is a subclass of `deepspeed.moe.layer.MoE` because that is how the engine finds out that a model has experts:
 it then creates the groups (`set_deepspeed_parallelism`), makes parameter groups for expert parameters (those with
-`allreduce = False` and a `group_name`), shards their optimizer state over the expert-data-parallel group, and saves every
-expert in a file of its own. Nothing else of DeepSpeed's class is used: its dispatch drops tokens and wants in = out.
+`allreduce = False` and a `group_name`), shards their optimizer state over the expert-data-parallel group, and saves
+every expert in a file of its own. Nothing else of DeepSpeed's class is used: its dispatch drops tokens and wants
+in = out.
 
 Experts are stacked in two parameters; `state_dict()` has them one by one under the names that DeepSpeed's checkpoints
 expect, `deepspeed_moe.experts.deepspeed_experts.<local number>.lora_A`, and `load_state_dict` stacks them again.
@@ -11,6 +12,7 @@ expect, `deepspeed_moe.experts.deepspeed_experts.<local number>.lora_A`, and `lo
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
-from deepspeed.utils import groups, logger
+from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from ..core.expert_parallel import ShardSpec, check_ep_size
@@ -30,6 +32,8 @@ from .engine_hooks import adapt_engine
 
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
 FACTORS = ("lora_A", "lora_B")
+TOPOLOGY = "topology"
+logger = logging.getLogger("ds_moelora")
 _logged: set[tuple[Any, ...]] = set()
 
 
@@ -77,7 +81,7 @@ class ShardedExperts(MoE):
         self.dispatch = None if spec.dispatch == "auto" else spec.dispatch
         self._pending: PendingGather | None = None
         self.register_state_dict_post_hook(_split_experts)
-        self._register_load_state_dict_pre_hook(_stack_experts)
+        self._register_load_state_dict_pre_hook(_stack_experts, with_module=True)
         self.mark()
 
     @property
@@ -157,10 +161,11 @@ class ShardedExperts(MoE):
         shape = (spec.in_features, spec.out_features, spec.num_experts, self.ep_size, self.dispatch)
         if dist.get_rank() == 0 and shape not in _logged:
             _logged.add(shape)
-            logger.info(
-                f"ds_moelora: ep_dispatch='auto' took {self.dispatch!r} for {spec.layer_name} and layers of its shape "
-                f"({spec.in_features} -> {spec.out_features}): each rank sends {moved['weights'] / 1e6:.3g} MB per step "
-                f"by moving weights, {moved['tokens'] / 1e6:.3g} MB by moving the {per_rank:.0f} tokens per rank; "
+            # A warning, since nothing below it is shown unless somebody has set up logging.
+            logger.warning(
+                f"ep_dispatch='auto' took {self.dispatch!r} for {spec.layer_name} and layers of its shape "
+                f"({spec.in_features} -> {spec.out_features}): a rank sends {moved['weights'] / 1e6:.3g} MB per layer "
+                f"and step by moving weights, {moved['tokens'] / 1e6:.3g} MB by moving its {per_rank:.0f} tokens; "
                 f"experts are computed {self._compute(self.dispatch).name!r}."
             )
 
@@ -193,6 +198,14 @@ class ShardedExperts(MoE):
             pending = None
         return gathered_moe_lora(*common, inplace, self._compute(dispatch), self.group, pending)
 
+    def topology(self) -> Tensor:
+        """[ep_size, distance between the ranks of a group]: which experts a rank's optimizer state belongs to.
+
+        It is saved with every expert: DeepSpeed would load the optimizer state of others, of the same size, in silence.
+        """
+        members = dist.get_process_group_ranks(self.group) if self.is_connected else [0, 1]
+        return torch.tensor([self.ep_size, members[1] - members[0]])
+
     # -- whole tensors ------------------------------------------------------------------------------------------------
 
     def gather(self, role: str) -> Tensor | None:
@@ -210,6 +223,8 @@ class ShardedExperts(MoE):
     def local_entries(self, prefix: str, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's experts of whole tensors, one by one, as `state_dict()` names them under `prefix`."""
         first, entries = self.first_expert, {}
+        for i in range(self.num_local_experts if whole else 0):
+            entries[f"{prefix}{EXPERTS}{i}.{TOPOLOGY}"] = self.topology()
         for name, tensor in whole.items():
             for i in range(self.num_local_experts):
                 entries[f"{prefix}{EXPERTS}{i}.{name}"] = tensor[first + i]
@@ -218,14 +233,30 @@ class ShardedExperts(MoE):
 
 def _split_experts(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """State-dict hook: one entry per expert and factor."""
+    assert isinstance(module, ShardedExperts)
+    for i in range(module.num_local_experts):
+        state_dict[f"{prefix}{EXPERTS}{i}.{TOPOLOGY}"] = module.topology()
     for name in FACTORS:
         stacked = state_dict.pop(prefix + name)
         for i, expert in enumerate(stacked):
             state_dict[f"{prefix}{EXPERTS}{i}.{name}"] = expert
 
 
-def _stack_experts(state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """The reverse, before loading."""
+def _stack_experts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """The reverse, before loading.
+
+    Raises:
+        ValueError: the experts were saved in another topology.
+    """
+    assert isinstance(module, ShardedExperts)
+    for key in [k for k in state_dict if k.startswith(prefix + EXPERTS) and k.endswith("." + TOPOLOGY)]:
+        saved = state_dict.pop(key).tolist()
+        if saved != module.topology().tolist():
+            raise ValueError(
+                f"this checkpoint was saved with ep_size={saved[0]} and expert-parallel ranks {saved[1]} apart, the "
+                f"run has {module.ep_size} and {module.topology().tolist()[1]}: its optimizer state belongs to other "
+                "experts. Resume in the same topology, or start anew from the saved adapter, which fits any."
+            )
     for name in FACTORS:
         experts: dict[int, Tensor] = {}
         for key in [k for k in state_dict if k.startswith(prefix + EXPERTS) and k.endswith("." + name)]:

@@ -118,6 +118,10 @@ def run(
 
     module = adapted(**(model or {}))
     trained = [p for p in module.parameters() if p.requires_grad]
+    if load:  # what was trained must come from the checkpoint
+        with torch.no_grad():
+            for p in trained:
+                p.mul_(1.5)
     config = copy.deepcopy(config)
     options: dict[str, Any] = {"model_parameters": trained}
     if client:
