@@ -105,19 +105,19 @@ def _backward(
 GROUPED = ExpertCompute("grouped", _forward, _backward)
 
 
-# Dense costs E*r columns whether chosen or not, grouped k*r plus copies of k rows per token. Where they cross:
-# docs/expert_parallelism.md (measured on a CPU).
-GROUPED_FROM_COLUMNS = 512
-GROUPED_FROM_SPARSITY = 4
+# Dense costs E*r columns whether chosen or not; grouped copies and multiplies k rows per token, a cost that hardly
+# depends on r. One CPU core, 768 -> 768, 1,024 tokens: they cross at E*r of about 128 k (docs/expert_parallelism.md).
+GROUPED_FROM_COLUMNS = 256
+GROUPED_FROM_COLUMNS_PER_CHOICE = 128
 
 
 def choose_compute(wish: str, num_experts: int, top_k: int, rank: int) -> str:
-    """ "dense" or "grouped": the wish, or for "auto" grouped if E*r >= 512 and E >= 4k.
+    """The wish, or for "auto": "grouped" if E*r >= max(256, 128 k), else "dense".
 
     Args:
         wish: "dense", "grouped" or "auto". num_experts: of those that one product would cover.
     """
     if wish != "auto":
         return wish
-    wide, sparse = num_experts * rank >= GROUPED_FROM_COLUMNS, num_experts >= GROUPED_FROM_SPARSITY * top_k
-    return "grouped" if wide and sparse else "dense"
+    bound = max(GROUPED_FROM_COLUMNS, GROUPED_FROM_COLUMNS_PER_CHOICE * top_k)
+    return "grouped" if num_experts * rank >= bound else "dense"
