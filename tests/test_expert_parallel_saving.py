@@ -245,3 +245,27 @@ def test_one_shard_is_all_that_is_drawn() -> None:
 def drawn_shapes() -> list[int]:
     model = adapted(ep_size=2)
     return [len(p) for n, p in model.named_parameters() if n.endswith((".lora_A", ".lora_B"))]
+
+
+def generate(ep_size: int) -> list[int]:
+    """On every rank: greedy decoding of a prompt of its own length, in which ranks finish at different steps."""
+    import deepspeed
+
+    from .adapter_support import adapted as llama_adapted
+    from .adapter_support import llama
+
+    model = llama_adapted(llama, ep_size=ep_size)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=dict(CONFIG))
+    engine.eval()
+    ids = torch.arange(1, 4 + 3 * dist.get_rank()).unsqueeze(0)
+    with torch.no_grad():
+        out = engine.module.generate(
+            input_ids=ids, max_new_tokens=4 + 2 * dist.get_rank(), do_sample=False, synced_gpus=ep_size > 1
+        )
+    engine.destroy()
+    return out[0].tolist()
+
+
+def test_generate_with_different_lengths() -> None:
+    assert run_on_ranks(2, generate, timeout=60, ep_size=2) == run_on_ranks(2, generate, timeout=60, ep_size=1)
