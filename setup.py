@@ -19,7 +19,7 @@ setup(
     # Lower bounds: the oldest versions whose interfaces this package uses. Tested versions: constraints.txt.
     install_requires=[
         "torch>=2.6",
-        "deepspeed>=0.16",
+        "deepspeed>=0.16.9",
         "transformers>=4.56",
         "peft>=0.21",
         "accelerate>=1.6",

@@ -6,8 +6,6 @@ import difflib
 import inspect
 import json
 import math
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ds_moelora.core.expert_parallel import check_ep_size
 from ds_moelora.core.pairs import GATE_SCALINGS
+from ds_moelora.parallel.checkpoint import check_checkpoint
 from launch.arguments import Arguments
 from launch.errors import UserError, process_rank
+from launch.extensions import check_build_lock
 
 # The keys that transformers fills in; "auto" anywhere else would reach the optimizer as a string.
 AUTO_KEYS = ("lr", "betas", "eps", "weight_decay")
-STALE_LOCK_MINUTES = 30
 OURS = ("GateRiemannianAdamW", "GateRiemannianSGD")
 
 
@@ -179,12 +178,21 @@ def _find_checkpoint(wish: str | None, output_dir: Path) -> str | None:
         newest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
         if newest is None:
             raise UserError(f"--resume_from_checkpoint {wish}: {output_dir} has no checkpoint-* folder.")
-        return newest
+        return _whole(newest)
     if not (Path(wish) / "trainer_state.json").is_file():
         here = sorted(str(p) for p in output_dir.glob("checkpoint-*")) if output_dir.is_dir() else []
         found = f" {output_dir} has: {', '.join(here)}." if here else f" {output_dir} has none either."
         raise UserError(f"--resume_from_checkpoint {wish}: there is no checkpoint (no trainer_state.json).{found}")
-    return str(wish)
+    return _whole(str(wish))
+
+
+def _whole(checkpoint: str) -> str:
+    """The checkpoint, if no file of it was cut short when it was saved."""
+    try:
+        check_checkpoint(checkpoint)
+    except ValueError as error:
+        raise UserError(f"--resume_from_checkpoint: {error}") from error
+    return checkpoint
 
 
 def check_numbers(arguments: Arguments) -> None:
@@ -248,25 +256,6 @@ def check_expert_parallel(arguments: Arguments) -> None:
             f"--ep_size {adapter.ep_size} with {path}: ZeRO stage 3 shards the experts over all ranks already. Use "
             "--ep_size 1, or a config of stage 1 or 2 such as configs/zero2_ep.json."
         )
-
-
-def check_build_lock() -> None:
-    """Finds the lock of a killed build, at which torch's compiler of extensions would wait for ever.
-
-    Raises:
-        UserError: a lock older than any build takes.
-    """
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
-    for lock in root.glob("**/lock"):
-        try:
-            minutes = (time.time() - lock.stat().st_mtime) / 60
-        except FileNotFoundError:
-            continue  # a build that is running right now has just finished
-        if minutes > STALE_LOCK_MINUTES:
-            raise UserError(
-                f"{lock} is {minutes:.0f} minutes old: a build of DeepSpeed's extensions was killed, and every later "
-                "one waits for it. Remove that file."
-            )
 
 
 def preflight(arguments: Arguments) -> str:

@@ -37,6 +37,7 @@ from launch import checks, demo, formats, modeling, report, trainers
 from launch.arguments import Arguments, parse_arguments
 from launch.data import load_splits
 from launch.errors import UserError, process_rank, run_guarded
+from launch.extensions import load_collectives
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -110,6 +111,7 @@ def start(arguments: Arguments) -> None:
         for name, value in alone.items():
             os.environ.setdefault(name, value)
     if arguments.training.deepspeed or process_rank()[1] > 1:
+        load_collectives()
         # Before transformers does: it reads the launcher's environment alone, while DeepSpeed also asks MPI.
         deepspeed.init_distributed(timeout=timedelta(seconds=arguments.training.ddp_timeout))
     try:

@@ -137,6 +137,9 @@ def build_trainer(
             compute_metrics=accuracy,
             **common,
         )
+        # transformers takes any forward with **kwargs for one that divides its loss by num_items_in_batch, and then
+        # does not divide by the accumulation steps; classification heads return a plain mean.
+        trainer.model_accepts_loss_kwargs = False
     for callback in callbacks:
         if isinstance(callback, OptimizerGuard):
             callback.trainer = trainer

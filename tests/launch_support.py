@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.demo_base import byte_tokenizer
+from launch.extensions import load_collectives
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT_TEMPLATE = (
@@ -71,8 +74,9 @@ def launch(arguments: list[str], ranks: int = 2, script: Path | None = None, tim
     """`deepspeed --num_gpus <ranks> launch/train.py <arguments>` in the repository's root, on a free port.
 
     Raises:
-        AssertionError: still running after `timeout` seconds (all its processes are killed).
+        AssertionError: still running after `timeout` seconds (all its processes are ended).
     """
+    _compile_once()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -100,7 +104,22 @@ def launch(arguments: list[str], ranks: int = 2, script: Path | None = None, tim
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        output, _ = process.communicate()
+        output = _end(process)
         raise AssertionError(f"still running after {timeout} s:\n{output[-4000:]}") from None
     return Finished(process.returncode, output, time.monotonic() - started)
+
+
+@functools.cache
+def _compile_once() -> None:
+    """Compiles DeepSpeed's collectives now if they are not yet: a minute or more that is no part of a run's time."""
+    load_collectives()
+
+
+def _end(process: subprocess.Popen[str]) -> str:
+    """Ends a run and returns its output: politely first, for a process killed while it compiles leaves its lock."""
+    process.terminate()  # the launcher hands it on to the ranks
+    try:
+        return process.communicate(timeout=40)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()[0]

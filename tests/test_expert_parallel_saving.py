@@ -235,6 +235,18 @@ def test_an_unknown_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         adapted(ep_size=2)
 
 
+def test_another_deepspeed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ds_moelora.parallel import engine_hooks
+
+    monkeypatch.setattr(engine_hooks.ds_engine.DeepSpeedEngine, engine_hooks._MARK, False, raising=False)
+    for owner, names in engine_hooks.NEEDED:
+        for name in names:
+            with monkeypatch.context() as patch:
+                patch.delattr(owner, name)
+                with pytest.raises(ValueError, match=rf"needs {name}, which this DeepSpeed \("):
+                    engine_hooks.adapt_engine()
+
+
 def test_one_shard_is_all_that_is_drawn() -> None:
     """No rank materialises the experts of others, not even while they are initialised."""
     for shapes in run_on_ranks(2, drawn_shapes):

@@ -160,6 +160,28 @@ def test_sequence_classification(model: Path, tmp_path: Path):
     PeftModel.from_pretrained(base, output_dir)
 
 
+def first_gradient_norm(output_dir: Path) -> float:
+    state = json.loads((output_dir / "checkpoint-1" / "trainer_state.json").read_text())
+    return next(entry["grad_norm"] for entry in state["log_history"] if "grad_norm" in entry)
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+def test_accumulation_does_not_change_the_gradient(model: Path, alpaca: Path, tmp_path: Path, task: str):
+    """8 rows at once, or 4 times 2: the same first step, load-balancing loss included."""
+    data = alpaca if task == "causal-lm" else write_jsonl(tmp_path / "train.jsonl", question_rows(24))
+    norms = []
+    for batch, accumulate in (("8", "1"), ("2", "4")):
+        output_dir = tmp_path / f"by-{batch}"
+        finished = launch(
+            arguments(model, data, "zero2", output_dir, "--task", task, "--max_steps", "1", "--save_steps", "1",
+                      "--router_aux_loss_coef", "1.0", "--per_device_train_batch_size", batch,
+                      "--gradient_accumulation_steps", accumulate), ranks=1
+        )  # fmt: skip
+        assert finished.code == 0, finished.output[-4000:]
+        norms.append(first_gradient_norm(output_dir))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
 @pytest.mark.parametrize("starter", ["python", "torchrun"])
 def test_other_launchers(model: Path, alpaca: Path, tmp_path: Path, starter: str):
     bin_folder = Path(sys.executable).parent

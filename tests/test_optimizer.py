@@ -99,7 +99,7 @@ def test_other_parameters_follow_torch_exactly(kind: str, torch_class: Any) -> N
     mixture = Mixture("m", 5, 7, 2, 3, 1)
     optimizers = [
         CLASSES[kind]([*ours.parameters(), *trained(mixture)], **options),
-        torch_class(theirs.parameters(), **options, fused=True),
+        torch_class(theirs.parameters(), **options, fused=torch_class is torch.optim.AdamW),
     ]
     for step in range(5):
         x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
@@ -264,6 +264,26 @@ def test_pairs_without_a_gradient_and_frozen_pairs_stay() -> None:
     B = before.layers[1].lora_B.double()
     expected = grad.double() @ torch.linalg.inv(B.mT @ B + 1e-6 * torch.eye(5, dtype=torch.float64))
     torch.testing.assert_close(model.layers[1].lora_A.grad.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_pair_thawed_later_is_preconditioned_and_half_a_pair_refused() -> None:
+    model = Stack(SHAPES).double()
+    model.layers[1].requires_grad_(False)
+    optimizer = GateRiemannianSGD(model.parameters(), **OPTIMIZERS["GateRiemannianSGD"])
+    x, target = (t.double() for t in batches(1, 1, 1)[0][0][0])
+    model(x, target).backward()
+    optimizer.step()
+    for p in (model.layers[1].lora_A, model.layers[1].lora_B):
+        p.requires_grad = True
+    optimizer.zero_grad()
+    model(x, target).backward()
+    grad, B = model.layers[1].lora_A.grad.clone(), model.layers[1].lora_B.detach().clone()
+    optimizer.step()
+    expected = grad @ torch.linalg.inv(B.mT @ B + 1e-4 * torch.eye(5, dtype=torch.float64))
+    torch.testing.assert_close(model.layers[1].lora_A.grad, expected, rtol=1e-6, atol=1e-8)
+    model.layers[1].lora_B.requires_grad = False
+    with pytest.raises(ValueError, match="lora_B is frozen"):
+        optimizer.step()
 
 
 def test_bf16_parameters_use_fp32_algebra() -> None:

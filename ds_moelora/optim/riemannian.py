@@ -103,7 +103,7 @@ class _GateRiemannian(torch.optim.Optimizer):
     """
 
     _base: type[torch.optim.Optimizer]
-    _fused_dtypes: frozenset[torch.dtype]
+    _fused_dtypes: frozenset[torch.dtype]  # for which torch's fused kernel is asked for
 
     def _construct(self, params: Any, options: dict[str, Any], **torch_options: Any) -> None:
         groups = _as_groups(params)
@@ -121,6 +121,7 @@ class _GateRiemannian(torch.optim.Optimizer):
         self._known_groups: dict[int, ParamGroup] = {}
         self._members: dict[int, list[nn.Parameter]] = {}
         self._factors: list[TaggedFactor] | None = None
+        self._trained: list[bool] = []
         self._located: tuple[Any, Storage, ShardedPreconditioner] | None = None
 
     # -- parameter groups ---------------------------------------------------------------------------------------------
@@ -153,11 +154,15 @@ class _GateRiemannian(torch.optim.Optimizer):
     def _collect(self) -> None:
         """Finds the pairs and tells their layers the gate scaling."""
         self._factors = collect_pairs(self._members)
+        self._trained = self._requires_grad()
         self._located = None
         for factor in self._factors:
             gate, group = factor.pair.gate, self._known_groups[factor.group]
             if factor.role == "A" and gate is not None:
                 gate.gate_scaling, gate.scale_input_grad = group["gate_scaling"], group["scale_input_grad"]
+
+    def _requires_grad(self) -> list[bool]:
+        return [p.requires_grad for params in self._members.values() for p in params]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by `load_state_dict` and on unpickling: the groups are new dicts, with the loaded settings."""
@@ -182,8 +187,9 @@ class _GateRiemannian(torch.optim.Optimizer):
         Raises:
             ValueError: a closure under ZeRO, a sparse gradient, half a pair.
         """
-        if self._factors is None:
-            self._collect()
+        taken_over = self._located is not None and self._located[1].sharded
+        if self._factors is None or (not taken_over and self._trained != self._requires_grad()):
+            self._collect()  # groups were added, or parameters frozen or thawed (which ZeRO does not follow)
         storage, preconditioner = self._locate()
         loss = None
         if closure is not None:
@@ -286,8 +292,9 @@ class GateRiemannianSGD(_GateRiemannian, torch.optim.SGD):
     """
 
     _base = torch.optim.SGD
-    # torch 2.13's fused SGD kernel takes wrong steps with bf16 parameters on CPUs (tests/test_optimizer.py shows it).
-    _fused_dtypes = frozenset({torch.float64, torch.float32})
+    # torch 2.13's fused SGD takes wrong steps with bf16 parameters on CPUs, and fails with momentum once a parameter
+    # gets its first gradient after the others (tests/test_optimizer.py has both cases).
+    _fused_dtypes = frozenset()
 
     def __init__(
         self,

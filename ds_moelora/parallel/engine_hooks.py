@@ -1,4 +1,6 @@
-"""What DeepSpeed's engine must be told, or kept from, before it trains mixtures with `ep_size > 1`.
+"""What DeepSpeed's engine must be told, or kept from, before it trains mixtures with `ep_size > 1`; and its groups.
+
+The one module that uses DeepSpeed's internals of expert parallelism, as `zero.py` is for its optimizers.
 
 Installed by `adapt_engine` when the first expert-parallel layer is built; models without one are never affected.
 Seen on DeepSpeed 0.19.8:
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from importlib import metadata
 from typing import Any
 
 import deepspeed.runtime.engine as ds_engine
@@ -24,17 +27,50 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
 
 _MARK = "_ds_moelora_adapted"
+TESTED_VERSIONS = "0.19.8"
+
+
+# What is used of DeepSpeed's internals.
+NEEDED: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    (ds_engine.DeepSpeedEngine, ("_configure_distributed_model", "clip_fp32_gradients")),
+    (ds_engine, ("configure_moe_param_groups",)),
+    (
+        groups,
+        ("_create_expert_and_data_parallel", "_get_expert_parallel_group_dict"),
+    ),
+)
 
 
 def adapt_engine() -> None:
-    """Wraps three functions of DeepSpeed's engine; calling it again changes nothing."""
+    """Wraps three functions of DeepSpeed's engine; calling it again changes nothing.
+
+    Raises:
+        ValueError: this DeepSpeed lacks something that is needed; the message names it and the tested versions.
+    """
     engine = ds_engine.DeepSpeedEngine
     if getattr(engine, _MARK, False):
         return
+    missing = [name for owner, names in NEEDED for name in names if not hasattr(owner, name)]
+    if missing:
+        raise ValueError(
+            f"expert parallelism needs {', '.join(missing)}, which this DeepSpeed ({metadata.version('deepspeed')}) "
+            f"does not have; it was made for {TESTED_VERSIONS}. Use that version, or ep_size=1."
+        )
     setattr(engine, _MARK, True)
     engine._configure_distributed_model = _checked(engine._configure_distributed_model)
     engine.clip_fp32_gradients = _exact_clipping(engine.clip_fp32_gradients)
     ds_engine.configure_moe_param_groups = _named_groups(ds_engine.configure_moe_param_groups)
+
+
+def expert_group(name: str) -> dist.ProcessGroup | None:
+    """The expert-parallel group of this rank called `name`; None before an engine has created it."""
+    return groups._get_expert_parallel_group_dict().get(name)
+
+
+def create_groups(ep_size: int, data_before_expert: bool) -> None:
+    """Creates DeepSpeed's expert-parallel and expert-data-parallel groups, unless they are there."""
+    if expert_group(f"ep_size_{ep_size}") is None:
+        groups._create_expert_and_data_parallel(ep_size, use_data_before_expert_parallel_=data_before_expert)
 
 
 def _has_shards(model: torch.nn.Module) -> bool:
@@ -101,7 +137,7 @@ def clip_by_whole_norm(parameters: Iterable[Any], max_norm: float) -> torch.Tens
         else:
             total += square
     for name, square in sorted(by_group.items()):
-        dist.all_reduce(square, group=groups._get_expert_parallel_group(name))
+        dist.all_reduce(square, group=expert_group(name))
         total += square
     norm = total.sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
-from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from ..core.expert_parallel import ShardSpec, check_ep_size
@@ -28,7 +27,7 @@ from ..core.grouped import GROUPED, choose_compute
 from ..core.moe_lora import DENSE, ExpertCompute
 from ..core.pairs import GateSettings
 from .dispatch import PendingGather, bytes_moved, exchanged_moe_lora, gathered_moe_lora
-from .engine_hooks import adapt_engine
+from .engine_hooks import adapt_engine, create_groups, expert_group
 
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
 FACTORS = ("lora_A", "lora_B")
@@ -92,12 +91,13 @@ class ShardedExperts(MoE):
     @property
     def group(self) -> dist.ProcessGroup:
         """The expert-parallel group; looked up, since modules are copied and pickled and groups cannot be."""
-        if not self.is_connected or self.expert_group_name not in groups._get_expert_parallel_group_dict():
+        group = expert_group(self.expert_group_name) if self.is_connected else None
+        if group is None:
             raise ValueError(
                 f"{self.spec.layer_name}: the ranks of an expert-parallel model are not connected yet; call "
                 "deepspeed.initialize first. To use an adapter without DeepSpeed, load it with ep_size=1."
             )
-        return groups._get_expert_parallel_group(self.expert_group_name)
+        return group
 
     def mark(self) -> None:
         """Says to DeepSpeed that these parameters differ between the ranks of an expert-parallel group."""
@@ -107,10 +107,7 @@ class ShardedExperts(MoE):
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Called by the engine: creates the groups, once for all layers, and settles whose experts these are."""
-        if self.expert_group_name not in groups._get_expert_parallel_group_dict():
-            groups._create_expert_and_data_parallel(
-                self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
-            )
+        create_groups(self.ep_size, use_data_before_expert_parallel_)
         self.is_connected = True
         self._move_to(dist.get_rank(self.group))
 

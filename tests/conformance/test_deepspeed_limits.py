@@ -1,16 +1,27 @@
 """Settings that DeepSpeed itself cannot run, each with its error. Plain AdamW fails in the same way.
 
+What differs between versions is said in `support/versions.py`, and expected here of each version: nothing is skipped.
 When one of these tests fails, DeepSpeed has mended something: move the setting into `test_settings.py`.
 """
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch.distributed as dist
 
 from ..support.mixture import SHAPES, Stack
+from ..support.plain_lora import plain_lora
 from ..support.ranks import run_on_ranks
 from ..support.training import engine_config, one_group, run_engine
+from ..support.versions import (
+    GATHER_ERROR,
+    GATHER_FAILS,
+    OVERFLOW_STAYS,
+    STAGE_3_ERROR,
+    STAGE_3_LOSES_WRAPPED_MODULES,
+)
 
 pytestmark = pytest.mark.dist
 
@@ -21,7 +32,11 @@ BOTH = ["AdamW", "GateRiemannianAdamW"]
 def test_fp16_offload_with_fp32_accumulation_never_recovers_from_an_overflow(kind: str) -> None:
     config = engine_config(2, kind, precision="fp16", offload_optimizer={"device": "cpu"})
     config["data_types"] = {"grad_accum_dtype": "fp32"}
-    assert all(run_on_ranks(2, run_engine, config=config)[0]["skipped"])
+    if GATHER_FAILS:
+        with pytest.raises(AssertionError, match=GATHER_ERROR):
+            run_on_ranks(2, run_engine, config=config)
+        return
+    assert all(run_on_ranks(2, run_engine, config=config)[0]["skipped"]) == OVERFLOW_STAYS
     del config["data_types"]
     assert not all(run_on_ranks(2, run_engine, config=config)[0]["skipped"])
 
@@ -35,6 +50,28 @@ def test_nvme_offload_needs_an_op_that_does_not_build_here(kind: str, tmp_path: 
     config = engine_config(3, kind, offload_optimizer={"device": "nvme", "nvme_path": str(tmp_path)})
     with pytest.raises(AssertionError, match="Unable to JIT load the async_io op"):
         run_on_ranks(2, run_engine, config=config)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_modules_to_save_at_stage_3(kind: str) -> None:
+    model = functools.partial(plain_lora, modules_to_save=["head"])
+    run = functools.partial(run_on_ranks, 2, run_engine, config=engine_config(3, kind), model=model)
+    if STAGE_3_LOSES_WRAPPED_MODULES:
+        with pytest.raises(AssertionError, match=STAGE_3_ERROR):
+            run()
+    else:
+        run()
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_ranks_at_stages_1_and_2(kind: str, stage: int) -> None:
+    run = functools.partial(run_on_ranks, 2, run_engine, config=engine_config(stage, kind))
+    if GATHER_FAILS:
+        with pytest.raises(AssertionError, match=GATHER_ERROR):
+            run()
+    else:
+        run()
 
 
 def wrong_fragments(round_robin: bool) -> int:

@@ -21,6 +21,7 @@ from ..support.mixture import batches
 from ..support.plain_lora import MLP, plain_lora
 from ..support.ranks import run_on_ranks
 from ..support.training import SHARDED, deviation, engine_config, full_weights, run_engine, run_reference
+from ..support.versions import STAGE_3_ERROR, STAGE_3_LOSES_WRAPPED_MODULES
 
 pytestmark = pytest.mark.dist
 
@@ -42,7 +43,12 @@ def variant(name: str) -> Callable[[], nn.Module]:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_equals_the_reference(name: str, stage: int, world: int, report: Callable[[str, str], None]) -> None:
-    results = run_on_ranks(world, run_engine, config=engine_config(stage, "GateRiemannianAdamW"), model=variant(name))
+    run = functools.partial(run_on_ranks, world, run_engine, model=variant(name))
+    if stage == 3 and name == "modules_to_save" and STAGE_3_LOSES_WRAPPED_MODULES:
+        with pytest.raises(AssertionError, match=STAGE_3_ERROR):  # plain AdamW too: test_deepspeed_limits.py
+            run(config=engine_config(stage, "GateRiemannianAdamW"))
+        return
+    results = run(config=engine_config(stage, "GateRiemannianAdamW"))
     reference = run_reference("GateRiemannianAdamW", world, model=variant(name))["weights"]
     found = max(deviation(result["weights"], reference) for result in results)
     report("Plain PEFT LoRA with GateRiemannianAdamW", f"{name:16s} stage {stage} world {world}: {found:.1e}")

@@ -30,6 +30,7 @@ from ..support.training import (
     run_reference,
     scattered_groups,
 )
+from ..support.versions import wrong_gradients
 
 pytestmark = pytest.mark.dist
 
@@ -135,6 +136,14 @@ CASES = list(pairwise(SETTINGS, valid))
 def test_setting(case: dict[str, Any], report: Callable[[str, str], None]) -> None:
     started = time.monotonic()
     table = f"Conformance: {len(CASES)} settings, every pair of values at least once"
+    fault = wrong_gradients(case)
+    # In half precision plain AdamW, which has the fault too, is the yardstick anyway.
+    if fault and case["precision"] == "fp32":
+        ours, (plain, whole) = both(case, case["kind"])[0], both(case, "AdamW")
+        report(table, f"DeepSpeed's gradients are wrong for plain AdamW too: {fault}  {name_of(case)}")
+        assert deviation(plain[0]["weights"], whole["weights"]) > 0.1
+        assert ours[0]["norms"][0] == plain[0]["norms"][0] != pytest.approx(whole["norms"][0], rel=1e-2)
+        return
     if case["precision"] == "fp32":
         results, reference = both(case, case["kind"])
         assert {result["basic"] for result in results} == {case["kind"]}

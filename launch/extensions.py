@@ -1,0 +1,78 @@
+"""DeepSpeed's compiled operations, and the lock under which torch compiles them.
+
+torch guards each build, and each first use of a finished one, by a file called `lock`, which it keeps open meanwhile.
+A process killed in that time leaves the file behind, and every later run on the machine waits for it for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+
+from launch.errors import UserError
+
+# An abandoned lock is told by nobody having it open. That sees this machine alone: where the home folder is shared, a
+# build may be running on another, and none takes longer than the second limit.
+ABANDONED_MINUTES = 5
+STALE_MINUTES = 30
+
+
+def load_collectives() -> None:
+    """Loads DeepSpeed's CPU collectives, compiling them on the first run, so that a kill leaves no lock behind.
+
+    The launcher ends this process with SIGTERM as soon as another rank has failed. Raised as an exception it lets torch
+    remove its lock. Only here, and not while torch.distributed opens: that waits in C++, where the exception would have
+    to wait too. What is loaded here is not built, or locked, again there.
+    """
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return  # an accelerator has its own collectives
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        builder.load()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def check_build_lock() -> None:
+    """Finds a lock that a killed process left behind.
+
+    Raises:
+        UserError: a lock that nobody holds, or older than any build takes.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    for lock in root.glob("**/lock"):
+        try:
+            minutes = (time.time() - lock.stat().st_mtime) / 60
+        except FileNotFoundError:
+            continue  # a build that is running right now has just finished
+        if minutes > STALE_MINUTES or (minutes > ABANDONED_MINUTES and not _is_open(lock)):
+            raise UserError(
+                f"{lock} is {minutes:.0f} minutes old: a process was killed while it built or loaded an extension of "
+                "DeepSpeed, and every later one waits for it. Remove that file."
+            )
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process that this user can look into has `path` open; True where that cannot be known (no /proc)."""
+    processes = Path("/proc")
+    if not (processes / "self" / "fd").is_dir():
+        return True
+    wanted = str(path.resolve())
+    for descriptor in processes.glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(descriptor) == wanted:
+                return True
+        except OSError:
+            continue  # closed, or its process ended, since the folder was listed
+    return False
