@@ -3,7 +3,7 @@
 Importing the package registers the optimizers with DeepSpeed and the tuner with PEFT (see `plugin.register`).
 """
 
-from .adapters import MoELoRAConfig, MoELoRAModel, tag_lora_pairs
+from .adapters import MoELoRAConfig, MoELoRAModel, gather_experts, tag_lora_pairs
 from .optim import GateRiemannianAdamW, GateRiemannianSGD
 from .plugin import register
 
@@ -15,6 +15,7 @@ __all__ = [
     "MoELoRAConfig",
     "MoELoRAModel",
     "__version__",
+    "gather_experts",
     "register",
     "tag_lora_pairs",
 ]

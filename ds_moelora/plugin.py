@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from .adapters import register_with_peft
+from .core.expert_parallel import ShardSpec, register_shard_builder
 from .optim import GateRiemannianAdamW, GateRiemannianSGD
 
 OPTIMIZERS = (GateRiemannianAdamW, GateRiemannianSGD)
@@ -17,6 +19,7 @@ def register() -> None:
 
     - DeepSpeed resolves `"optimizer": {"type": NAME}` by `getattr(torch.optim, NAME)`, and ZeRO accepts the classes
       listed in `ZERO_SUPPORTED_OPTIMIZERS`. Without DeepSpeed installed this part is left out.
+    - `ep_size > 1` gets its modules from `parallel.expert_shard`; without DeepSpeed it is refused.
     - PEFT resolves `peft_type` "MOELORA" through its mappings.
 
     Raises:
@@ -31,4 +34,12 @@ def register() -> None:
     if find_spec("deepspeed") is not None:
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+        register_shard_builder(_build_shard)
         ZERO_SUPPORTED_OPTIMIZERS.extend(o for o in OPTIMIZERS if o not in ZERO_SUPPORTED_OPTIMIZERS)
+
+
+def _build_shard(spec: ShardSpec) -> Any:
+    # Imported by who needs it: it subclasses a class of DeepSpeed's.
+    from .parallel.expert_shard import ShardedExperts
+
+    return ShardedExperts(spec)

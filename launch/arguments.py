@@ -81,7 +81,9 @@ class AdapterArguments:
     scaling: str = _flag("alpha", "alpha: alpha/r. rslora: alpha/sqrt(r).")
     init_lora_weights: str = _flag("true", "true: B starts at zero; other values: see MoELoRAConfig.")
     router_aux_loss_coef: float = _flag(1e-3, "Weight of the load-balancing loss; 0 switches it off.")
-    ep_size: int = _flag(1, "Expert-parallel size.")
+    ep_size: int = _flag(1, "Ranks that share the experts; divides num_experts and the number of ranks. ZeRO 1 or 2.")
+    ep_dispatch: str = _flag("auto", "With --ep_size > 1: move weights, tokens, or auto.")
+    expert_compute: str = _flag("auto", "dense, grouped (chosen experts alone) or auto.")
     modules_to_save: list[str] = field(
         default_factory=list, metadata={"help": "Modules trained and saved in full beside the adapter."}
     )

@@ -14,10 +14,11 @@ import torch
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from transformers.trainer_utils import get_last_checkpoint
 
+from ds_moelora.core.expert_parallel import check_ep_size
 from ds_moelora.core.pairs import GATE_SCALINGS
 from ds_moelora.parallel.checkpoint import check_checkpoint
 from launch.arguments import Arguments
-from launch.errors import UserError
+from launch.errors import UserError, process_rank
 from launch.extensions import check_build_lock
 
 # The keys that transformers fills in; "auto" anywhere else would reach the optimizer as a string.
@@ -148,6 +149,27 @@ def check_output_dir(arguments: Arguments) -> None:
         )
 
 
+def check_resumed_topology(arguments: Arguments) -> None:
+    """Finds a checkpoint whose experts lay on other ranks: their optimizer state cannot be moved.
+
+    Raises:
+        UserError: the checkpoint was saved with another `ep_size`.
+    """
+    folder, wanted = arguments.training.resume_from_checkpoint, arguments.adapter.ep_size
+    if folder is None:
+        return
+    files = sorted(Path(folder).glob("global_step*/layer_*_expert_*_model_states.pt"))
+    saved = 1
+    if files:
+        tensors = torch.load(files[0], map_location="cpu", weights_only=True)
+        saved = next((int(t[0]) for name, t in tensors.items() if name.endswith(".topology")), 0)
+    if saved != wanted:
+        raise UserError(
+            f"--resume_from_checkpoint {folder} was saved with --ep_size {saved}, this run has {wanted}. Resume with "
+            f"--ep_size {saved}; the adapter in that folder can be loaded under any ep_size, without optimizer state."
+        )
+
+
 def _find_checkpoint(wish: str | None, output_dir: Path) -> str | None:
     """The checkpoint folder that `--resume_from_checkpoint` means."""
     if wish is None or str(wish).lower() in ("false", "no", "none"):
@@ -212,11 +234,37 @@ def check_loss(arguments: Arguments) -> None:
         raise UserError("--loss_type dft is not supported: it leaves out the routers' load-balancing loss. Use nll.")
 
 
+def check_expert_parallel(arguments: Arguments) -> None:
+    """Finds settings with which the experts cannot be spread over the ranks.
+
+    Raises:
+        UserError: a size that does not fit, no DeepSpeed config, or ZeRO stage 3.
+    """
+    adapter, path = arguments.adapter, arguments.training.deepspeed
+    if adapter.ep_size == 1:
+        return
+    if adapter.ep_size < 1:
+        raise UserError(f"--ep_size {adapter.ep_size} must be at least 1.")
+    try:
+        check_ep_size(adapter.ep_size, adapter.num_experts, process_rank()[1])
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    if path is None:
+        raise UserError(f"--ep_size {adapter.ep_size} needs DeepSpeed: pass --deepspeed configs/zero2_ep.json.")
+    if read_deepspeed_config(path).get("zero_optimization", {}).get("stage", 0) == 3:
+        raise UserError(
+            f"--ep_size {adapter.ep_size} with {path}: ZeRO stage 3 shards the experts over all ranks already. Use "
+            "--ep_size 1, or a config of stage 1 or 2 such as configs/zero2_ep.json."
+        )
+
+
 def preflight(arguments: Arguments) -> str:
     """All checks of this module; returns the optimizer's name."""
     check_build_lock()
     check_numbers(arguments)
     check_loss(arguments)
+    check_expert_parallel(arguments)
     name = check_optimizer(arguments)
     check_output_dir(arguments)
+    check_resumed_topology(arguments)
     return name

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ds_moelora.adapters import sharded_experts
 from launch.demo_base import base_model
 from launch.demo_tasks import split_lines
 
@@ -117,7 +118,8 @@ class ExactMatch(TrainerCallback):
             **encoded,
             max_new_tokens=MAX_ANSWER_TOKENS,
             do_sample=False,
-            synced_gpus=is_deepspeed_zero3_enabled(),
+            # Every rank takes part in every forward pass: to gather weights (ZeRO-3), or experts (ep_size > 1).
+            synced_gpus=is_deepspeed_zero3_enabled() or bool(sharded_experts(model)),
             pad_token_id=self.tokenizer.pad_token_id,
         )
         return self.tokenizer.batch_decode(generated[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)

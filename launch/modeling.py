@@ -74,6 +74,8 @@ def adapter_config(adapter: AdapterArguments, task: str) -> Any:
             ),
             router_aux_loss_coef=adapter.router_aux_loss_coef,
             ep_size=adapter.ep_size,
+            ep_dispatch=adapter.ep_dispatch,
+            expert_compute=adapter.expert_compute,
             modules_to_save=adapter.modules_to_save or None,
         )
     except (ValueError, TypeError) as error:

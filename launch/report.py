@@ -18,9 +18,14 @@ SUMMARY_NAME = "train_summary.json"
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) elements; under ZeRO-3, where a parameter is a shard, those of the whole parameter."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    """(trainable, all) elements over all ranks; of a parameter that ZeRO-3 or `ep_size` shards, those of the whole."""
+    sizes = [(getattr(p, "ds_numel", p.numel()) * _expert_ranks(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+
+
+def _expert_ranks(param: nn.Parameter) -> int:
+    """Ranks that hold other experts of the same parameter; DeepSpeed's group is called after their number."""
+    return 1 if getattr(param, "allreduce", True) else int(str(param.group_name).removeprefix("ep_size_"))  # type: ignore[attr-defined]
 
 
 def summarize(

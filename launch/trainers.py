@@ -20,11 +20,27 @@ from transformers import (
 )
 from trl import SFTTrainer
 
+from ds_moelora import gather_experts
+from ds_moelora.adapters import sharded_experts
 from launch.arguments import Arguments
 from launch.errors import UserError
 
 
-class MixtureSFTTrainer(SFTTrainer):
+class GatheringTrainer(Trainer):
+    """A Trainer that saves whole experts when they are spread over ranks (`ep_size > 1`).
+
+    transformers calls `_save` on every rank, but `save_pretrained`, which would gather them, on one. So they are
+    gathered before it, one layer at a time, and join the state dict under the names that they have without sharding.
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if state_dict is not None and sharded_experts(model):
+            state_dict = {**state_dict, **gather_experts(model)}
+        super()._save(output_dir, state_dict)
+
+
+class MixtureSFTTrainer(GatheringTrainer, SFTTrainer):
     """SFTTrainer that trains on the model's own `loss`.
 
     TRL 1.16 computes the loss from the log-probabilities that its fused head returns, and so leaves out what a tuner
@@ -114,7 +130,7 @@ def build_trainer(
                 f"no training row has an answer within --max_length {training.max_length} tokens; raise it."
             )
     else:
-        trainer = Trainer(
+        trainer = GatheringTrainer(
             train_dataset=tokenize_texts(train, tokenizer, training.max_length),
             eval_dataset=None if evaluation is None else tokenize_texts(evaluation, tokenizer, training.max_length),
             data_collator=DataCollatorWithPadding(tokenizer),

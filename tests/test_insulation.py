@@ -19,10 +19,14 @@ from ds_moelora.parallel.zero import find_storage
 
 ROOT = Path(ds_moelora.__file__).parent
 ONE_MODULE = ROOT / "parallel" / "zero.py"
+CHECKED = "expert parallelism's one module; adapt_engine names what is missing (tests/test_expert_parallel_saving.py)"
 # (file, attribute) that other modules read, and why that is right.
 ALLOWED = {
     ("adapters/layer.py", "ds_shape"): "adapters and parallel know nothing of each other; a fallback stands beside it",
     ("adapters/tagging.py", "ds_shape"): "as above; without it the shape is (0,), and tagging refuses the layer",
+    ("parallel/engine_hooks.py", "_configure_distributed_model"): CHECKED,
+    ("parallel/engine_hooks.py", "_create_expert_and_data_parallel"): CHECKED,
+    ("parallel/engine_hooks.py", "_get_expert_parallel_group_dict"): CHECKED,
     ("adapters/__init__.py", "_remove_adapter_name_from_key"): "PEFT's",
 }
 BY_NAME = ("getattr", "hasattr", "setattr", "delattr", "_read")

@@ -54,6 +54,32 @@ def run(settings: dict[str, Any]) -> None:
     train.main(argv)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ep_size": 3}, r"--ep_size=3 must divide .* num_experts=8 on 4 ranks these sizes do: 1, 2, 4\."),
+        ({"ep_size": 0}, "--ep_size 0 must be at least 1"),
+        ({"ep_size": 2, "deepspeed": "configs/zero3.json"}, "--ep_size 2 with configs/zero3.json: ZeRO stage 3"),
+        ({"ep_size": 2, "deepspeed": None, "optim": "adamw_torch"}, "--ep_size 2 needs DeepSpeed"),
+        ({"ep_size": 2, "ep_dispatch": "all"}, "ep_dispatch='all' is unknown"),
+    ],
+)
+def test_expert_parallel_sizes(
+    good: dict[str, Any], changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match=message):
+        run({**good, **changes})
+
+
+def test_expert_parallel_settings_pass(good: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(PassedError):
+        run({**good, "ep_size": 2, "deepspeed": str(ROOT / "configs" / "zero2_ep.json")})
+
+
 def test_good_input_passes(good: dict[str, Any]):
     with pytest.raises(PassedError):
         run(good)

@@ -89,6 +89,39 @@ def test_causal_lm_and_resume(model: Path, alpaca: Path, tmp_path: Path):
         assert torch.equal(tensor, got[name]), name
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_expert_parallel(model: Path, alpaca: Path, tmp_path: Path, ranks: int):
+    """--ep_size 2: trains what --ep_size 1 trains, evaluates, saves one whole adapter, and resumes."""
+    whole, spread, resumed = (tmp_path / name for name in ("whole", "spread", "resumed"))
+    more = ("--max_steps", "4", "--save_steps", "2", "--eval_fraction", "0.25", "--num_experts", "4")
+    for output_dir, ep_size in ((whole, "1"), (spread, "2")):
+        finished = launch(
+            arguments(model, alpaca, "zero2_ep", output_dir, *more, "--ep_size", ep_size), ranks, timeout=400
+        )
+        assert finished.code == 0, finished.output[-4000:]
+    first, second = summary_of(whole), summary_of(spread)
+    assert second["last_loss"] == pytest.approx(first["last_loss"], rel=1e-3)
+    assert second["eval"]["eval_loss"] == pytest.approx(first["eval"]["eval_loss"], rel=1e-3)
+    assert second["trainable_parameters"] == first["trainable_parameters"]
+    expected, got = adapter_of(whole), adapter_of(spread)
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert (got[name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, name
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), spread)
+
+    shutil.copytree(spread / "checkpoint-2", resumed / "checkpoint-2")
+    again = (*more, "--resume_from_checkpoint", "true")
+    finished = launch(arguments(model, alpaca, "zero2_ep", resumed, *again, "--ep_size", "2"), ranks, timeout=400)
+    assert finished.code == 0, finished.output[-4000:]
+    for name, tensor in got.items():
+        assert torch.equal(tensor, adapter_of(resumed)[name]), name
+
+    if ranks == 2:
+        finished = launch(arguments(model, alpaca, "zero2_ep", resumed, *again, "--ep_size", "1"), ranks)
+        assert finished.code != 0
+        assert "was saved with --ep_size 2, this run has 1" in finished.output
+
+
 def test_stages_save_the_same_adapter(model: Path, alpaca: Path, tmp_path: Path):
     """ZeRO-3 gathers whole tensors, and offloading keeps our optimizer: both train what ZeRO-1 trains."""
     adapters = {}

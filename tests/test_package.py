@@ -62,6 +62,7 @@ def test_public_names() -> None:
         "MoELoRAConfig",
         "MoELoRAModel",
         "__version__",
+        "gather_experts",
         "register",
         "tag_lora_pairs",
     }

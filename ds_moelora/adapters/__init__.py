@@ -10,8 +10,10 @@ from peft.mapping import (
 from peft.tuners.tuners_utils import BaseTuner
 
 from .config import PEFT_TYPE, MoELoRAConfig
-from .layer import MoELoRAExperts, MoELoRALayer
+from .experts import MoELoRAExperts
+from .layer import MoELoRALayer
 from .model import PREFIX, MoELoRAModel
+from .saving import gather_experts, let_first_rank_write, sharded_experts
 from .tagging import tag_lora_pairs
 
 __all__ = [
@@ -19,7 +21,9 @@ __all__ = [
     "MoELoRAExperts",
     "MoELoRALayer",
     "MoELoRAModel",
+    "gather_experts",
     "register_with_peft",
+    "sharded_experts",
     "tag_lora_pairs",
 ]
 
@@ -37,3 +41,4 @@ def register_with_peft() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = MoELoRAConfig
     PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = MoELoRAModel
     PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PREFIX
+    let_first_rank_write()

@@ -20,6 +20,10 @@ _MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _MAMBA_UNCALLED = {"out_proj", "conv1d"}
 
 
+OUR_NAMES = {"router", "lora_A", "lora_B", "weight", "bias", "base_layer", "moelora_experts"}
+OUR_NAMES |= {"shard", "deepspeed_moe", "experts", "deepspeed_experts"}
+
+
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Modules that may be targets: not the root, and nothing inside an adapted layer."""
     modules = {name: module for name, module in model.named_modules() if name}
@@ -49,7 +53,7 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
         ValueError: naming the part.
     """
     parts = {part for name in _candidates(model) for part in name.split(".") if ".modules_to_save" not in name}
-    if adapter_name in parts | {"router", "lora_A", "lora_B", "weight", "bias", "base_layer", "moelora_experts"}:
+    if adapter_name in parts | OUR_NAMES:
         raise ValueError(
             f"adapter_name={adapter_name!r} is also the name of a module or parameter, by which PEFT would confuse "
             "adapters when it saves them; choose another name."

@@ -9,7 +9,11 @@ from typing import Any
 
 from peft import PeftConfig
 
+from ..core.expert_parallel import COMPUTES, DISPATCHES, check_ep_size
+
 PEFT_TYPE = "MOELORA"
+# How a run spreads and computes the experts; the adapter is the same, so its file says nothing of it.
+RUN_FIELDS = ("ep_size", "ep_dispatch", "expert_compute")
 SCALINGS = ("alpha", "rslora")
 
 
@@ -33,7 +37,11 @@ class MoELoRAConfig(PeftConfig):
             uniform as well, for tests.
         router_aux_loss_coef: what the load-balancing loss (1 at perfect balance) is multiplied with before it is added
             to the model's loss; 0 switches it off.
-        ep_size: ranks that share the experts; 1 until expert parallelism is there.
+        ep_size: ranks that share the experts; divides num_experts and the world size. 1: every rank has all of them.
+        ep_dispatch: with ep_size > 1: "weights" moves experts to tokens, "tokens" moves tokens to experts, "auto" takes
+            what moves fewer bytes.
+        expert_compute: "dense" computes all experts in one product, "grouped" the chosen ones alone, "auto" decides by
+            size.
         modules_to_save: modules to train and save whole, beside the adapter (e.g. a new classification head).
         layers_to_transform: index or indices of the layers to adapt; needs `target_modules` as a list.
         layers_pattern: name of the list of layers, e.g. "layers" or "h"; needs `layers_to_transform`.
@@ -60,7 +68,13 @@ class MoELoRAConfig(PeftConfig):
     router_aux_loss_coef: float = field(
         default=1e-3, metadata={"help": "Coefficient of the load-balancing loss; 0 switches it off."}
     )
-    ep_size: int = field(default=1, metadata={"help": "Expert-parallel ranks; only 1 for now."})
+    ep_size: int = field(default=1, metadata={"help": "Ranks that share the experts. Not saved: it is the run's."})
+    ep_dispatch: str = field(
+        default="auto", metadata={"help": "With ep_size > 1: move 'weights', 'tokens', or 'auto'. Not saved."}
+    )
+    expert_compute: str = field(
+        default="auto", metadata={"help": "'dense', 'grouped' (chosen experts alone) or 'auto'. Not saved."}
+    )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules to train and save whole, beside the adapter."}
     )
@@ -96,12 +110,11 @@ class MoELoRAConfig(PeftConfig):
                 f"init_lora_weights={self.init_lora_weights!r} is unknown; use True (random A, zero B) or False "
                 "(random A and B)."
             )
-        _check_int("ep_size", self.ep_size, "Use 1.")
-        if self.ep_size != 1:
-            raise ValueError(
-                f"ep_size={self.ep_size}, but expert parallelism is not there yet: every rank holds all experts. "
-                "Use ep_size=1; ZeRO shards the experts' optimizer state (and, at stage 3, the experts)."
-            )
+        _check_int("ep_size", self.ep_size, "1: every rank has all experts.")
+        check_ep_size(self.ep_size, self.num_experts)
+        for name, known in (("ep_dispatch", DISPATCHES), ("expert_compute", COMPUTES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}.")
         self._check_targets()
 
     def _check_targets(self) -> None:
@@ -133,8 +146,9 @@ class MoELoRAConfig(PeftConfig):
         return self.lora_alpha / (self.r if self.scaling == "alpha" else math.sqrt(self.r))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, with sets as sorted lists, so that saving twice writes the same adapter_config.json."""
-        return {key: sorted(v) if isinstance(v, set) else v for key, v in super().to_dict().items()}
+        """The adapter's fields, without the run's, and with sets as sorted lists: saving twice writes the same file."""
+        kept = {key: value for key, value in super().to_dict().items() if key not in RUN_FIELDS}
+        return {key: sorted(v) if isinstance(v, set) else v for key, v in kept.items()}
 
 
 def _check_int(name: str, value: Any, remedy: str) -> None:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..core.moe_lora import moe_lora
-from ..core.pairs import GateSettings, LoraPair, tag_pair
-from ..core.routing import route
-from .balance import RouterRecord, active_collector
 from .config import MoELoRAConfig
+from .experts import MoELoRAExperts
 
 _MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -35,134 +30,6 @@ def in_out_features(module: nn.Module) -> tuple[int, int] | None:
         if all(isinstance(size, int) and size > 0 for size in sizes):
             return sizes  # type: ignore[return-value]
     return None
-
-
-class Router(nn.Linear):
-    """(..., I) -> (..., E) logits, computed in the input's dtype.
-
-    Casting the (E, I) weight rather than the input keeps a float32 adapter on a bfloat16 model from making a float32
-    copy of every activation. A module of its own, because ZeRO-3 fetches a parameter when its module is called.
-    """
-
-    weight: nn.Parameter
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-class MoELoRAExperts(nn.Module):
-    """One adapter's experts and router in one layer: `lora_A` (E, I, R), `lora_B` (E, O, R), `router.weight` (E, I).
-
-    Args:
-        in_features: I. out_features: O.
-        config: the adapter's configuration.
-        adapter_name: the adapter's name. layer_name: the layer's qualified name; both for messages.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, config: MoELoRAConfig, adapter_name: str, layer_name: str
-    ) -> None:
-        super().__init__()
-        self.adapter_name = adapter_name
-        self.num_experts, self.rank, self.top_k = config.num_experts, config.r, config.top_k
-        self.scaling = config.lora_scaling
-        self.aux_loss_coef = float(config.router_aux_loss_coef)
-        self.dropout = nn.Dropout(config.lora_dropout)
-        self.router = Router(in_features, config.num_experts, bias=False)
-        self.lora_A = nn.Parameter(torch.empty(config.num_experts, in_features, config.r))
-        self.lora_B = nn.Parameter(torch.empty(config.num_experts, out_features, config.r))
-        # Here and not later: inside deepspeed.zero.Init, parameters are cut up as soon as __init__ returns.
-        self.reset_parameters(config.init_lora_weights)
-        self.pair = LoraPair(
-            name=layer_name,
-            num_experts=config.num_experts,
-            rank=config.r,
-            scaling=self.scaling,
-            gate=GateSettings(),
-        )
-        self.register_load_state_dict_post_hook(_tag_after_load)
-        self.tag()
-
-    def reset_parameters(self, init_lora_weights: bool) -> None:
-        """Each expert's A as PEFT's LoRA: Kaiming-uniform, a = sqrt(5), i.e. uniform in +-1/sqrt(I). B zero.
-
-        The router keeps nn.Linear's default, the same distribution. `init_lora_weights=False` draws B, too, from
-        +-1/sqrt(R).
-        """
-        with torch.no_grad():
-            nn.init.uniform_(self.lora_A, -1 / math.sqrt(self.lora_A.shape[1]), 1 / math.sqrt(self.lora_A.shape[1]))
-            if init_lora_weights:
-                nn.init.zeros_(self.lora_B)
-            else:
-                nn.init.uniform_(self.lora_B, -1 / math.sqrt(self.rank), 1 / math.sqrt(self.rank))
-
-    def tag(self, layer_name: str | None = None) -> None:
-        """Puts the pair's tag on the parameters, as an optimizer needs it. Cheap, and may be repeated."""
-        if layer_name is not None:
-            self.pair.name = layer_name
-        tag_pair(self.pair, self.lora_A, self.lora_B, self.router.weight)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> MoELoRAExperts:
-        super()._apply(*args, **kwargs)  # may make new Parameters (e.g. when leaving the meta device)
-        self.tag()
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # copy.deepcopy and pickle end here, with new Parameters
-        self.tag()
-
-    # Compiled code may not read the collector or the gate settings at trace time: both change between calls.
-    @torch.compiler.disable
-    def forward(self, x: Tensor, base_out: Tensor, inplace: bool = False) -> Tensor:
-        """base_out + s * sum_{i in topk} g_i(x) B_i A_i x.
-
-        Args:
-            x: (..., I). base_out: (..., O).
-            inplace: `base_out` belongs to the caller alone and may be overwritten.
-
-        Returns:
-            (..., O) in the dtype of `base_out`.
-        """
-        x_TI = x.reshape(-1, x.shape[-1])
-        logits = self.router(x_TI)
-        routing = route(logits, self.top_k)
-        collector = active_collector()
-        if collector is not None and self.training and self.aux_loss_coef > 0:
-            collector.records.append(
-                RouterRecord(
-                    adapter=self.adapter_name,
-                    coef=self.aux_loss_coef,
-                    layer=self.pair.name,
-                    lead=tuple(x.shape[:-1]),
-                    logits=logits,
-                    chosen=routing.chosen,
-                    grad_enabled=torch.is_grad_enabled(),
-                )
-            )
-        # A reshape to the same shape would be a view, onto which nothing may be added in place.
-        base_TO = base_out if base_out.dim() == 2 else base_out.reshape(-1, base_out.shape[-1])
-        y = moe_lora(
-            base_TO,
-            self.dropout(x_TI),
-            routing.gates,
-            routing.chosen,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            self.pair.gate,
-            # ZeRO-3's hooks hand this module a view, which may not be changed in place.
-            inplace=inplace and not base_TO._is_view(),
-        )
-        return y if base_out.dim() == 2 else y.view(base_out.shape)
-
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, rank={self.rank}, top_k={self.top_k}, scaling={self.scaling:g}"
-
-
-def _tag_after_load(module: nn.Module, incompatible_keys: Any) -> None:
-    # load_state_dict(assign=True), which PEFT uses with low_cpu_mem_usage, puts new Parameters in place.
-    assert isinstance(module, MoELoRAExperts)
-    module.tag()
 
 
 class MoELoRALayer(nn.Module, BaseTunerLayer):
@@ -219,6 +86,8 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.moelora_experts]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
+        for name in active:
+            self.experts(name).prefetch(x)
         owned = self._owns_base_output()
         # nn.Linear's output is a view unless its input is a matrix.
         y = self.base_layer(x.reshape(-1, x.shape[-1]) if owned else x, *args, **kwargs)

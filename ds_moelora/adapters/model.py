@@ -19,6 +19,7 @@ from .balance import auxiliary_loss, batch_layout, start_collecting, stop_collec
 from .checks import check_adapter_name, check_complete, check_not_partitioned, check_targets, without_absent
 from .config import MoELoRAConfig
 from .layer import MoELoRALayer, refuse_merge
+from .saving import cut_for_loading, sharded_experts, with_whole_experts
 
 PREFIX = "moelora_"
 
@@ -206,7 +207,7 @@ class MoELoRAModel(BaseTuner):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
         )
         check_not_partitioned(selected)
-        return selected
+        return with_whole_experts(model, selected, state_dict, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -215,6 +216,12 @@ class MoELoRAModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+        for name in sharded_experts(model, adapter_name):  # PEFT goes by the model's names, which are those of shards
+            for factor in (f"{name}.lora_A", f"{name}.lora_B"):
+                in_file = cls._remove_adapter_name_from_key(factor, adapter_name)
+                if in_file in remapped:
+                    remapped[factor] = remapped.pop(in_file)
+        remapped = cut_for_loading(model, remapped, adapter_name)
         layers = {name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
         check_complete(remapped, model.state_dict(), layers, adapter_name)
         return remapped

@@ -20,7 +20,8 @@ Parameter's data is fetched again before the backward pass.
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ def moe_lora(
     scaling: float,
     settings: GateSettings | None = None,
     inplace: bool = False,
+    compute: ExpertCompute | None = None,
 ) -> Tensor:
     """y_t = base_t + s * sum_i g_ti B_i A_i x_t, with gate-scaled gradients for A and B.
 
@@ -52,6 +54,7 @@ def moe_lora(
             the optimizer that sets it is built after the model. None: exact gradients.
         inplace: add onto `base_out` instead of allocating another (T, O) tensor. The caller vouches that nobody else
             reads `base_out`; autograd raises if it was saved for a backward pass.
+        compute: how the products are done: `DENSE` (None) or `core.grouped.GROUPED`. Same results up to rounding.
 
     Returns:
         (T, O) in the dtype of `base_out`.
@@ -62,7 +65,8 @@ def moe_lora(
 
     Source: Sun et al., arXiv 2502.15828, section 3 (the scaling); docs/architecture.md (why it is kept out of dx).
     """
-    return _MoELoRA.apply(base_out, x, gates, chosen, lora_A, lora_B, scaling, settings or GateSettings(), inplace)
+    settings, compute = settings or GateSettings(), compute or DENSE
+    return _MoELoRA.apply(base_out, x, gates, chosen, lora_A, lora_B, scaling, settings, inplace, compute)
 
 
 def gate_factor(gate_scaling: str, gates: Tensor, chosen: Tensor) -> Tensor:
@@ -84,7 +88,8 @@ def gate_factor(gate_scaling: str, gates: Tensor, chosen: Tensor) -> Tensor:
     raise ValueError(f"gate_scaling={gate_scaling!r} is unknown; use one of {', '.join(GATE_SCALINGS)}.")
 
 
-def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Switches autocast off inside: its rules are for torch's own functions."""
     # The dtypes are chosen here, once; autocast would cast the float32 parts of the gates again.
     device = tensor.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -109,6 +114,107 @@ def _scale_experts(projection_TER: Tensor, factor_TE: Tensor) -> Tensor:
     return (projection_TER.view(T, E, projection_TER.shape[1] // E) * factor).view_as(projection_TER)
 
 
+class Needs(NamedTuple):
+    """Which gradients a backward pass has to compute."""
+
+    x: bool
+    gates: bool
+    A: bool
+    B: bool
+
+
+class MixtureGrads(NamedTuple):
+    """Gradients of one mixture: dx (T, I), dA (E, I, R), dB (E, O, R) in the compute dtype, dgates (T, E).
+
+    None where not needed. dA and dB need not be contiguous. dgates is right where an expert was chosen; elsewhere it
+    is never read, since those gates are constants.
+    """
+
+    dx: Tensor | None
+    dgates: Tensor | None
+    dA: Tensor | None
+    dB: Tensor | None
+
+
+class ExpertCompute(NamedTuple):
+    """One way to do the mixture's products, without autograd; callers save for backward what `forward` was given.
+
+    Args:
+        name: "dense" or "grouped".
+        forward: (base_out, x, gates, chosen, lora_A, lora_B, scaling, inplace) -> (y, p). x has the dtype of base_out;
+            p is whatever `backward` wants back, one tensor.
+        backward: (dy, x, p, gates, chosen, lora_A, lora_B, scaling, settings, needs) -> `MixtureGrads`. x may be None
+            unless `needs.A`.
+    """
+
+    name: str
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., MixtureGrads]
+
+
+def _dense_forward(
+    base_out: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    chosen: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = base_out.dtype
+    p = x @ _flatten_a(lora_A, dtype)
+    weighted, B_flat = _scale_experts(p, gates * scaling), _flatten_b(lora_B, dtype)
+    y = base_out.addmm_(weighted, B_flat) if inplace else torch.addmm(base_out, weighted, B_flat)
+    return y, p
+
+
+def _dense_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    p: Tensor,
+    gates: Tensor,
+    chosen: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    settings: GateSettings,
+    needs: Needs,
+) -> MixtureGrads:
+    s, dtype, (E, I, R) = scaling, p.dtype, lora_A.shape
+    dx = dgates = dA = dB = None
+    h = gate_factor(settings.gate_scaling, gates, chosen) * s
+    if needs.x or needs.gates or needs.A:
+        q = dy @ _flatten_b(lora_B, dtype).t()
+    if needs.gates:
+        # Summed in float32: it is the router's whole signal, and a difference of nearly equal terms.
+        dgates = (q * p.to(gates.dtype)).view(*gates.shape, R).sum(-1) * s
+    if needs.x:
+        factor = h if settings.scale_input_grad else gates * s
+        dx = _scale_experts(q, factor) @ _flatten_a(lora_A, dtype).t()
+    if needs.A:
+        assert x is not None
+        dA = (x.t() @ _scale_experts(q, h)).view(I, E, R).permute(1, 0, 2)
+    if needs.B:
+        dB = (_scale_experts(p, h).t() @ dy).view(E, R, -1).permute(0, 2, 1)
+    return MixtureGrads(dx, dgates, dA, dB)
+
+
+DENSE = ExpertCompute("dense", _dense_forward, _dense_backward)
+
+
+def refuse_second_derivative() -> None:
+    """Raises RuntimeError in a backward pass that records a graph.
+
+    torch's once_differentiable would let a gradient without a graph pass if dy is a constant.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "MoE-LoRA has no second derivative (gate-scaled gradients are not the gradient of any function); call "
+            "backward without create_graph=True."
+        )
+
+
 class _MoELoRA(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -122,19 +228,14 @@ class _MoELoRA(torch.autograd.Function):
         scaling: float,
         settings: GateSettings,
         inplace: bool,
+        compute: ExpertCompute,
     ) -> Tensor:
-        with _no_autocast(x):
-            dtype = base_out.dtype
-            x_compute = x.to(dtype)
-            p = x_compute @ _flatten_a(lora_A, dtype)
-            weighted = _scale_experts(p, gates * scaling)
-            B_flat = _flatten_b(lora_B, dtype)
-            if inplace:
-                ctx.mark_dirty(base_out)
-                y = base_out.addmm_(weighted, B_flat)
-            else:
-                y = torch.addmm(base_out, weighted, B_flat)
-        ctx.scaling, ctx.settings, ctx.x_dtype = scaling, settings, x.dtype
+        with no_autocast(x):
+            x_compute = x.to(base_out.dtype)
+            y, p = compute.forward(base_out, x_compute, gates, chosen, lora_A, lora_B, scaling, inplace)
+        if inplace:
+            ctx.mark_dirty(base_out)
+        ctx.scaling, ctx.settings, ctx.x_dtype, ctx.compute = scaling, settings, x.dtype, compute
         # x is needed for dA alone: a frozen A keeps no activation alive.
         saved_x = x_compute if ctx.needs_input_grad[4] else None
         ctx.save_for_backward(saved_x, p, gates, chosen, lora_A, lora_B)
@@ -142,31 +243,13 @@ class _MoELoRA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        # torch's once_differentiable would let a gradient without a graph pass if dy is a constant.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "MoE-LoRA has no second derivative (gate-scaled gradients are not the gradient of any function); call "
-                "backward without create_graph=True."
-            )
+        refuse_second_derivative()
         x, p, gates, chosen, lora_A, lora_B = ctx.saved_tensors
         needs_base, needs_x, needs_gates, _, needs_A, needs_B = ctx.needs_input_grad[:6]
-        settings, s, dtype = ctx.settings, ctx.scaling, p.dtype
-        E, I, R = lora_A.shape
-        dx = dgates = dA = dB = None
-        with _no_autocast(dy):
-            h = gate_factor(settings.gate_scaling, gates, chosen) * s
-            if needs_x or needs_gates or needs_A:
-                q = dy @ _flatten_b(lora_B, dtype).t()
-            if needs_gates:
-                # Summed in float32: it is the router's whole signal, and a difference of nearly equal terms.
-                dgates = (q * p.to(gates.dtype)).view(*gates.shape, R).sum(-1) * s
-            if needs_x:
-                factor = h if settings.scale_input_grad else gates * s
-                dx = (_scale_experts(q, factor) @ _flatten_a(lora_A, dtype).t()).to(ctx.x_dtype)
-            if needs_A:
-                dA = x.t() @ _scale_experts(q, h)
-                dA = dA.view(I, E, R).permute(1, 0, 2).to(lora_A.dtype).contiguous()
-            if needs_B:
-                dB = _scale_experts(p, h).t() @ dy
-                dB = dB.view(E, R, -1).permute(0, 2, 1).to(lora_B.dtype).contiguous()
-        return dy if needs_base else None, dx, dgates, None, dA, dB, None, None, None
+        needs = Needs(needs_x, needs_gates, needs_A, needs_B)
+        with no_autocast(dy):
+            grads = ctx.compute.backward(dy, x, p, gates, chosen, lora_A, lora_B, ctx.scaling, ctx.settings, needs)
+            dx = None if grads.dx is None else grads.dx.to(ctx.x_dtype)
+            dA = None if grads.dA is None else grads.dA.to(lora_A.dtype).contiguous()
+            dB = None if grads.dB is None else grads.dB.to(lora_B.dtype).contiguous()
+        return dy if needs_base else None, dx, grads.dgates, None, dA, dB, None, None, None, None

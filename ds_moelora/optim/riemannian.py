@@ -90,6 +90,11 @@ def _tensor(param: Any) -> nn.Parameter:
     return param[1] if isinstance(param, tuple) else param
 
 
+def _expert_group(param: nn.Parameter) -> str:
+    """DeepSpeed's name of the group that shares an expert's parameter; "" for parameters that all ranks have."""
+    return "" if getattr(param, "allreduce", True) else getattr(param, "group_name", "")
+
+
 class _GateRiemannian(torch.optim.Optimizer):
     """What both optimizers share. Stands before torch's class in the method resolution order.
 
@@ -122,18 +127,25 @@ class _GateRiemannian(torch.optim.Optimizer):
     # -- parameter groups ---------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: ParamGroup) -> None:
-        """As torch's; routers in a group whose `gate_lr_scale` is not 1 get a group of their own, with that scale."""
+        """As torch's, but some parameters get groups of their own.
+
+        Routers in a group whose `gate_lr_scale` is not 1: a group with that scale. Experts that are spread over ranks
+        (`ep_size > 1`): one group per process group with the keys "moe" and "name", as DeepSpeed wants them.
+        """
         (given,) = _as_groups([param_group])
         given = {**self._options, **given}
         _check_options(given)
-        routers: list[Any] = []
-        if "lr_scale" not in given and given["gate_lr_scale"] != 1.0:
-            routers = [p for p in given["params"] if (tag_of(_tensor(p)) or (None, None))[1] == "router"]
-        router_ids = {id(_tensor(p)) for p in routers}
-        others = [p for p in given["params"] if id(_tensor(p)) not in router_ids]
-        for members, lr_scale in ((others, 1.0), (routers, given["gate_lr_scale"])):
-            if members or (not given["params"] and members is others):
-                group = {"lr_scale": lr_scale, **given, "params": members, GROUP_KEY: len(self._known_groups)}
+        splits_routers = "lr_scale" not in given and given["gate_lr_scale"] != 1.0
+        parts: dict[tuple[bool, str], list[Any]] = {(False, ""): []}
+        for p in given["params"]:
+            is_router = splits_routers and (tag_of(_tensor(p)) or (None, None))[1] == "router"
+            expert_group = "" if "moe" in given else _expert_group(_tensor(p))
+            parts.setdefault((is_router, expert_group), []).append(p)
+        for (is_router, expert_group), members in parts.items():
+            if members or not given["params"]:
+                extra = {"moe": True, "name": expert_group} if expert_group else {}
+                lr_scale = given["gate_lr_scale"] if is_router else 1.0
+                group = {"lr_scale": lr_scale, **given, **extra, "params": members, GROUP_KEY: len(self._known_groups)}
                 super().add_param_group(group)
                 self._known_groups[group[GROUP_KEY]] = group
                 self._members[group[GROUP_KEY]] = list(group["params"])

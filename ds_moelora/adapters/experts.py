@@ -1,0 +1,218 @@
+"""One adapter's experts and router in one layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.expert_parallel import ExpertShard, ShardSpec, build_shard, check_ep_size
+from ..core.grouped import GROUPED, choose_compute
+from ..core.initialization import draw_uniform_
+from ..core.moe_lora import DENSE, moe_lora
+from ..core.pairs import GateSettings, LoraPair, tag_pair
+from ..core.routing import route
+from .balance import RouterRecord, active_collector
+from .config import MoELoRAConfig
+
+
+class Router(nn.Linear):
+    """(..., I) -> (..., E) logits, computed in the input's dtype.
+
+    Casting the (E, I) weight rather than the input keeps a float32 adapter on a bfloat16 model from making a float32
+    copy of every activation. A module of its own, because ZeRO-3 fetches a parameter when its module is called.
+    """
+
+    weight: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class MoELoRAExperts(nn.Module):
+    """One adapter's experts and router in one layer: `lora_A` (E, I, R), `lora_B` (E, O, R), `router.weight` (E, I).
+
+    With `ep_size > 1` the experts are those of this rank, and lie in `shard` (`core.expert_parallel`); the router is
+    whole on every rank.
+
+    Args:
+        in_features: I. out_features: O.
+        config: the adapter's configuration.
+        adapter_name: the adapter's name. layer_name: the layer's qualified name; both for messages and for seeds.
+
+    Raises:
+        ValueError: `ep_size` does not fit the experts or the world size, or DeepSpeed is not there.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(
+        self, in_features: int, out_features: int, config: MoELoRAConfig, adapter_name: str, layer_name: str
+    ) -> None:
+        super().__init__()
+        self.adapter_name = adapter_name
+        self.num_experts, self.rank, self.top_k = config.num_experts, config.r, config.top_k
+        self.scaling = config.lora_scaling
+        self.aux_loss_coef = float(config.router_aux_loss_coef)
+        self.dropout = nn.Dropout(config.lora_dropout)
+        self.router = Router(in_features, config.num_experts, bias=False)
+        self.compute = DENSE
+        self.is_sharded = config.ep_size > 1
+        if self.is_sharded:
+            check_ep_size(config.ep_size, config.num_experts)  # again: fields can be set after the config was checked
+            self.add_module("shard", build_shard(_shard_spec(in_features, out_features, config, layer_name)))
+        else:
+            self.lora_A = nn.Parameter(torch.empty(config.num_experts, in_features, config.r))
+            self.lora_B = nn.Parameter(torch.empty(config.num_experts, out_features, config.r))
+            if choose_compute(config.expert_compute, config.num_experts, config.top_k, config.r) == "grouped":
+                self.compute = GROUPED
+        # Here and not later: inside deepspeed.zero.Init, parameters are cut up as soon as __init__ returns.
+        self.reset_parameters(config.init_lora_weights, layer_name)
+        self.pair = LoraPair(
+            name=layer_name,
+            num_experts=len(self.factors()[0]),
+            rank=config.r,
+            scaling=self.scaling,
+            gate=GateSettings(),
+        )
+        self._register_load_state_dict_pre_hook(self._shard_whole_tensors)
+        self.register_load_state_dict_post_hook(_tag_after_load)
+        self.tag()
+
+    def experts_shard(self) -> ExpertShard:
+        """The module that holds this rank's experts; only with `is_sharded`."""
+        return self.get_submodule("shard")  # type: ignore[return-value]
+
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """lora_A and lora_B: all experts', or those of this rank."""
+        holder: Any = self.experts_shard() if self.is_sharded else self
+        return holder.lora_A, holder.lora_B
+
+    def reset_parameters(self, init_lora_weights: bool, layer_name: str) -> None:
+        """Each expert's A as PEFT's LoRA: Kaiming-uniform, a = sqrt(5), i.e. uniform in +-1/sqrt(I). B zero.
+
+        The router has nn.Linear's default, the same distribution. `init_lora_weights=False` draws B, too, from
+        +-1/sqrt(R). Every expert has a random stream of its own (`core.initialization`), whoever holds it.
+        """
+        lora_A, lora_B = self.factors()
+        first = self.experts_shard().first_expert if self.is_sharded else 0
+        bound, names = 1 / math.sqrt(lora_A.shape[1]), (layer_name, self.adapter_name)
+        draw_uniform_(lora_A, bound, *names, "lora_A", first)
+        if init_lora_weights:
+            nn.init.zeros_(lora_B)
+        else:
+            draw_uniform_(lora_B, 1 / math.sqrt(self.rank), *names, "lora_B", first)
+        draw_uniform_(self.router.weight, bound, *names, "router")
+
+    def tag(self, layer_name: str | None = None) -> None:
+        """Puts the pair's tag on the parameters, as an optimizer needs it. Cheap, and may be repeated."""
+        if layer_name is not None:
+            self.pair.name = layer_name
+        tag_pair(self.pair, *self.factors(), self.router.weight)
+        if self.is_sharded:
+            self.experts_shard().mark()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> MoELoRAExperts:
+        super()._apply(*args, **kwargs)  # may make new Parameters (e.g. when leaving the meta device)
+        self.tag()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # copy.deepcopy and pickle end here, with new Parameters
+        self.tag()
+
+    @torch.compiler.disable
+    def prefetch(self, x: Tensor) -> None:
+        """Before the base layer runs: starts the communication that can run beside it."""
+        if self.is_sharded:
+            self.experts_shard().prefetch(x)
+
+    # Compiled code may not read the collector or the gate settings at trace time: both change between calls.
+    @torch.compiler.disable
+    def forward(self, x: Tensor, base_out: Tensor, inplace: bool = False) -> Tensor:
+        """base_out + s * sum_{i in topk} g_i(x) B_i A_i x.
+
+        Args:
+            x: (..., I). base_out: (..., O).
+            inplace: `base_out` belongs to the caller alone and may be overwritten.
+
+        Returns:
+            (..., O) in the dtype of `base_out`.
+        """
+        x_TI = x.reshape(-1, x.shape[-1])
+        logits = self.router(x_TI)
+        routing = route(logits, self.top_k)
+        collector = active_collector()
+        if collector is not None and self.training and self.aux_loss_coef > 0:
+            collector.records.append(
+                RouterRecord(
+                    adapter=self.adapter_name,
+                    coef=self.aux_loss_coef,
+                    layer=self.pair.name,
+                    lead=tuple(x.shape[:-1]),
+                    logits=logits,
+                    chosen=routing.chosen,
+                    grad_enabled=torch.is_grad_enabled(),
+                )
+            )
+        # A reshape to the same shape would be a view, onto which nothing may be added in place.
+        base_TO = base_out if base_out.dim() == 2 else base_out.reshape(-1, base_out.shape[-1])
+        # ZeRO-3's hooks hand this module a view, which may not be changed in place.
+        inplace = inplace and not base_TO._is_view()
+        x_TI, (gates, chosen), gate = self.dropout(x_TI), routing, self.pair.gate
+        if self.is_sharded:
+            y = self.experts_shard().mix(base_TO, x_TI, gates, chosen, self.scaling, gate, inplace)
+        else:
+            y = moe_lora(
+                base_TO, x_TI, gates, chosen, self.lora_A, self.lora_B, self.scaling, gate, inplace, self.compute
+            )
+        return y if base_out.dim() == 2 else y.view(base_out.shape)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, rank={self.rank}, top_k={self.top_k}, scaling={self.scaling:g}"
+
+    # A saved adapter has whole tensors, whatever the topology it was trained in.
+
+    def _shard_whole_tensors(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        if self.is_sharded:
+            cut_whole_tensors(self, state_dict, prefix)
+
+
+def cut_whole_tensors(experts: MoELoRAExperts, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Replaces whole `lora_A` (E, I, R) and `lora_B` under `prefix` by the entries of this rank's shard.
+
+    Raises:
+        ValueError: a tensor has another number of experts than the adapter.
+    """
+    whole = {name: state_dict.pop(prefix + name) for name in ("lora_A", "lora_B") if prefix + name in state_dict}
+    for name, tensor in whole.items():
+        if len(tensor) != experts.num_experts:
+            raise ValueError(
+                f"{prefix}{name} has {len(tensor)} experts, the adapter num_experts={experts.num_experts}; load it "
+                "with the configuration that was saved beside it."
+            )
+    state_dict.update(experts.experts_shard().local_entries(prefix + "shard.", whole))
+
+
+def _shard_spec(in_features: int, out_features: int, config: MoELoRAConfig, layer_name: str) -> ShardSpec:
+    return ShardSpec(
+        layer_name=layer_name,
+        num_experts=config.num_experts,
+        ep_size=config.ep_size,
+        top_k=config.top_k,
+        in_features=in_features,
+        out_features=out_features,
+        rank=config.r,
+        dispatch=config.ep_dispatch,
+        compute=config.expert_compute,
+    )
+
+
+def _tag_after_load(module: nn.Module, incompatible_keys: Any) -> None:
+    # load_state_dict(assign=True), which PEFT uses with low_cpu_mem_usage, puts new Parameters in place.
+    assert isinstance(module, MoELoRAExperts)
+    module.tag()

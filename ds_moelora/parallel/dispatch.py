@@ -1,0 +1,270 @@
+"""Mixtures whose experts are spread over a process group: two ways to bring tokens and experts together.
+
+Shape suffixes: T this rank's tokens, I, O features, E experts of all ranks, L = E / ranks experts of this rank, R rank
+of one expert; N rows (token, rank of an expert that it chose) that this rank sends, M those that it receives.
+
+Communication phases of "weights" (`gathered_moe_lora`), per layer, b bytes per element of the compute dtype:
+
+    forward   one all-gather of A and B together, issued before the base layer runs and awaited after it
+    backward  the same all-gather again (a gathered copy kept from the forward pass would be all experts of all layers),
+              one reduce-scatter of dA and dB, in the parameters' dtype
+    sent by each rank: 3 * (ranks - 1) / ranks * E R (I + O) * b
+
+Communication phases of "tokens" (`exchanged_moe_lora`): all-to-alls with as many rows as there are; nothing is dropped.
+
+    forward   row counts; x (I) and gates (L) of every row to the experts' rank; the mixture's output (O) back
+    backward  dy (O) to the experts' rank; dx (I) and dgates (L) back
+    sent by each rank and row: 2 (I + O) * b + 2 L * 4
+
+Every rank of the group takes part in every phase, with no rows as well. dA and dB are sums over the group's tokens,
+as DeepSpeed expects of expert parameters: it adds up over the expert-data-parallel group and divides by the world size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..core.moe_lora import ExpertCompute, Needs, no_autocast, refuse_second_derivative
+from ..core.pairs import GateSettings
+
+
+class PendingGather:
+    """An all-gather of experts under way: (L, I, R) and (L, O, R) of every rank -> (E, I, R) and (E, O, R)."""
+
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> None:
+        self.shapes, self.dtype = (lora_A.shape, lora_B.shape), dtype
+        mine = torch.cat([lora_A.detach().reshape(-1).to(dtype), lora_B.detach().reshape(-1).to(dtype)])
+        # Flat buffers: gloo takes no others.
+        self.buffer = mine.new_empty(dist.get_world_size(group) * mine.numel())
+        self.work = dist.all_gather_into_tensor(self.buffer, mine, group=group, async_op=True)
+        self.mine = mine  # must live as long as the gather
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """The factors of all experts, in the order of their global numbers."""
+        self.work.wait()
+        by_rank = self.buffer.view(-1, self.mine.numel())
+        parts = by_rank.split([shape.numel() for shape in self.shapes], dim=1)
+        A, B = (part.reshape(-1, *shape[1:]) for part, shape in zip(parts, self.shapes, strict=True))
+        return A, B
+
+
+def _reduce_scatter(grads: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """Sums (E, ...) tensors of one dtype over the group; returns each rank's own (L, ...)."""
+    ranks = dist.get_world_size(group)
+    buffer = torch.cat([g.reshape(ranks, -1) for g in grads], dim=1)
+    mine = buffer.new_empty(buffer.shape[1])
+    dist.reduce_scatter_tensor(mine, buffer.view(-1), group=group)
+    sizes = [g.numel() // ranks for g in grads]
+    return [m.view(-1, *g.shape[1:]) for m, g in zip(mine.split(sizes), grads, strict=True)]
+
+
+def gathered_moe_lora(
+    base_out: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    chosen: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    settings: GateSettings | None,
+    inplace: bool,
+    compute: ExpertCompute,
+    group: dist.ProcessGroup,
+    pending: PendingGather | None = None,
+) -> Tensor:
+    """`core.moe_lora.moe_lora` over the experts of all ranks of `group`, by gathering the experts ("weights").
+
+    Args:
+        lora_A: (L, I, R). lora_B: (L, O, R): this rank's. All else as there; gates and chosen are (T, E).
+        pending: a gather of these two, started earlier; None: it starts now.
+    """
+    return _Gathered.apply(
+        base_out,
+        x,
+        gates,
+        chosen,
+        lora_A,
+        lora_B,
+        scaling,
+        settings or GateSettings(),
+        inplace,
+        compute,
+        group,
+        pending,
+    )
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base_out: Tensor,
+        x: Tensor,
+        gates: Tensor,
+        chosen: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        settings: GateSettings,
+        inplace: bool,
+        compute: ExpertCompute,
+        group: dist.ProcessGroup,
+        pending: PendingGather | None,
+    ) -> Tensor:
+        dtype = base_out.dtype
+        with no_autocast(x):
+            A, B = (pending or PendingGather(lora_A, lora_B, dtype, group)).wait()
+            x_compute = x.to(dtype)
+            y, p = compute.forward(base_out, x_compute, gates, chosen, A, B, scaling, inplace)
+        if inplace:
+            ctx.mark_dirty(base_out)
+        ctx.scaling, ctx.settings, ctx.x_dtype, ctx.compute, ctx.group = scaling, settings, x.dtype, compute, group
+        saved_x = x_compute if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(saved_x, p, gates, chosen, lora_A, lora_B)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        x, p, gates, chosen, lora_A, lora_B = ctx.saved_tensors
+        needs_base, needs_x, needs_gates, _, needs_A, needs_B = ctx.needs_input_grad[:6]
+        needs = Needs(needs_x, needs_gates, needs_A, needs_B)
+        with no_autocast(dy):
+            A, B = PendingGather(lora_A, lora_B, p.dtype, ctx.group).wait()
+            grads = ctx.compute.backward(dy, x, p, gates, chosen, A, B, ctx.scaling, ctx.settings, needs)
+            dx = None if grads.dx is None else grads.dx.to(ctx.x_dtype)
+            # Summed in the parameters' dtype, as DeepSpeed sums them without expert parallelism.
+            whole = [g.to(lora_A.dtype) for g in (grads.dA, grads.dB) if g is not None]
+            mine = _reduce_scatter(whole, ctx.group) if whole else []
+            dA = mine.pop(0) if needs_A else None
+            dB = mine.pop(0) if needs_B else None
+        return dy if needs_base else None, dx, grads.dgates, None, dA, dB, *[None] * 6
+
+
+class _Exchange:
+    """Rows between this rank and the experts' ranks: who sends how many rows to whom."""
+
+    def __init__(self, chosen: Tensor, group: dist.ProcessGroup) -> None:
+        self.group, ranks = group, dist.get_world_size(group)
+        wanted = chosen.view(len(chosen), ranks, chosen.shape[1] // ranks).any(-1)
+        self.rank, self.token = wanted.t().nonzero(as_tuple=True)
+        counts = wanted.sum(0)
+        received = torch.empty_like(counts)
+        dist.all_to_all_single(received, counts, group=group)
+        self.sent, self.received = counts.tolist(), received.tolist()
+
+    def there(self, rows_N: Tensor) -> Tensor:
+        """(N, a) of this rank -> (M, a) for its experts."""
+        return self._move(rows_N, self.sent, self.received)
+
+    def back(self, rows_M: Tensor) -> Tensor:
+        """(M, a) -> (N, a)."""
+        return self._move(rows_M, self.received, self.sent)
+
+    def _move(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        result = rows.new_empty(sum(received), rows.shape[1])
+        dist.all_to_all_single(result, rows.contiguous(), received, sent, group=self.group)
+        return result
+
+
+def exchanged_moe_lora(
+    base_out: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    chosen: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    settings: GateSettings | None,
+    compute: ExpertCompute,
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """`core.moe_lora.moe_lora` over the experts of all ranks of `group`, by sending tokens to them ("tokens").
+
+    Args:
+        lora_A: (L, I, R). lora_B: (L, O, R): this rank's. All else as there; gates and chosen are (T, E).
+    """
+    settings = settings or GateSettings()
+    return _Exchanged.apply(base_out, x, gates, chosen, lora_A, lora_B, scaling, settings, compute, group)
+
+
+class _Exchanged(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base_out: Tensor,
+        x: Tensor,
+        gates: Tensor,
+        chosen: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        settings: GateSettings,
+        compute: ExpertCompute,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        with no_autocast(x):
+            exchange, dtype = _Exchange(chosen, group), base_out.dtype
+            shape = (len(x), dist.get_world_size(group), len(lora_A))  # not -1: there may be no tokens
+            # One tensor for both: a gate of -1 says "not chosen" (a chosen expert's gate may have underflowed to 0).
+            marked = gates.masked_fill(~chosen, -1.0).view(shape)[exchange.token, exchange.rank]
+            x_M, marked_M = exchange.there(x.to(dtype)[exchange.token]), exchange.there(marked)
+            chosen_M, gates_M = marked_M >= 0, marked_M.clamp(min=0)
+            zeros = base_out.new_zeros(len(x_M), base_out.shape[1])
+            y_M, p = compute.forward(zeros, x_M, gates_M, chosen_M, lora_A, lora_B, scaling, True)
+            y = base_out.index_add(0, exchange.token, exchange.back(y_M))
+        ctx.scaling, ctx.settings, ctx.compute, ctx.exchange = scaling, settings, compute, exchange
+        ctx.x_dtype, ctx.shape = x.dtype, (*x.shape, *chosen.shape)
+        saved_x = x_M if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(saved_x, p, gates_M, chosen_M, lora_A, lora_B)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        x_M, p, gates_M, chosen_M, lora_A, lora_B = ctx.saved_tensors
+        needs_base, needs_x, needs_gates, _, needs_A, needs_B = ctx.needs_input_grad[:6]
+        needs, exchange = Needs(needs_x, needs_gates, needs_A, needs_B), ctx.exchange
+        (num_tokens, in_features, _, num_experts), dx, dgates = ctx.shape, None, None
+        with no_autocast(dy):
+            dy_M = exchange.there(dy[exchange.token])
+            grads = ctx.compute.backward(
+                dy_M, x_M, p, gates_M, chosen_M, lora_A, lora_B, ctx.scaling, ctx.settings, needs
+            )
+            if grads.dx is not None:
+                dx = dy.new_zeros(num_tokens, in_features).index_add_(0, exchange.token, exchange.back(grads.dx))
+                dx = dx.to(ctx.x_dtype)
+            if grads.dgates is not None:
+                dgates = gates_M.new_zeros(num_tokens, num_experts)
+                local = gates_M.shape[1]
+                by_rank = dgates.view(num_tokens, num_experts // local, local)
+                by_rank[exchange.token, exchange.rank] = exchange.back(grads.dgates)
+            dA = None if grads.dA is None else grads.dA.to(lora_A.dtype).contiguous()
+            dB = None if grads.dB is None else grads.dB.to(lora_B.dtype).contiguous()
+        return dy if needs_base else None, dx, dgates, None, dA, dB, None, None, None, None
+
+
+def bytes_moved(
+    num_experts: int, ranks: int, top_k: int, in_features: int, out_features: int, rank: int, tokens: float, size: int
+) -> dict[str, float]:
+    """Bytes that a rank sends per layer and training step (forward and backward), for both ways.
+
+    "tokens" takes routing to be even: a token needs a given rank with probability 1 - C(E - L, k) / C(E, k).
+
+    Args:
+        tokens: per rank. size: bytes per element of the compute dtype.
+    """
+    local = num_experts // ranks
+    missed = 1.0
+    for i in range(top_k):
+        missed *= max(num_experts - local - i, 0) / (num_experts - i)
+    rows = tokens * (1 - missed) * (ranks - 1)
+    width = in_features + out_features
+    return {
+        "weights": 3 * (ranks - 1) / ranks * num_experts * rank * width * size,
+        "tokens": rows * (2 * width * size + 2 * local * 4),
+    }
