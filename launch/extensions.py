@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled operations, and the lock under which torch compiles them.
+"""What DeepSpeed's compiled CPU collectives leave on a machine: the lock of their build, and shared memory.
 
 torch guards each build, and each first use of a finished one, by a file called `lock`, which it keeps open meanwhile.
 A process killed in that time leaves the file behind, and every later run on the machine waits for it for ever.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
@@ -21,6 +23,7 @@ from launch.errors import UserError
 # build may be running on another, and none takes longer than the second limit.
 ABANDONED_MINUTES = 5
 STALE_MINUTES = 30
+SHARED_MEMORY = Path("/dev/shm")
 
 
 def load_collectives() -> None:
@@ -30,9 +33,9 @@ def load_collectives() -> None:
     remove its lock. Only here, and not while torch.distributed opens: that waits in C++, where the exception would have
     to wait too. What is loaded here is not built, or locked, again there.
     """
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-        return  # an accelerator has its own collectives
+    builder = _collectives()
+    if builder is None:
+        return
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -42,6 +45,36 @@ def load_collectives() -> None:
         builder.load()
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def unlink_buffers() -> None:
+    """Takes away the names of the collectives' shared memory (69 MB per rank) once every rank has mapped it.
+
+    DeepSpeed itself never removes them: each run would leave its buffers in /dev/shm, which is memory, until the
+    machine restarts, and a later run on the same port could take them for its own. A mapping outlives its name, so
+    that the memory is given back when the last rank ends, in whatever way. Call it after `init_distributed`.
+    """
+    if _collectives() is None:
+        return
+    deepspeed.comm.barrier()
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{deepspeed.comm.get_rank()}"
+    (SHARED_MEMORY / name).unlink(missing_ok=True)
+
+
+def find_free_port() -> int:
+    """A TCP port that nobody on this machine uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _collectives() -> Any:
+    """The builder of DeepSpeed's CPU collectives; None on an accelerator, which has its own."""
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return None
+    return builder
 
 
 def check_build_lock() -> None:

@@ -37,7 +37,7 @@ from launch import checks, demo, formats, modeling, report, trainers
 from launch.arguments import Arguments, parse_arguments
 from launch.data import load_splits
 from launch.errors import UserError, process_rank, run_guarded
-from launch.extensions import load_collectives
+from launch.extensions import find_free_port, load_collectives, unlink_buffers
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -107,13 +107,16 @@ def start(arguments: Arguments) -> None:
     """Opens torch.distributed and completes the training arguments."""
     if process_rank()[1] == 1:
         # Started by plain `python`: DeepSpeed would look for MPI, which need not be there, to learn that it is alone.
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        # A port of its own, because DeepSpeed names its shared memory after it.
+        port = str(find_free_port())
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for name, value in alone.items():
             os.environ.setdefault(name, value)
     if arguments.training.deepspeed or process_rank()[1] > 1:
         load_collectives()
         # Before transformers does: it reads the launcher's environment alone, while DeepSpeed also asks MPI.
         deepspeed.init_distributed(timeout=timedelta(seconds=arguments.training.ddp_timeout))
+        unlink_buffers()
     try:
         arguments.training.start()
     except ValueError as error:
