@@ -60,6 +60,12 @@ def test_auto_goes_by_size(arguments: tuple[str, int, int, int], expected: str) 
     assert choose_compute(*arguments) == expected
 
 
+def test_auto_never_waits_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda *_: True)
+    assert choose_compute("auto", 128, 2, 16) == "dense"
+    assert choose_compute("grouped", 128, 2, 16) == "grouped"
+
+
 def test_starting_values_belong_to_the_expert() -> None:
     """Whoever draws expert 2 gets the same numbers; every other name, number or seed gives others."""
     torch.manual_seed(5)

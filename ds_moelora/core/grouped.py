@@ -112,12 +112,17 @@ GROUPED_FROM_COLUMNS_PER_CHOICE = 128
 
 
 def choose_compute(wish: str, num_experts: int, top_k: int, rank: int) -> str:
-    """The wish, or for "auto": "grouped" if E*r >= max(256, 128 k), else "dense".
+    """The wish, or for "auto": "grouped" on CPUs if E*r >= max(256, 128 k), else "dense".
+
+    With an accelerator "auto" is dense: grouped has to know on the host how many rows each expert gets, one
+    synchronisation per pass, and where it would still win there has not been measured.
 
     Args:
         wish: "dense", "grouped" or "auto". num_experts: of those that one product would cover.
     """
     if wish != "auto":
         return wish
+    if torch.accelerator.is_available():
+        return "dense"
     bound = max(GROUPED_FROM_COLUMNS, GROUPED_FROM_COLUMNS_PER_CHOICE * top_k)
     return "grouped" if num_experts * rank >= bound else "dense"
