@@ -201,4 +201,7 @@ def run_reference(
 def deviation(weights: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
     """Largest over the parameters of max|w - w_ref| / max|w_ref|."""
     assert weights.keys() == reference.keys()
-    return max(((weights[name].double() - w).abs().max() / w.abs().max()).item() for name, w in reference.items())
+    return max(
+        ((weights[name].double() - w).abs().max() / w.abs().max().clamp_min(1e-9)).item()
+        for name, w in reference.items()
+    )
