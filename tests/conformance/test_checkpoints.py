@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -207,3 +209,47 @@ def test_a_damaged_checkpoint_never_loads_as_if_whole(stage: int, how: str, tmp_
     (tmp_path / "older").rename(tmp_path / "latest")
     resumed = run(start=2, stop=4, load=True)
     assert resumed[0]["losses"] == whole[0]["losses"][2:]
+
+
+def killed_while_saving(config: dict[str, Any], folder: str) -> None:
+    """On every rank: two steps, a checkpoint, a third step; rank 1 is killed half-way through the next checkpoint."""
+    import deepspeed
+
+    import ds_moelora  # noqa: F401
+
+    module = MODELS["moe"]()
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=one_group(module), config=config)
+    for step, micro in enumerate(batches(3, 1, 2)):
+        engine.backward(engine(*micro[0][dist.get_rank()]))
+        engine.step()
+        if step == 1:
+            engine.save_checkpoint(folder)
+    save = torch.save
+
+    def cut_short(state: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        save(state, path, *args, **kwargs)
+        data = Path(path).read_bytes()
+        Path(path).write_bytes(data[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if dist.get_rank() == 1:
+        torch.save = cut_short
+    engine.save_checkpoint(folder)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_killed_while_saving(stage: int, tmp_path: Path) -> None:
+    """The interrupted checkpoint is recognised, though DeepSpeed's `latest` names it; the one before it resumes.
+
+    Rank 0 writes `latest` without waiting for the files of the other ranks.
+    """
+    config = engine_config(stage, "GateRiemannianAdamW")
+    run = functools.partial(run_on_ranks, 2, train, config=config, folder=str(tmp_path), data_ranks=2)
+    whole = run(start=0, stop=4)
+    with pytest.raises(AssertionError, match="the process died"):
+        run_on_ranks(2, killed_while_saving, config=config, folder=str(tmp_path))
+    with pytest.raises(ValueError, match=r"rank_1.*_states\.pt is incomplete.*checkpoint before it"):
+        check_checkpoint(tmp_path)
+    check_checkpoint(tmp_path / "global_step2")
+    (tmp_path / "latest").write_text("global_step2")
+    assert run(start=2, stop=4, load=True)[0]["losses"] == whole[0]["losses"][2:]
