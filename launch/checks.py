@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ds_moelora.core.expert_parallel import check_ep_size
 from ds_moelora.core.pairs import GATE_SCALINGS
 from ds_moelora.parallel.checkpoint import check_checkpoint
+from ds_moelora.parallel.elastic import read_manifest
 from launch.arguments import Arguments
 from launch.errors import UserError, process_rank
 from launch.extensions import check_build_lock
@@ -150,13 +151,20 @@ def check_output_dir(arguments: Arguments) -> None:
 
 
 def check_resumed_topology(arguments: Arguments) -> None:
-    """Finds a checkpoint whose experts lay on other ranks: their optimizer state cannot be moved.
+    """Finds a checkpoint without elastic part whose experts lay on other ranks: their state cannot be moved.
 
     Raises:
-        UserError: the checkpoint was saved with another `ep_size`.
+        UserError: the checkpoint was saved with another `ep_size`, or its elastic part is incomplete.
     """
     folder, wanted = arguments.training.resume_from_checkpoint, arguments.adapter.ep_size
     if folder is None:
+        return
+    elastic = Path(folder) / "elastic"
+    if elastic.is_dir():
+        try:
+            read_manifest(elastic)
+        except ValueError as error:
+            raise UserError(f"--resume_from_checkpoint: {error}") from error
         return
     files = sorted(Path(folder).glob("global_step*/layer_*_expert_*_model_states.pt"))
     saved = 1
@@ -165,8 +173,9 @@ def check_resumed_topology(arguments: Arguments) -> None:
         saved = next((int(t[0]) for name, t in tensors.items() if name.endswith(".topology")), 0)
     if saved != wanted:
         raise UserError(
-            f"--resume_from_checkpoint {folder} was saved with --ep_size {saved}, this run has {wanted}. Resume with "
-            f"--ep_size {saved}; the adapter in that folder can be loaded under any ep_size, without optimizer state."
+            f"--resume_from_checkpoint {folder} was saved with --ep_size {saved}, this run has {wanted}, and it has no "
+            f"elastic part. Resume with --ep_size {saved}; the adapter in that folder can be loaded under any ep_size, "
+            "without optimizer state."
         )
 
 

@@ -120,6 +120,18 @@ def load_elastic(engine: Any, folder: str | Path) -> None:
     restore_run_state(engine, manifest["run"])
 
 
+def why_not_elastic(engine: Any) -> str | None:
+    """What keeps this engine from elastic checkpoints, to be known before hours of training; None: nothing does."""
+    from .trained import TrainedParameters
+
+    try:
+        _check_ownership(TrainedParameters(engine), engine.device)
+        run_state(engine)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def topology_changes(engine: Any, folder: str | Path) -> list[str]:
     """What differs between the run that saved an elastic checkpoint and this one, e.g. ["world_size 8 -> 2"]."""
     from .trained import topology

@@ -42,12 +42,17 @@ def restore_run_state(engine: Any, saved: dict[str, Any]) -> None:
 
 
 def _scheduler_numbers(scheduler: Any) -> dict[str, Any]:
-    """Its lists are left out: they have one entry per parameter group, which other topologies have others of."""
+    """Its lists are left out: they have one entry per parameter group, which other topologies have others of.
+
+    torch's LambdaLR has {} for a function that is an object without state (functools.partial), None for a plain one.
+    """
     numbers = {}
     for name, value in scheduler.state_dict().items():
         if value is None or isinstance(value, (bool, int, float, str)):
             numbers[name] = value
-        elif not isinstance(value, (list, tuple)) or not all(v is None or isinstance(v, (int, float)) for v in value):
+        elif not isinstance(value, (list, tuple)) or not all(
+            v in (None, {}) or isinstance(v, (int, float)) for v in value
+        ):
             raise ValueError(
                 f"{type(scheduler).__name__} keeps {name}={value!r:.80}, which an elastic checkpoint cannot carry over "
                 "to other parameter groups: use another scheduler, or engine.save_checkpoint."
