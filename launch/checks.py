@@ -18,12 +18,20 @@ from ds_moelora.core.expert_parallel import check_ep_size
 from ds_moelora.core.pairs import GATE_SCALINGS
 from ds_moelora.parallel.checkpoint import check_checkpoint
 from ds_moelora.parallel.elastic import read_manifest
-from launch.arguments import Arguments
+from launch.arguments import Arguments, RunArguments
 from launch.errors import UserError, process_rank
 from launch.extensions import check_build_lock
 
 # The keys that transformers fills in; "auto" anywhere else would reach the optimizer as a string.
 AUTO_KEYS = ("lr", "betas", "eps", "weight_decay")
+TASK_FLAGS = {
+    "prompt_template": ("causal-lm",),
+    "text_column": ("sequence-classification",),
+    "text_pair_column": ("sequence-classification",),
+    "text_pattern": ("sequence-classification",),
+    "image_column": ("image-classification",),
+    "label_column": ("sequence-classification", "image-classification"),
+}
 OURS = ("GateRiemannianAdamW", "GateRiemannianSGD")
 
 
@@ -227,6 +235,18 @@ def check_numbers(arguments: Arguments) -> None:
         raise UserError("--eval_strategy needs an evaluation set: --eval_dataset_name, or --eval_fraction.")
 
 
+def check_task(arguments: Arguments) -> None:
+    """Refuses flags that mean nothing to the task.
+
+    Raises:
+        UserError: naming the flag and the tasks it is for.
+    """
+    run = arguments.run
+    for name, tasks in TASK_FLAGS.items():
+        if run.task not in tasks and getattr(run, name) != getattr(RunArguments, name):
+            raise UserError(f"--{name} has no effect with --task {run.task}; it is for {' and '.join(tasks)}.")
+
+
 def check_loss(arguments: Arguments) -> None:
     """Refuses losses that are not the model's own, of which the routers' load-balancing loss is a part.
 
@@ -271,6 +291,7 @@ def preflight(arguments: Arguments) -> str:
     """All checks of this module; returns the optimizer's name."""
     check_build_lock()
     check_numbers(arguments)
+    check_task(arguments)
     check_loss(arguments)
     check_expert_parallel(arguments)
     name = check_optimizer(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import (
+    BaseImageProcessor,
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedTokenizerBase,
@@ -25,6 +27,7 @@ from trl import SFTTrainer
 from ds_moelora import gather_experts, load_elastic, save_elastic
 from ds_moelora.adapters import sharded_experts
 from ds_moelora.parallel.elastic import read_manifest, topology_changes, why_not_elastic
+from launch import images
 from launch.arguments import Arguments
 from launch.errors import UserError
 
@@ -143,11 +146,12 @@ class OptimizerGuard(TrainerCallback):
 
 
 def tokenize_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """`text` as token ids, cut at `max_length`."""
+    """`text` (and `text_pair`) as token ids, cut at `max_length`."""
+    columns = [name for name in ("text", "text_pair") if name in rows.column_names]
     return rows.map(
-        lambda batch: tokenizer(batch["text"], truncation=True, max_length=max_length),
+        lambda batch: tokenizer(*(batch[name] for name in columns), truncation=True, max_length=max_length),
         batched=True,
-        remove_columns=["text"],
+        remove_columns=columns,
         desc="Tokenizing",
     )
 
@@ -161,18 +165,18 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def build_trainer(
     arguments: Arguments,
     model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: PreTrainedTokenizerBase | BaseImageProcessor,
     train: Dataset,
     evaluation: Dataset | None,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
-    """The trainer of the task.
+    """The trainer of the task. `processor` is the tokenizer, or what prepares pictures.
 
     Raises:
         UserError: no training row has an answer within `max_length`.
     """
     training = arguments.training
-    common = {"model": model, "args": training, "processing_class": tokenizer, "callbacks": callbacks}
+    common = {"model": model, "args": training, "processing_class": processor, "callbacks": callbacks}
     if arguments.run.task == "causal-lm":
         training.completion_only_loss = True
         trainer: Trainer = MixtureSFTTrainer(train_dataset=train, eval_dataset=evaluation, **common)
@@ -181,10 +185,15 @@ def build_trainer(
                 f"no training row has an answer within --max_length {training.max_length} tokens; raise it."
             )
     else:
+        if arguments.run.task == "image-classification":
+            prepare, collator = partial(images.as_inputs, processor=processor), images.collate
+        else:
+            prepare = partial(tokenize_texts, tokenizer=processor, max_length=training.max_length)
+            collator = DataCollatorWithPadding(processor)
         trainer = GatheringTrainer(
-            train_dataset=tokenize_texts(train, tokenizer, training.max_length),
-            eval_dataset=None if evaluation is None else tokenize_texts(evaluation, tokenizer, training.max_length),
-            data_collator=DataCollatorWithPadding(tokenizer),
+            train_dataset=prepare(train),
+            eval_dataset=None if evaluation is None else prepare(evaluation),
+            data_collator=collator,
             compute_metrics=accuracy,
             **common,
         )
