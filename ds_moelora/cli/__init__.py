@@ -1,8 +1,7 @@
 """The command line: `python -m ds_moelora COMMAND ...`.
 
 A command is a module of this folder with `SUMMARY` (one line), `add_arguments(parser)` and `run(args) -> int`, listed
-in `COMMANDS`; its docstring is its help. It raises ValueError for what the user can put right. Everything heavy is
-imported in `run`.
+in `COMMANDS`; its docstring is its help. It raises ValueError for what the user can put right.
 """
 
 from __future__ import annotations

@@ -14,10 +14,24 @@ import itertools
 import re
 from typing import Any
 
+import transformers
+
+from ..planning import (
+    GPUS,
+    LINKS,
+    DoesNotFitError,
+    Hardware,
+    Workload,
+    describe_model,
+    hardware,
+    load_calibration,
+    make_plan,
+)
+from ..planning.workload import COMPUTES, DTYPE_BYTES, OPTIMIZER_STATES
+from . import plan_report
+
 SUMMARY = "memory, bytes and time per step on N GPUs; which ZeRO stage, ep_size and dispatch to choose"
 FORMATS = ("table", "markdown", "json")
-# Without the package's modules, so that --help is quick; a test keeps them equal.
-LINK_HELP = "nvlink4, nvlink3, pcie5, pcie4, infiniband-800, -400, -200 (Gb/s), ethernet-100"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +59,7 @@ def add_model_arguments(group: Any) -> None:
     group.add_argument("--r", nargs="+", type=int, default=[4], help="rank of one expert (default 4)")
     group.add_argument("--top-k", type=int, default=2, metavar="K", help="experts per token (default 2)")
     group.add_argument(
-        "--expert-compute", choices=("dense", "grouped"), default="dense", help="dense is what auto takes on GPUs"
+        "--expert-compute", choices=COMPUTES, default="dense", help="dense (default) is what auto takes on GPUs"
     )
 
 
@@ -53,14 +67,14 @@ def add_step_arguments(group: Any) -> None:
     """How it is trained."""
     group.add_argument("--micro-batch", type=int, default=1, metavar="B", help="sequences per GPU and step (default 1)")
     group.add_argument("--sequence-length", type=int, default=4096, metavar="S", help="tokens (default 4096)")
-    group.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
+    group.add_argument("--dtype", choices=DTYPE_BYTES, default="bf16")
     group.add_argument(
         "--base-bytes",
         type=float,
         metavar="BYTES",
-        help="per weight of the base model, 0.5 for 4 bits; default: --dtype",
+        help="per weight of the base; 0.5 for 4 bits",
     )
-    group.add_argument("--optimizer", choices=("adamw", "sgd", "sgd-momentum"), default="adamw")
+    group.add_argument("--optimizer", choices=OPTIMIZER_STATES, default="adamw")
     group.add_argument("--plain-optimizer", action="store_true", help="without the Riemannian preconditioner")
     group.add_argument("--no-checkpointing", action="store_true", help="without gradient checkpointing")
 
@@ -69,15 +83,15 @@ def add_machine_arguments(group: Any) -> None:
     """On what it is trained."""
     group.add_argument("--gpus", nargs="+", type=int, required=True, metavar="N")
     group.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="that --intra joins (default 8)")
-    group.add_argument("--gpu", default="h100", help="h100 (default), h200, a100-80gb, a100-40gb")
+    group.add_argument("--gpu", choices=GPUS, default="h100")
     group.add_argument("--gpu-memory", type=float, metavar="GB", help="per GPU; default: the GPU's")
     group.add_argument(
-        "--usable", type=float, default=0.9, metavar="SHARE", help="of it that may be filled (default 0.9)"
+        "--usable", type=float, default=0.9, metavar="SHARE", help="of it, to fill at most (default 0.9)"
     )
     group.add_argument("--peak-tflops", type=float, metavar="TFLOPS", help="default: the GPU's dense bf16 peak")
     group.add_argument("--utilisation", type=float, default=0.4, metavar="SHARE", help="of the peak (default 0.4)")
-    group.add_argument("--intra", default="nvlink4", help=f"links within a node (default nvlink4): {LINK_HELP}")
-    group.add_argument("--inter", default="infiniband-400", help="links between nodes (default infiniband-400)")
+    group.add_argument("--intra", choices=LINKS, default="nvlink4", help="links within a node (default nvlink4)")
+    group.add_argument("--inter", choices=LINKS, default="infiniband-400", help="and between (default infiniband-400)")
     group.add_argument(
         "--efficiency", type=float, default=0.8, metavar="SHARE", help="of a preset link's bandwidth (default 0.8)"
     )
@@ -95,11 +109,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: wrong values, or (unless there are several combinations) nothing fits.
     """
-    import transformers
-
-    from ..planning import DoesNotFitError, describe_model, make_plan
-    from . import plan_report
-
     transformers.logging.set_verbosity_error()
     machine = machine_of(args)
     works = [workload_of(args, *sizes) for sizes in itertools.product(args.num_experts, args.r, args.gpus)]
@@ -123,10 +132,8 @@ def targets_of(args: argparse.Namespace) -> str | list[str]:
     return first if not more and (first == "all-linear" or not re.fullmatch(r"[\w.]+", first)) else args.target_modules
 
 
-def workload_of(args: argparse.Namespace, num_experts: int, rank: int, gpus: int) -> Any:
+def workload_of(args: argparse.Namespace, num_experts: int, rank: int, gpus: int) -> Workload:
     """The `Workload` of one combination."""
-    from ..planning import Workload
-
     return Workload(
         num_experts=num_experts,
         rank=rank,
@@ -144,9 +151,8 @@ def workload_of(args: argparse.Namespace, num_experts: int, rank: int, gpus: int
     )
 
 
-def machine_of(args: argparse.Namespace) -> Any:
+def machine_of(args: argparse.Namespace) -> Hardware:
     """The `Hardware` that the flags describe."""
-    from ..planning import hardware, load_calibration
 
     def scaled(value: float | None, factor: float) -> float | None:
         return None if value is None else value * factor

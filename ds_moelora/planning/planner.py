@@ -101,9 +101,7 @@ def make_plan(model: ModelShape, work: Workload, hw: Hardware) -> Plan:
 
 def _reasons(model: ModelShape, work: Workload, ways: list[Candidate], best: Candidate, near: int) -> list[str]:
     fitting = sum(c.fits for c in ways)
-    reasons = [
-        f"{fitting} of {len(ways)} ways fit; {near} of these are within 5% of the fastest, this is the simplest."
-    ]
+    reasons = [f"Of {len(ways)} ways {fitting} fit, {near} within 5% of the fastest; of these it is the simplest."]
     plain = [c for c in ways if c.choice.ep_size == 1 and c.choice.stage < best.choice.stage and not c.fits]
     if plain:
         least = min(plain, key=lambda c: c.memory.total)
@@ -133,8 +131,8 @@ def _dispatch_reason(ways: list[Candidate], best: Candidate) -> str:
     other_way = "tokens" if best.choice.dispatch == "weights" else "weights"
     twin = next(c for c in ways if c.choice == replace(best.choice, dispatch=other_way))
     return (
-        f"Moving {best.choice.dispatch} sends {best.sent / GB:.3g} GB per GPU and step in all ({best.time.total:.3g} s), "
-        f"moving {other_way} {twin.sent / GB:.3g} GB ({twin.time.total:.3g} s)."
+        f"Moving {best.choice.dispatch} sends {best.sent / GB:.3g} GB per GPU and step in all and takes "
+        f"{best.time.total:.3g} s, moving {other_way} {twin.sent / GB:.3g} GB and {twin.time.total:.3g} s."
     )
 
 

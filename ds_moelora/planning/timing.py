@@ -3,7 +3,8 @@
 FLOPs per token and module, forward + backward (+ forward again with checkpointing). The base model is frozen, so its
 backward pass has the gradient of the input only:
 
-    base linear     2 I O + 2 I O           attention   2 s W + 4 s W      (causal; s sequence length, W heads x head size)
+    base linear     2 I O + 2 I O
+    attention       2 s W + 4 s W                  per block; causal, s tokens per sequence, W = heads x head size
     experts         2 c (I + O) + 4 c (I + O)      with c = E r columns (dense) or k r (grouped)
     router          2 E I + 4 E I
 """

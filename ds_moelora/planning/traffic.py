@@ -67,11 +67,9 @@ def _ring(group: Group, size: float) -> float:
 
 def _reduction(model: ModelShape, work: Workload, choice: Choice) -> list[Transfer]:
     """Stages 0 to 2. DeepSpeed reduces by all-reduce at stages 1 and 2 as well (use_multi_rank_bucket_allreduce)."""
+    experts = work.num_experts * work.rank * model.adapted_width / choice.ep_size
     parts = {
-        "experts": (
-            work.num_experts * work.rank * model.adapted_width / choice.ep_size,
-            expert_data_group(work, choice),
-        ),
+        "experts": (experts, expert_data_group(work, choice)),
         "routers": (float(work.num_experts * model.adapted_in), world_group(work)),
     }
     bucket = STAGE0_BUCKET if choice.stage == 0 else float(model.hidden_size**2)
@@ -99,7 +97,7 @@ def _zero3(model: ModelShape, work: Workload) -> list[Transfer]:
 
 
 def _dispatch(model: ModelShape, work: Workload, choice: Choice) -> list[Transfer]:
-    """Between experts and tokens. `bytes_moved` counts a forward and a backward pass; recomputation is one more forward."""
+    """Between experts and tokens: what `bytes_moved` counts, and one more forward pass where it is recomputed."""
     if choice.ep_size == 1:
         return []
     group, layers = expert_group(work, choice), model.num_adapted
