@@ -11,7 +11,7 @@ from .hardware import GPUS, LINKS, CalibratedNetwork, Hardware, Link, TwoLevelNe
 from .memory import Memory, memory_per_gpu
 from .model import Linear, ModelShape, describe_model
 from .planner import Candidate, DoesNotFitError, Plan, candidates, evaluate, make_plan
-from .timing import StepTime, step_time
+from .timing import StepTime, layer_time, step_time
 from .traffic import Transfer, step_traffic
 from .workload import Choice, Workload
 
@@ -36,6 +36,7 @@ __all__ = [
     "describe_model",
     "evaluate",
     "hardware",
+    "layer_time",
     "load_calibration",
     "make_plan",
     "memory_per_gpu",

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from .hardware import Hardware
 from .memory import trainable
-from .model import ModelShape
-from .traffic import Transfer, received_rows, step_traffic
+from .model import Linear, ModelShape
+from .traffic import Transfer, dispatch_traffic, received_rows, step_traffic
 from .workload import OPTIMIZER_STATES, Choice, Workload
 
 
@@ -85,14 +85,31 @@ def transfer_seconds(transfer: Transfer, hw: Hardware) -> float:
 
 def step_time(model: ModelShape, work: Workload, choice: Choice, hw: Hardware) -> StepTime:
     """The expected time of one step."""
+    transfers = step_traffic(model, work, choice)
+    return _time(model, work, choice, hw, transfers, optimizer_seconds(model, work, choice, hw))
+
+
+def layer_time(in_features: int, out_features: int, work: Workload, choice: Choice, hw: Hardware) -> StepTime:
+    """Forward and backward of one adapted layer, as benchmarks measure it: without reduction and optimizer."""
+    layer = ModelShape(
+        name="one layer",
+        hidden_size=in_features,
+        num_blocks=1,
+        vocab_size=0,
+        attention_width=0,
+        base_parameters=in_features * out_features,
+        largest_parameter=in_features * out_features,
+        linears=(Linear("layer", in_features, out_features, True),),
+    )
+    return _time(layer, work, choice, hw, dispatch_traffic(layer, work, choice), 0.0)
+
+
+def _time(
+    model: ModelShape, work: Workload, choice: Choice, hw: Hardware, transfers: list[Transfer], optimizer: float
+) -> StepTime:
     flops = step_flops(model, work, choice)
     rate = hw.dense if work.expert_compute == "dense" else hw.grouped
-    overlapped = exposed = 0.0
-    for transfer in step_traffic(model, work, choice):
-        seconds = transfer_seconds(transfer, hw)
-        if transfer.overlapped:
-            overlapped += seconds
-        else:
-            exposed += seconds
-    compute = flops.base / hw.dense + flops.experts / rate
-    return StepTime(compute, overlapped, exposed, optimizer_seconds(model, work, choice, hw))
+    seconds = [(transfer_seconds(t, hw), t.overlapped) for t in transfers]
+    overlapped = sum(s for s, is_overlapped in seconds if is_overlapped)
+    exposed = sum(s for s, is_overlapped in seconds if not is_overlapped)
+    return StepTime(flops.base / hw.dense + flops.experts / rate, overlapped, exposed, optimizer)

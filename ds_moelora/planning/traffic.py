@@ -55,7 +55,7 @@ def step_traffic(model: ModelShape, work: Workload, choice: Choice) -> list[Tran
     if work.gpus == 1:
         return []
     transfers = _zero3(model, work) if choice.stage == 3 else _reduction(model, work, choice)
-    transfers += _dispatch(model, work, choice)
+    transfers += dispatch_traffic(model, work, choice)
     if work.riemannian and choice.stage > 0:
         transfers += _grams(model, work, choice)
     return [t for t in transfers if t.group.ranks > 1]
@@ -96,7 +96,7 @@ def _zero3(model: ModelShape, work: Workload) -> list[Transfer]:
     ]
 
 
-def _dispatch(model: ModelShape, work: Workload, choice: Choice) -> list[Transfer]:
+def dispatch_traffic(model: ModelShape, work: Workload, choice: Choice) -> list[Transfer]:
     """Between experts and tokens: what `bytes_moved` counts, and one more forward pass where it is recomputed."""
     if choice.ep_size == 1:
         return []
