@@ -3,9 +3,9 @@
     torchrun --nproc_per_node 2 benchmarks/check_plan.py --calibration FILE
 
 FILE is what bench_expert_parallel.py wrote on the same machine: collectives and FLOP/s. The prediction uses nothing
-else. Measured: forward and backward of y = W x + mixture(x) with W frozen and x requiring gradients, float32, on as many
-expert-parallel ranks as torchrun starts; a repetition takes as long as its slowest rank, the median is shown. The last
-lines say what matters for choosing: how much slower than the best dispatch the one is that the planner takes.
+else. Measured: forward and backward of y = W x + mixture(x) with W frozen and x requiring gradients, float32, on as
+many expert-parallel ranks as torchrun starts; a repetition takes as long as its slowest rank, the median is shown. The
+last line says what matters for choosing: how much slower than the best dispatch the one is that the planner takes.
 """
 
 from __future__ import annotations

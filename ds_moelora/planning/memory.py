@@ -94,15 +94,9 @@ def _training(model: ModelShape, work: Workload, choice: Choice) -> list[Item]:
     count, b, stage = trainable(model, work, choice), work.size, choice.stage
     # Without ZeRO, fp32 parameters are their own master copy and their gradients the optimizer's.
     plain = stage == 0 and work.dtype == "fp32"
-    whole = stage < 2
     states = 4 * OPTIMIZER_STATES[work.optimizer] * count.owned
     items = [
-        Item(
-            "gradients",
-            "always",
-            b * (count.local if whole else count.owned),
-            "(P_e / n + P_r) b" if whole else "(P_e + P_r) b / N",
-        ),
+        *_gradients(count, b, stage),
         Item("fp32 master copy", "always", 0 if plain else 4 * count.owned, "4 bytes per owned element"),
         Item("optimizer states", "always", states, "4 bytes per owned element and state (AdamW: 2)"),
         Item("reduction buffers", "backward", _buffers(model, work, choice), "bucket b; stage 2: two"),
@@ -120,6 +114,18 @@ def _training(model: ModelShape, work: Workload, choice: Choice) -> list[Item]:
         grams = GRAM_COPIES * gram_bytes(model, work, choice)
         items.append(Item("Riemannian step", "step", grams + 4 * factor, "8 Grams, and one factor's gradient"))
     return items
+
+
+def _gradients(count: Trainable, b: int, stage: int) -> list[Item]:
+    # Stage 1 without overlap_comm (configs/zero1.json) reduces when the backward pass has ended.
+    if stage == 1:
+        return [
+            Item("gradients", "backward", b * count.local, "(P_e / n + P_r) b, until they are reduced"),
+            Item("reduced gradients", "step", b * count.owned, "(P_e + P_r) b / N"),
+        ]
+    whole = stage == 0
+    formula = "(P_e / n + P_r) b" if whole else "(P_e + P_r) b / N"
+    return [Item("gradients", "always", b * (count.local if whole else count.owned), formula)]
 
 
 def gram_bytes(model: ModelShape, work: Workload, choice: Choice) -> float:
