@@ -1,124 +1,72 @@
-"""The planner's time of one adapted layer beside the measured one, on this machine.
+"""The planner's step times beside those that bench_expert_parallel.py measured, machine and run being the same.
 
-    torchrun --nproc_per_node 2 benchmarks/check_plan.py --calibration FILE
+    python benchmarks/check_plan.py [--calibration FILE] [--results FILE]
 
-FILE is what bench_expert_parallel.py wrote on the same machine: collectives and FLOP/s. The prediction uses nothing
-else. Measured: forward and backward of y = W x + mixture(x) with W frozen and x requiring gradients, float32, on as
-many expert-parallel ranks as torchrun starts; a repetition takes as long as its slowest rank, the median is shown. The
-last line says what matters for choosing: how much slower than the best dispatch the one is that the planner takes.
+Both files come from one run of that benchmark: collectives and FLOP/s (all that the planner knows of the machine), and
+forward and backward times of one adapted layer, by dispatch and compute. Rows with as many ranks as the calibration had
+are compared. What matters for choosing is regret: how much slower than the fastest the way is that the planner takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import statistics
-import time
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from pathlib import Path
 
-import deepspeed
-import torch
-import torch.distributed as dist
-from torch import nn
-
-from ds_moelora import MoELoRAConfig
-from ds_moelora.adapters.layer import MoELoRALayer
 from ds_moelora.planning import Choice, Hardware, Workload, hardware, layer_time, load_calibration
 
-HEADER = ("E, k, r", "tokens", "features", "compute", "moves", "planned ms", "measured ms", "planned / measured")
-DISPATCHES = ("weights", "tokens")
+RESULTS = Path(__file__).parent / "results"
+WAYS = {f"{d}, {c}": (d, c) for d, c in itertools.product(("weights", "tokens"), ("dense", "grouped"))}
+POINT = ("E", "k", "r", "tokens_per_rank", "features")
 
 
-class Sizes(NamedTuple):
-    """One adapted layer, features in = out; tokens per rank."""
-
-    num_experts: int
-    top_k: int
-    rank: int
-    tokens: int
-    features: int
-
-
-SIZES = [
-    Sizes(16, 2, 8, 512, 512),
-    Sizes(16, 2, 8, 512, 1024),
-    Sizes(64, 2, 8, 256, 512),
-    Sizes(64, 2, 16, 1024, 768),
-    Sizes(128, 2, 16, 64, 512),
-]
-
-
-def build(sizes: Sizes, dispatch: str, compute: str) -> MoELoRALayer:
-    """The layer, on the expert-parallel group of all ranks."""
-    config = MoELoRAConfig(
-        num_experts=sizes.num_experts,
-        top_k=sizes.top_k,
-        r=sizes.rank,
-        init_lora_weights=False,
-        ep_size=dist.get_world_size(),
-        ep_dispatch=dispatch,
-        expert_compute=compute,
-    )
-    base = nn.Linear(sizes.features, sizes.features).requires_grad_(False)
-    layer = MoELoRALayer(base, "default", config, "layer")
-    shard: Any = layer.experts("default").experts_shard()
-    shard.set_deepspeed_parallelism()
-    return layer.train()
-
-
-def measured_seconds(layer: nn.Module, sizes: Sizes, repetitions: int) -> float:
-    """Median seconds of forward and backward on the slowest rank, after two for warming up."""
-    x, seconds = torch.randn(sizes.tokens, sizes.features, requires_grad=True), []
-    for _ in range(repetitions + 2):
-        dist.barrier()
-        start = time.perf_counter()
-        layer(x).sum().backward()
-        elapsed = torch.tensor(time.perf_counter() - start)
-        dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
-        seconds.append(elapsed.item())
-    return statistics.median(seconds[2:])
-
-
-def planned_seconds(sizes: Sizes, dispatch: str, compute: str, machine: Hardware) -> float:
-    """What the planner expects."""
+def planned_ms(row: Mapping[str, str], machine: Hardware) -> float:
+    """The planner's time of the layer that a row of the results measured."""
+    dispatch, compute = WAYS[row["case"]]
     work = Workload(
-        num_experts=sizes.num_experts,
-        top_k=sizes.top_k,
-        rank=sizes.rank,
-        gpus=dist.get_world_size(),
-        sequence_length=sizes.tokens,
+        num_experts=int(row["E"]),
+        top_k=int(row["k"]),
+        rank=int(row["r"]),
+        gpus=int(row["ranks"]),
+        sequence_length=int(row["tokens_per_rank"]),
         dtype="fp32",
         checkpointing=False,
         expert_compute=compute,
     )
-    way = Choice(stage=0, ep_size=dist.get_world_size(), dispatch=dispatch)
-    return layer_time(sizes.features, sizes.features, work, way, machine).total
+    way, features = Choice(stage=0, ep_size=work.gpus, dispatch=dispatch), int(row["features"])
+    return 1e3 * layer_time(features, features, work, way, machine).total
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calibration", required=True, metavar="FILE")
-    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--calibration", default=RESULTS / "expert_parallel_calibration.json", metavar="FILE")
+    parser.add_argument("--results", default=RESULTS / "expert_parallel.csv", metavar="FILE")
+    parser.add_argument("--ranks", default="2", help="of the rows to compare: as many as the calibration had")
     args = parser.parse_args()
     machine = load_calibration(args.calibration, hardware())
-    deepspeed.init_distributed()
-    torch.manual_seed(dist.get_rank())
-    show = print if dist.get_rank() == 0 else lambda *_: None
-    show(f"{dist.get_world_size()} ranks; {machine.name}; torch {torch.__version__}")
-    show("| " + " | ".join(HEADER) + " |\n|---|---:|---:|---|---|---:|---:|---:|")
+    wanted = (args.ranks, "1")
+    with open(args.results, newline="") as file:
+        rows = [r for r in csv.DictReader(file) if (r["ranks"], r["layers"]) == wanted and r["case"] in WAYS]
+    print(f"{machine.name}; {args.ranks} ranks; planned / measured milliseconds of forward and backward\n")
+    print("| E, k, r, tokens, features | " + " | ".join(WAYS) + " | the planner takes | regret |")
+    print("|---|" + "---:|" * len(WAYS) + "---|---:|")
     ratios, regrets = [], []
-    for sizes, compute in itertools.product(SIZES, ("dense", "grouped")):
-        planned = [planned_seconds(sizes, dispatch, compute, machine) for dispatch in DISPATCHES]
-        measured = [measured_seconds(build(sizes, d, compute), sizes, args.repetitions) for d in DISPATCHES]
-        for dispatch, expected, found in zip(DISPATCHES, planned, measured, strict=True):
-            first = f"| {sizes.num_experts}, {sizes.top_k}, {sizes.rank} | {sizes.tokens} | {sizes.features} "
-            times = f"| {1e3 * expected:.2f} | {1e3 * found:.2f} | {expected / found:.2f} |"
-            show(f"{first}| {compute} | {dispatch} {times}")
-            ratios.append(expected / found)
-        regrets.append(measured[planned.index(min(planned))] / min(measured) - 1)
-    show(f"planned / measured: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
-    right = sum(regret == 0 for regret in regrets)
-    show(f"the planner's dispatch is the faster one in {right} of {len(regrets)}; at worst {max(regrets):.0%} slower")
+    for point, group in itertools.groupby(rows, key=lambda row: tuple(row[name] for name in POINT)):
+        measured = {row["case"]: float(row["ms_median"]) for row in group}
+        sizes = {**dict(zip(POINT, point, strict=True)), "ranks": args.ranks}
+        planned = {case: planned_ms({**sizes, "case": case}, machine) for case in measured}
+        taken = min(planned, key=lambda case: planned[case])
+        ratios += [planned[case] / measured[case] for case in measured]
+        regrets.append(measured[taken] / min(measured.values()) - 1)
+        cells = [f"{planned[case]:.1f} / {measured[case]:.1f}" for case in WAYS]
+        print(f"| {', '.join(point)} | " + " | ".join(cells) + f" | {taken} | {regrets[-1]:.0%} |")
+    print(f"\nplanned / measured: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
+    near = sum(regret <= 0.1 for regret in regrets)
+    worst = f"median {statistics.median(regrets):.0%}, at most {max(regrets):.0%}"
+    print(f"regret: {worst}, up to 10% at {near} of {len(regrets)} points")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ import ds_moelora
 from ds_moelora.cli import COMMANDS, main
 
 ROOT = Path(ds_moelora.__file__).parent.parent
+SCALING = ROOT / "docs/scaling.md"
 CONFIG = ROOT / "benchmarks/model_configs/llama3_8b.json"
 PLAN = ["plan", "--model-config", str(CONFIG), "--num-experts", "64", "--r", "64", "--gpus", "64"]
 
@@ -44,7 +47,8 @@ def test_plan_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
 def test_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--num-experts", "8", "256", "--gpus", "8", "64"]
     assert main(changed(*sizes, "--format", "markdown")) == 0
-    header, rule, *rows = capsys.readouterr().out.strip().splitlines()
+    title, _, header, rule, *rows = capsys.readouterr().out.strip().splitlines()
+    assert title == "Per GPU and step, h100, nvlink4 in a node, infiniband-400 between nodes:"
     assert header.startswith("| E | r | GPUs | choose |")
     assert set(rule) <= set("|-: ")
     assert [row.split(" | ")[:3] for row in rows] == [[f"| {e}", "64", g] for e in ("8", "256") for g in ("8", "64")]
@@ -113,3 +117,17 @@ def test_as_a_program_without_deepspeed(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["best"]["fits"]
+
+
+DOCUMENTED = re.findall(
+    r"^    python -m ds_moelora (plan [^\n]*)\n\n<!-- output -->\n(.*?)<!-- end -->", SCALING.read_text(), re.M | re.S
+)
+
+
+@pytest.mark.parametrize(("command", "shown"), DOCUMENTED, ids=range(len(DOCUMENTED)))
+def test_documented_output_is_what_the_command_prints(
+    command: str, shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(shlex.split(command)) == 0
+    assert capsys.readouterr().out.strip() == shown.strip()

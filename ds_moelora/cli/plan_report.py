@@ -32,8 +32,9 @@ def render(plan: Plan, style: str, every: bool = False) -> str:
         _memory_table(plan, style),
         *([_traffic_table(plan, style)] if plan.best.transfers else []),
         _time_line(plan.best),
-        "\n".join([f"Choose {plan.best.choice}.", *(f"- {reason}" for reason in plan.reasons)]),
-        _settings(plan),
+        f"Choose {plan.best.choice}.",
+        "\n".join(f"- {reason}" for reason in plan.reasons),
+        _settings_line(plan),
     ]
     return "\n\n".join(parts)
 
@@ -52,7 +53,7 @@ def render_sweep(works: Sequence[Workload], plans: Sequence[Plan | DoesNotFitErr
         sizes = (str(work.num_experts), str(work.rank), f"{work.gpus:,}")
         rows.append((*sizes, *_sweep_cells(plan)))
     machine = next((plan.hardware.name for plan in plans if isinstance(plan, Plan)), "")
-    return table(f"Per GPU and step. {machine}", header, rows, style)
+    return table(f"Per GPU and step, {machine}", header, rows, style)
 
 
 def _sweep_cells(plan: Plan | DoesNotFitError) -> tuple[str, ...]:
@@ -137,10 +138,10 @@ def settings(plan: Plan) -> dict[str, Any]:
     return {"zero_stage": choice.stage, "adapter": {**adapter, "expert_compute": work.expert_compute}}
 
 
-def _settings(plan: Plan) -> str:
+def _settings_line(plan: Plan) -> str:
     chosen = settings(plan)
     fields = ", ".join(f"{key}={value!r}" for key, value in chosen["adapter"].items())
-    return f'"zero_optimization": {{"stage": {chosen["zero_stage"]}}}\nMoELoRAConfig({fields})'
+    return f'Settings: "zero_optimization": {{"stage": {chosen["zero_stage"]}}}; MoELoRAConfig({fields})'
 
 
 def plan_as_dict(plan: Plan) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], styl
     names = [name.strip() for name in header]
     if style == "markdown":
         lines = [names, ["---" if is_left else "---:" for is_left in left], *rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return "\n".join([f"{title}:", "", *("| " + " | ".join(line) + " |" for line in lines)])
     out = Table(title=title, title_justify="left", header_style="bold")
     for name, is_left in zip(names, left, strict=True):
         out.add_column(name, justify="left" if is_left else "right")

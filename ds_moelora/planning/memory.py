@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .model import ModelShape
-from .traffic import received_rows
+from .traffic import STAGE0_BUCKET, received_rows, reduce_bucket
 from .workload import OPTIMIZER_STATES, Choice, Workload
 
-# Elements; configs/zero3.json and DeepSpeed's default.
+# Elements; configs/zero3.json, and DeepSpeed's default for the second.
 MAX_LIVE_PARAMETERS = 1e9
 SUB_GROUP = 1e9
-STAGE0_BUCKET = 5e8
 # Matrices of r x r that the step makes of every Gram matrix (docs/optimizer.md, what it costs).
 GRAM_COPIES = 8
 # Copies of one layer's experts that a backward pass makes: two flattened factors, dA and dB, the same contiguous;
@@ -131,11 +130,6 @@ def _gradients(count: Trainable, b: int, stage: int) -> list[Item]:
 def gram_bytes(model: ModelShape, work: Workload, choice: Choice) -> float:
     """4 sum(2 (E / n) r^2): both Gram matrices of every pair on this GPU, fp32."""
     return 4 * model.num_adapted * 2 * (work.num_experts / choice.ep_size) * work.rank**2
-
-
-def reduce_bucket(model: ModelShape) -> float:
-    """Elements; transformers turns "auto" into H^2."""
-    return float(model.hidden_size**2)
 
 
 def _buffers(model: ModelShape, work: Workload, choice: Choice) -> float:

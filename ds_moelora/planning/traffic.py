@@ -30,6 +30,11 @@ class Transfer(NamedTuple):
     overlapped: bool
 
 
+def reduce_bucket(model: ModelShape) -> float:
+    """Elements of `reduce_bucket_size`: transformers turns "auto" into H^2."""
+    return float(model.hidden_size**2)
+
+
 def world_group(work: Workload) -> Group:
     return Group(work.gpus, work.node_size)
 
@@ -72,7 +77,7 @@ def _reduction(model: ModelShape, work: Workload, choice: Choice) -> list[Transf
         "experts": (experts, expert_data_group(work, choice)),
         "routers": (float(work.num_experts * model.adapted_in), world_group(work)),
     }
-    bucket = STAGE0_BUCKET if choice.stage == 0 else float(model.hidden_size**2)
+    bucket = STAGE0_BUCKET if choice.stage == 0 else reduce_bucket(model)
     transfers = []
     for name, (numel, group) in parts.items():
         sent, calls = _ring(group, numel * work.size), math.ceil(numel / bucket)
@@ -88,7 +93,7 @@ def _zero3(model: ModelShape, work: Workload) -> list[Transfer]:
     group, trained = world_group(work), work.num_experts * (work.rank * model.adapted_width + model.adapted_in)
     modules = len(model.linears) + 2 * model.num_adapted
     weights = _ring(group, model.base_parameters * work.base_size + trained * work.size)
-    buckets = math.ceil(trained / model.hidden_size**2)
+    buckets = math.ceil(trained / reduce_bucket(model))
     return [
         Transfer("weights, forward", "all_gather", group, weights, modules, True),
         Transfer("weights, backward", "all_gather", group, weights, modules, True),
