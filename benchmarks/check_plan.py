@@ -40,12 +40,12 @@ def planned_ms(row: Mapping[str, str], machine: Hardware) -> float:
     return 1e3 * layer_time(features, features, work, way, machine).total
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", default=RESULTS / "expert_parallel_calibration.json", metavar="FILE")
     parser.add_argument("--results", default=RESULTS / "expert_parallel.csv", metavar="FILE")
     parser.add_argument("--ranks", default="2", help="of the rows to compare: as many as the calibration had")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     machine = load_calibration(args.calibration, hardware())
     wanted = (args.ranks, "1")
     with open(args.results, newline="") as file:
@@ -53,17 +53,22 @@ def main() -> None:
     print(f"{machine.name}; {args.ranks} ranks; planned / measured milliseconds of forward and backward\n")
     print("| E, k, r, tokens, features | " + " | ".join(WAYS) + " | the planner takes | regret |")
     print("|---|" + "---:|" * len(WAYS) + "---|---:|")
-    ratios, regrets = [], []
+    ratios: dict[int, list[float]] = {}
+    regrets = []
     for point, group in itertools.groupby(rows, key=lambda row: tuple(row[name] for name in POINT)):
         measured = {row["case"]: float(row["ms_median"]) for row in group}
         sizes = {**dict(zip(POINT, point, strict=True)), "ranks": args.ranks}
         planned = {case: planned_ms({**sizes, "case": case}, machine) for case in measured}
         taken = min(planned, key=lambda case: planned[case])
-        ratios += [planned[case] / measured[case] for case in measured]
+        tokens = int(sizes["tokens_per_rank"])
+        ratios.setdefault(tokens, []).extend(planned[case] / measured[case] for case in measured)
         regrets.append(measured[taken] / min(measured.values()) - 1)
         cells = [f"{planned[case]:.1f} / {measured[case]:.1f}" for case in WAYS]
         print(f"| {', '.join(point)} | " + " | ".join(cells) + f" | {taken} | {regrets[-1]:.0%} |")
-    print(f"\nplanned / measured: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
+    print()
+    for tokens, found in sorted(ratios.items()):
+        middle = statistics.median(found)
+        print(f"planned / measured, {tokens} tokens: {middle:.2f} ({min(found):.2f} to {max(found):.2f})")
     near = sum(regret <= 0.1 for regret in regrets)
     worst = f"median {statistics.median(regrets):.0%}, at most {max(regrets):.0%}"
     print(f"regret: {worst}, up to 10% at {near} of {len(regrets)} points")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +137,31 @@ def test_flops_by_hand() -> None:
     # 6 own rows and 6 from the other rank, 5/6 of which need a given rank's two experts; 6 columns there.
     tokens = step_flops(NET, TWO, Choice(stage=0, ep_size=2, dispatch="tokens")).experts
     assert tokens == pytest.approx(12 * 5 / 6 * 6 * 6 * 28)
+
+
+def test_comparison_with_a_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """benchmarks/check_plan.py, on results that say what is planned, but for one way that is twice as fast."""
+    spec = importlib.util.spec_from_file_location("check_plan", CONFIGS.parent / "check_plan.py")
+    assert spec is not None
+    assert spec.loader is not None
+    check_plan = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(check_plan)
+    calibration, results = tmp_path / "calibration.json", tmp_path / "results.csv"
+    calibration.write_text(json.dumps(CALIBRATION))
+    machine = load_calibration(calibration, hardware())
+    sizes = {"ranks": "2", "layers": "1", "E": "8", "k": "2", "r": "4", "tokens_per_rank": "32", "features": "64"}
+    rows = [{**sizes, "case": case} for case in check_plan.WAYS]
+    planned = [check_plan.planned_ms(row, machine) for row in rows]
+    fastest, slowest = planned.index(min(planned)), planned.index(max(planned))
+    with results.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "ms_median"])
+        writer.writeheader()
+        for i, row in enumerate(rows):
+            writer.writerow({**row, "ms_median": str(planned[fastest] / 2 if i == slowest else planned[i])})
+    check_plan.main(["--calibration", str(calibration), "--results", str(results)])
+    text = capsys.readouterr().out
+    assert f"| {rows[fastest]['case']} | 100% |" in text
+    assert "planned / measured, 32 tokens: 1.00 (1.00 to" in text
 
 
 def test_calibration_is_used(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from torch import nn
 from ..adapters import MoELoRAConfig, MoELoRAModel
 from ..adapters.layer import MoELoRALayer, in_out_features
 
-# A module inside the repeated blocks has the block's number in its name.
-IN_BLOCK = re.compile(r"\.\d+\.")
+# The name of a repeated block, at the beginning of those of its modules: up to the first number.
+BLOCK = re.compile(r".*?\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class ModelShape:
     @cached_property
     def block_width(self) -> float:
         """Sum of I + O over the linear modules of one block, the mean over blocks."""
-        inside = sum(m.in_features + m.out_features for m in self.linears if IN_BLOCK.search(m.name))
-        return inside / self.num_blocks
+        inside = [m for m in self.linears if BLOCK.match(m.name)] or self.linears
+        return sum(m.in_features + m.out_features for m in inside) / self.num_blocks
 
     @cached_property
     def adapted_per_block(self) -> float:
@@ -111,16 +111,15 @@ def describe_model(config: str | Path | Any, target_modules: str | Sequence[str]
     model = _build(config, name)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads, hidden = getattr(text, "num_attention_heads", 1), getattr(text, "hidden_size", 0)
-    missing = [key for key in ("hidden_size", "num_hidden_layers") if not getattr(text, key, None)]
-    if missing:
-        raise ValueError(f"{name}: the config says nothing of {' and '.join(missing)}, which the planner needs.")
+    if not hidden:
+        raise ValueError(f"{name}: the config says nothing of hidden_size, which the planner needs.")
     sizes = [p.numel() for p in model.parameters()]
     found = {n: shape for n, m in model.named_modules() if n and (shape := in_out_features(m)) is not None}
     adapted = _adapted_names(model, target_modules)
     return ModelShape(
         name=name,
         hidden_size=hidden,
-        num_blocks=text.num_hidden_layers,
+        num_blocks=len({block.group() for n in found if (block := BLOCK.match(n))}) or 1,
         vocab_size=text.vocab_size if model.get_output_embeddings() is not None else 0,
         attention_width=heads * (getattr(text, "head_dim", None) or hidden // heads),
         base_parameters=sum(sizes),
