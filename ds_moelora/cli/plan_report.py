@@ -73,7 +73,7 @@ def _headline(plan: Plan) -> str:
     return (
         f"{model.name}: {model.base_parameters / 1e9:.2f} B parameters, {model.num_adapted} adapted modules, "
         f"E={work.num_experts}, r={work.rank}, k={work.top_k}: {experts / 1e9:.3g} B in experts.\n"
-        f"{work.gpus} GPUs, {work.node_size} per node ({plan.hardware.name}); {work.tokens} tokens per GPU and step, "
+        f"{work.gpus} GPU{'s' if work.gpus > 1 else ''}, {work.node_size} per node ({plan.hardware.name}); {work.tokens} tokens per GPU and step, "
         f"{work.dtype}, {work.optimizer}, {checkpointing} gradient checkpointing."
     )
 
