@@ -69,11 +69,12 @@ def _sweep_cells(plan: Plan | DoesNotFitError) -> tuple[str, ...]:
 def _headline(plan: Plan) -> str:
     model, work = plan.model, plan.work
     experts = work.num_experts * work.rank * model.adapted_width
+    gpus = "1 GPU" if work.gpus == 1 else f"{work.gpus} GPUs"
     checkpointing = "with" if work.checkpointing else "without"
     return (
         f"{model.name}: {model.base_parameters / 1e9:.2f} B parameters, {model.num_adapted} adapted modules, "
         f"E={work.num_experts}, r={work.rank}, k={work.top_k}: {experts / 1e9:.3g} B in experts.\n"
-        f"{work.gpus} GPU{'s' if work.gpus > 1 else ''}, {work.node_size} per node ({plan.hardware.name}); {work.tokens} tokens per GPU and step, "
+        f"{gpus}, {work.node_size} per node ({plan.hardware.name}); {work.tokens} tokens per GPU and step, "
         f"{work.dtype}, {work.optimizer}, {checkpointing} gradient checkpointing."
     )
 
