@@ -26,6 +26,7 @@ setup(
         "datasets>=3.0",
         "trl>=1.0",
         "tensorboard>=2.15",
+        "rich>=13.0",
         "mpi4py>=4.0",
         "safetensors>=0.4.3",
         "pillow",

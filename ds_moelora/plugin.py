@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,7 +19,8 @@ def register() -> None:
     """Makes the optimizers and the tuner known by name; calling it again changes nothing.
 
     - DeepSpeed resolves `"optimizer": {"type": NAME}` by `getattr(torch.optim, NAME)`, and ZeRO accepts the classes
-      listed in `ZERO_SUPPORTED_OPTIMIZERS`. Without DeepSpeed installed this part is left out.
+      listed in `ZERO_SUPPORTED_OPTIMIZERS`. Without DeepSpeed installed this part is left out, and so it is on the
+      import by `python -m ds_moelora`: DeepSpeed takes long to import and prints to stdout.
     - `ep_size > 1` gets its modules from `parallel.expert_shard`; without DeepSpeed it is refused.
     - PEFT resolves `peft_type` "MOELORA" through its mappings.
 
@@ -31,11 +33,17 @@ def register() -> None:
             raise RuntimeError(f"torch.optim.{name} is already taken by {getattr(torch.optim, name)!r}.")
         setattr(torch.optim, name, optimizer)
     register_with_peft()
-    if find_spec("deepspeed") is not None:
+    if find_spec("deepspeed") is not None and not _starts_as_command():
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
         register_shard_builder(_build_shard)
         ZERO_SUPPORTED_OPTIMIZERS.extend(o for o in OPTIMIZERS if o not in ZERO_SUPPORTED_OPTIMIZERS)
+
+
+def _starts_as_command() -> bool:
+    """Whether Python is still looking for the module of `python -m ds_moelora`; argv[0] is "-m" meanwhile."""
+    follows = sys.orig_argv[sys.orig_argv.index("-m") + 1 :] if "-m" in sys.orig_argv else []
+    return sys.argv[:1] == ["-m"] and follows[:1] == [__package__]
 
 
 def _build_shard(spec: ShardSpec) -> Any:

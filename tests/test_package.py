@@ -20,6 +20,8 @@ ALLOWED = {
     "parallel": {"torch", "deepspeed", "safetensors", "core", "parallel"},
     "adapters": {"torch", "peft", "transformers", "safetensors", "core", "adapters"},
     "optim": {"torch", "core", "parallel", "optim"},
+    "planning": {"torch", "transformers", "adapters", "parallel", "planning"},
+    "cli": {"transformers", "rich", "planning", "cli"},
 }
 ALLOWED["core"] |= {"core"}
 

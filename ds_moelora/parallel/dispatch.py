@@ -248,21 +248,27 @@ class _Exchanged(torch.autograd.Function):
         return dy if needs_base else None, dx, dgates, None, dA, dB, None, None, None, None
 
 
+def share_needing(num_experts: int, ranks: int, top_k: int) -> float:
+    """Share of tokens that need a given rank, if routing is even: 1 - C(E - L, k) / C(E, k)."""
+    local = num_experts // ranks
+    missed = 1.0
+    for i in range(top_k):
+        missed *= max(num_experts - local - i, 0) / (num_experts - i)
+    return 1 - missed
+
+
 def bytes_moved(
     num_experts: int, ranks: int, top_k: int, in_features: int, out_features: int, rank: int, tokens: float, size: int
 ) -> dict[str, float]:
     """Bytes that a rank sends per layer and training step (forward and backward), for both ways.
 
-    "tokens" takes routing to be even: a token needs a given rank with probability 1 - C(E - L, k) / C(E, k).
+    "tokens" takes routing to be even (`share_needing`).
 
     Args:
         tokens: per rank. size: bytes per element of the compute dtype.
     """
     local = num_experts // ranks
-    missed = 1.0
-    for i in range(top_k):
-        missed *= max(num_experts - local - i, 0) / (num_experts - i)
-    rows = tokens * (1 - missed) * (ranks - 1)
+    rows = tokens * share_needing(num_experts, ranks, top_k) * (ranks - 1)
     width = in_features + out_features
     return {
         "weights": 3 * (ranks - 1) / ranks * num_experts * rank * width * size,

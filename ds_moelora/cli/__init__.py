@@ -1,0 +1,71 @@
+"""The command line: `python -m ds_moelora COMMAND ...`.
+
+A command is a module of this folder with `SUMMARY` (one line), `add_arguments(parser)` and `run(args) -> int`, listed
+in `COMMANDS`; its docstring is its help. It raises ValueError for what the user can put right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+COMMANDS = ("plan",)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong flags in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} --help shows the options)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(
+        prog="python -m ds_moelora",
+        description="Tools around mixtures of LoRA experts. Training itself is deepspeed launch/train.py.",
+        epilog="Exit codes: 0 done, 1 a fault of this program, 2 something to put right in what was asked.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = importlib.import_module(f".{name}", __name__)
+        command = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
+        command.add_argument("--debug", action="store_true", help="traceback of errors that are otherwise one line")
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: arguments without the program's name; None: those of the command line.
+
+    Returns:
+        The exit code: 2 for what the user can put right (one line on stderr), 1 for anything unforeseen.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if args.debug:
+            raise
+        foreseen = isinstance(error, ValueError)
+        message = " ".join(str(error).split())
+        if not foreseen:
+            message = f"{type(error).__name__}: {message} (--debug shows where)"
+        print(f"error: {message}", file=sys.stderr)
+        return 2 if foreseen else 1

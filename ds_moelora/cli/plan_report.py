@@ -1,0 +1,174 @@
+"""How a plan is shown: tables, markdown or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from ..planning import Candidate, DoesNotFitError, Plan, Workload, evaluate
+from ..planning.hardware import GB
+from ..planning.timing import transfer_seconds
+from .tables import table
+
+SHOWN_WAYS = 10
+
+
+def render(plan: Plan, style: str, every: bool = False) -> str:
+    """One plan in full.
+
+    Args:
+        style: "table", "markdown" or "json". every: all ways, not only the fastest that fit.
+    """
+    if style == "json":
+        return json.dumps(plan_as_dict(plan), indent=2)
+    shown = plan.candidates if every else [c for c in plan.candidates if c.fits][:SHOWN_WAYS]
+    if plan.best not in shown:
+        shown = [*shown, plan.best]
+    parts = [
+        _headline(plan),
+        _ways_table(plan, shown, style),
+        _memory_table(plan, style),
+        *([_traffic_table(plan, style)] if plan.best.transfers else []),
+        _time_line(plan.best),
+        f"Choose {plan.best.choice}.",
+        "\n".join(f"- {reason}" for reason in plan.reasons),
+        _settings_line(plan),
+    ]
+    return "\n\n".join(parts)
+
+
+def render_sweep(works: Sequence[Workload], plans: Sequence[Plan | DoesNotFitError], style: str) -> str:
+    """One line per workload: what to choose, and what it takes there and with one GPU per node."""
+    if style == "json":
+        entries = [
+            {"workload": asdict(work), "error": str(plan)} if isinstance(plan, DoesNotFitError) else plan_as_dict(plan)
+            for work, plan in zip(works, plans, strict=True)
+        ]
+        return json.dumps(entries, indent=2)
+    header = ("E", "r", "GPUs", " choose", "memory GB", "sent GB", "step s", "step s, 1 GPU per node")
+    rows = []
+    for work, plan in zip(works, plans, strict=True):
+        sizes = (str(work.num_experts), str(work.rank), f"{work.gpus:,}")
+        rows.append((*sizes, *_sweep_cells(plan)))
+    machine = next((plan.hardware.name for plan in plans if isinstance(plan, Plan)), "")
+    return table(f"Per GPU and step, {machine}", header, rows, style)
+
+
+def _sweep_cells(plan: Plan | DoesNotFitError) -> tuple[str, ...]:
+    if isinstance(plan, DoesNotFitError):
+        least = f"does not fit; {plan.least_gpus:,} GPUs do" if plan.least_gpus else "does not fit"
+        return (least, "", "", "", "")
+    best = plan.best
+    alone = evaluate(plan.model, replace(plan.work, gpus_per_node=1), best.choice, plan.hardware)
+    times = (best.time.total, alone.time.total)
+    return (str(best.choice), f"{best.memory.total / GB:.1f}", f"{best.sent / GB:.2f}", *(f"{t:.2f}" for t in times))
+
+
+def _headline(plan: Plan) -> str:
+    model, work = plan.model, plan.work
+    experts = work.num_experts * work.rank * model.adapted_width
+    gpus = "1 GPU" if work.gpus == 1 else f"{work.gpus} GPUs"
+    checkpointing = "with" if work.checkpointing else "without"
+    return (
+        f"{model.name}: {model.base_parameters / 1e9:.2f} B parameters, {model.num_adapted} adapted modules, "
+        f"E={work.num_experts}, r={work.rank}, k={work.top_k}: {experts / 1e9:.3g} B in experts.\n"
+        f"{gpus}, {work.node_size} per node ({plan.hardware.name}); {work.tokens} tokens per GPU and step, "
+        f"{work.dtype}, {work.optimizer}, {checkpointing} gradient checkpointing."
+    )
+
+
+def _ways_table(plan: Plan, shown: Sequence[Candidate], style: str) -> str:
+    header = ("stage", "ep_size", " dispatch", "memory GB", " fits", "sent GB", "compute s", "overlapped s")
+    rows = []
+    for way in shown:
+        choice, time = way.choice, way.time
+        mark = "  <-" if way is plan.best else ""
+        seconds = [time.compute, time.overlapped, time.exposed, time.optimizer, time.total]
+        rows.append(
+            (
+                str(choice.stage),
+                str(choice.ep_size),
+                choice.dispatch,
+                f"{way.memory.total / GB:.1f}",
+                "yes" if way.fits else "no",
+                f"{way.sent / GB:.3g}",
+                *(f"{s:.3f}" for s in seconds[:-1]),
+                f"{seconds[-1]:.3f}{mark}",
+            )
+        )
+    fitting = sum(c.fits for c in plan.candidates)
+    title = f"Ways to run it: {fitting} of {len(plan.candidates)} fit; shown {len(rows)}"
+    return table(title, (*header, "exposed s", "optimizer s", "step s"), rows, style)
+
+
+def _memory_table(plan: Plan, style: str) -> str:
+    memory = plan.best.memory
+    rows = [(i.name, i.phase, f"{i.bytes / GB:.3f}", i.formula) for i in memory.items]
+    rows.append(("total", "", f"{memory.total / GB:.3f}", "always + max(backward, step)"))
+    return table(f"Memory per GPU, {plan.best.choice}", ("item", " when", "GB", " formula"), rows, style)
+
+
+def _traffic_table(plan: Plan, style: str) -> str:
+    rows = []
+    for t in plan.best.transfers:
+        nodes = "one node" if t.group.per_node == t.group.ranks else f"{t.group.per_node} per node"
+        seconds = f"{transfer_seconds(t, plan.hardware):.4f}"
+        group, overlapped = f"{t.group.ranks} ({nodes})", "yes" if t.overlapped else "no"
+        rows.append((t.name, t.collective, group, f"{t.calls:.0f}", f"{t.sent / GB:.4f}", seconds, overlapped))
+    header = ("what", " collective", "ranks", "calls", "GB", "s", " overlapped")
+    return table("Sent per GPU and step", header, rows, style)
+
+
+def _time_line(best: Candidate) -> str:
+    time = best.time
+    return (
+        f"Step: max(compute {time.compute:.3f}, overlapped {time.overlapped:.3f}) + exposed {time.exposed:.3f} + "
+        f"optimizer {time.optimizer:.3f} = {time.total:.3f} s; {time.without_overlap:.3f} s if nothing overlapped."
+    )
+
+
+def settings(plan: Plan) -> dict[str, Any]:
+    """What to write into the DeepSpeed config and the `MoELoRAConfig`."""
+    work, choice = plan.work, plan.best.choice
+    adapter: dict[str, Any] = {"num_experts": work.num_experts, "r": work.rank, "top_k": work.top_k}
+    adapter["ep_size"] = choice.ep_size
+    if choice.dispatch:
+        adapter["ep_dispatch"] = choice.dispatch
+    return {"zero_stage": choice.stage, "adapter": {**adapter, "expert_compute": work.expert_compute}}
+
+
+def _settings_line(plan: Plan) -> str:
+    chosen = settings(plan)
+    fields = ", ".join(f"{key}={value!r}" for key, value in chosen["adapter"].items())
+    return f'Settings: "zero_optimization": {{"stage": {chosen["zero_stage"]}}}; MoELoRAConfig({fields})'
+
+
+def plan_as_dict(plan: Plan) -> dict[str, Any]:
+    """The whole plan as plain values: bytes and seconds."""
+    return {
+        "model": plan.model.name,
+        "hardware": plan.hardware.name,
+        "workload": asdict(plan.work),
+        "settings": settings(plan),
+        "reasons": plan.reasons,
+        "best": _way_as_dict(plan, plan.best),
+        "ways": [_way_as_dict(plan, way) for way in plan.candidates],
+    }
+
+
+def _way_as_dict(plan: Plan, way: Candidate) -> dict[str, Any]:
+    transfers = [
+        {**t._asdict(), "group": t.group._asdict(), "seconds": transfer_seconds(t, plan.hardware)}
+        for t in way.transfers
+    ]
+    return {
+        **asdict(way.choice),
+        "fits": way.fits,
+        "memory_bytes": way.memory.total,
+        "memory": [item._asdict() for item in way.memory.items],
+        "sent_bytes": way.sent,
+        "transfers": transfers,
+        "seconds": {**way.time._asdict(), "total": way.time.total, "without_overlap": way.time.without_overlap},
+    }

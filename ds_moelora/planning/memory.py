@@ -1,0 +1,197 @@
+"""Bytes on one GPU, item by item, each with its formula.
+
+Letters, beside those of docs/expert_parallelism.md: N GPUs, n = ep_size, P_e = E r sum(I + O) elements of all experts,
+P_r = E sum(I) of the routers, P_b of the base model, b bytes per element, T tokens per GPU, H hidden size, V words.
+What DeepSpeed 0.19.8 does with the settings in configs/ is assumed; docs/scaling.md has the reasons.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .model import ModelShape
+from .traffic import STAGE0_BUCKET, received_rows, reduce_bucket
+from .workload import OPTIMIZER_STATES, Choice, Workload
+
+# Elements; configs/zero3.json, and DeepSpeed's default for the second.
+MAX_LIVE_PARAMETERS = 1e9
+SUB_GROUP = 1e9
+# Matrices of r x r that the step makes of every Gram matrix (docs/optimizer.md, what it costs).
+GRAM_COPIES = 8
+# Copies of one layer's experts that a backward pass makes: two flattened factors, dA and dB, the same contiguous;
+# with gathered experts one more, the buffer of the gather or of the reduce-scatter.
+EXPERT_COPIES, GATHERED_COPIES = 3, 4
+
+
+class Item(NamedTuple):
+    """`phase`: "always", or "backward" or "step", which never meet."""
+
+    name: str
+    phase: str
+    bytes: float
+    formula: str
+
+
+class Memory(NamedTuple):
+    """What lies on one GPU."""
+
+    items: tuple[Item, ...]
+
+    def of(self, phase: str) -> float:
+        return sum(item.bytes for item in self.items if item.phase == phase)
+
+    def item(self, name: str) -> float:
+        """Bytes of one item; 0 if it does not occur."""
+        return sum(item.bytes for item in self.items if item.name == name)
+
+    @property
+    def total(self) -> float:
+        """always + max(backward, step)."""
+        return self.of("always") + max(self.of("backward"), self.of("step"))
+
+
+class Trainable(NamedTuple):
+    """Elements of trainable parameters."""
+
+    experts: float  # P_e
+    routers: float  # P_r
+    local: float  # on one GPU before ZeRO: P_e / n + P_r
+    owned: float  # whose optimizer state lies on one GPU
+
+
+def trainable(model: ModelShape, work: Workload, choice: Choice) -> Trainable:
+    """P_e, P_r and a GPU's share of them."""
+    experts = float(work.num_experts * work.rank * model.adapted_width)
+    routers = float(work.num_experts * model.adapted_in)
+    local = experts / choice.ep_size + routers
+    return Trainable(experts, routers, local, local if choice.stage == 0 else (experts + routers) / work.gpus)
+
+
+def memory_per_gpu(model: ModelShape, work: Workload, choice: Choice) -> Memory:
+    """All items of one GPU under `choice`."""
+    items = [*_weights(model, work, choice), *_training(model, work, choice), *_activations(model, work, choice)]
+    return Memory(tuple(item for item in items if item.bytes > 0))
+
+
+def _weights(model: ModelShape, work: Workload, choice: Choice) -> list[Item]:
+    base, count = model.base_parameters * work.base_size, trainable(model, work, choice)
+    if choice.stage < 3:
+        return [
+            Item("base weights", "always", base, "P_b b"),
+            Item("experts and routers", "always", count.local * work.size, "(P_e / n + P_r) b"),
+        ]
+    every = model.base_parameters + count.experts + count.routers
+    live = min(every, MAX_LIVE_PARAMETERS + model.largest_parameter) * work.size
+    return [
+        Item("base weights", "always", base / work.gpus, "P_b b / N"),
+        Item("experts and routers", "always", count.owned * work.size, "(P_e + P_r) b / N"),
+        Item("gathered weights", "backward", live, "min(all, stage3_max_live_parameters + largest tensor) b"),
+    ]
+
+
+def _training(model: ModelShape, work: Workload, choice: Choice) -> list[Item]:
+    count, b, stage = trainable(model, work, choice), work.size, choice.stage
+    # Without ZeRO, fp32 parameters are their own master copy and their gradients the optimizer's.
+    plain = stage == 0 and work.dtype == "fp32"
+    states = 4 * OPTIMIZER_STATES[work.optimizer] * count.owned
+    items = [
+        *_gradients(count, b, stage),
+        Item("fp32 master copy", "always", 0 if plain else 4 * count.owned, "4 bytes per owned element"),
+        Item("optimizer states", "always", states, "4 bytes per owned element and state (AdamW: 2)"),
+        Item("reduction buffers", "backward", _buffers(model, work, choice), "bucket b; stage 2: two"),
+        Item(
+            "fp32 gradients",
+            "step",
+            0 if plain else 4 * (min(count.owned, SUB_GROUP) if stage == 3 else count.owned),
+            "4 bytes per owned element (stage 3: of one sub-group)",
+        ),
+    ]
+    if work.riemannian:
+        # The largest factor's gradient on this GPU, and what the Cholesky factorisations need.
+        factor = max(max(shape) for shape in model.adapted_shapes) * work.num_experts * work.rank / choice.ep_size
+        factor = min(factor, count.owned)
+        grams = GRAM_COPIES * gram_bytes(model, work, choice)
+        items.append(Item("Riemannian step", "step", grams + 4 * factor, "8 Grams, and one factor's gradient"))
+    return items
+
+
+def _gradients(count: Trainable, b: int, stage: int) -> list[Item]:
+    # Stage 1 without overlap_comm (configs/zero1.json) reduces when the backward pass has ended.
+    if stage == 1:
+        return [
+            Item("gradients", "backward", b * count.local, "(P_e / n + P_r) b, until they are reduced"),
+            Item("reduced gradients", "step", b * count.owned, "(P_e + P_r) b / N"),
+        ]
+    whole = stage == 0
+    formula = "(P_e / n + P_r) b" if whole else "(P_e + P_r) b / N"
+    return [Item("gradients", "always", b * (count.local if whole else count.owned), formula)]
+
+
+def gram_bytes(model: ModelShape, work: Workload, choice: Choice) -> float:
+    """4 sum(2 (E / n) r^2): both Gram matrices of every pair on this GPU, fp32."""
+    return 4 * model.num_adapted * 2 * (work.num_experts / choice.ep_size) * work.rank**2
+
+
+def _buffers(model: ModelShape, work: Workload, choice: Choice) -> float:
+    if work.gpus == 1:
+        return 0.0
+    if choice.stage == 0:
+        return min(trainable(model, work, choice).local, STAGE0_BUCKET) * work.size
+    return (2 if choice.stage == 2 else 1) * reduce_bucket(model) * work.size
+
+
+def _activations(model: ModelShape, work: Workload, choice: Choice) -> list[Item]:
+    T, b, H = work.tokens, work.size, model.hidden_size
+    block = block_activations(model, work, choice)
+    if work.checkpointing:
+        kept = T * H * b * model.num_blocks + block
+        formula = "T H b per block, and all of one block"
+    else:
+        kept = block * model.num_blocks
+        formula = "T (b sum(I + O) + 8 H) per block, and the mixtures' projections and gates"
+    logits = T * model.vocab_size * (2 * b + 8)
+    workspace = mixture_workspace(model, work, choice)
+    larger = max(logits, workspace)
+    which = "T V (2 b + 8): logits, and their loss in fp32" if logits >= workspace else "the widest mixture's products"
+    return [
+        Item("activations", "backward", kept, formula),
+        Item("logits or mixture, the larger", "backward", larger, which),
+    ]
+
+
+def block_activations(model: ModelShape, work: Workload, choice: Choice) -> float:
+    """Bytes that autograd keeps of one block: T (b sum(I + O) + 8 H), and of every adapted module
+
+        dense     T E (r b + 9)        p, the gates, what was chosen, the softmax of the loss
+        grouped   T (k r b + 9 E)
+        tokens    M (I b + (E / n) (r b + 5)) + 9 T E for the M rows that arrive
+
+    sum(I + O) over the block's linear modules: what is kept of attention and of the MLP is the inputs and outputs of
+    these; 8 H: two norms keep an fp32 copy of their input each.
+    """
+    T, b, E, r = work.tokens, work.size, work.num_experts, work.rank
+    own = T * (b * model.block_width + 8 * model.hidden_size)
+    gates = 9 * T * E
+    if choice.dispatch == "tokens":
+        rows, local = received_rows(work, choice), E / choice.ep_size
+        columns = local * r if work.expert_compute == "dense" else min(work.top_k, local) * r
+        mean_in = model.adapted_in / model.num_adapted
+        each = rows * (mean_in * b + columns * b + 5 * local) + gates
+    else:
+        columns = E * r if work.expert_compute == "dense" else work.top_k * r
+        each = T * columns * b + gates
+    return own + model.adapted_per_block * each
+
+
+def mixture_workspace(model: ModelShape, work: Workload, choice: Choice) -> float:
+    """Bytes that the backward pass of the widest mixture needs for a moment: copies of its experts, and products.
+
+    Dense: T E r (2 b + 8), i.e. q, q scaled, and both in fp32 for the gates' gradient. Grouped: T k rows of x, dy, dx.
+    """
+    local = work.num_experts / (choice.ep_size if choice.dispatch == "tokens" else 1)
+    copies = GATHERED_COPIES if choice.dispatch == "weights" else EXPERT_COPIES
+    experts = copies * local * work.rank * model.widest * work.size
+    rows = received_rows(work, choice) if choice.dispatch == "tokens" else work.tokens
+    if work.expert_compute == "dense":
+        return experts + rows * local * work.rank * (2 * work.size + 8)
+    return experts + work.tokens * work.top_k * (2 * model.widest + 3 * work.rank) * work.size
