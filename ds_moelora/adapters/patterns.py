@@ -1,0 +1,67 @@
+"""Settings of single layers: `rank_pattern` and its like, resolved to the configuration that one layer is built from.
+
+As in PEFT's LoRA, a pattern maps regular expressions (or plain names) to values. It applies to a module whose name is
+`(anything.)?expression`; the first expression that fits wins. Unlike there, an expression that fits no adapted module
+is an error: it would train something else than was asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from peft.utils.other import get_pattern_key
+
+from .config import PATTERNS, MoELoRAConfig
+
+
+def layer_config(config: MoELoRAConfig, layer_name: str) -> MoELoRAConfig:
+    """The configuration of one layer: r, lora_alpha, num_experts and top_k from the patterns that fit its name.
+
+    Args:
+        config: the adapter's. layer_name: the module's qualified name in the base model.
+
+    Returns:
+        a checked configuration without patterns; `config` itself if it has none.
+
+    Raises:
+        ValueError: the values do not fit each other (e.g. top_k > num_experts), naming the layer.
+    """
+    given = {pattern: getattr(config, pattern) for pattern in PATTERNS if getattr(config, pattern)}
+    if not given:
+        return config
+    values: dict[str, Any] = {pattern: {} for pattern in PATTERNS}
+    values |= {
+        PATTERNS[pattern]: table[key]
+        for pattern, table in given.items()
+        if (key := get_pattern_key(table.keys(), layer_name)) in table
+    }
+    try:
+        return replace(config, **values)
+    except ValueError as error:
+        raise ValueError(f"{layer_name}, by {', '.join(given)}: {error}") from error
+
+
+def check_patterns(config: MoELoRAConfig, layer_names: Iterable[str]) -> None:
+    """Refuses patterns that fit no adapted module, or give one values that do not go together.
+
+    Args:
+        layer_names: the modules that will be adapted.
+
+    Raises:
+        ValueError: naming the expressions, or the layer.
+    """
+    names = list(layer_names)
+    for pattern in PATTERNS:
+        table = getattr(config, pattern)
+        unused = sorted(key for key in table if not any(re.match(rf"(.*\.)?({key})$", name) for name in names))
+        if unused:
+            raise ValueError(
+                f"{pattern}: {unused} fit none of the {len(names)} adapted modules. Give the end of a module's name, "
+                "or a regular expression that reaches to its end, such as 'q_proj' or r'layers\\.3\\..*'; adapted are "
+                f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}."
+            )
+    for name in names:
+        layer_config(config, name)
