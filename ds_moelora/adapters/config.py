@@ -177,6 +177,9 @@ class MoELoRAConfig(PeftConfig):
             )
         for pattern, name in PATTERNS.items():
             table = getattr(self, pattern)
+            if isinstance(table, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in table):
+                table = {str(key): value for key, value in table}  # from `to_dict`
+                setattr(self, pattern, table)
             if not isinstance(table, dict):
                 raise ValueError(
                     f"{pattern}={table!r} must be a dict {{name or regular expression: {name}}}, e.g. {{'q_proj': 4}}."
@@ -217,8 +220,12 @@ class MoELoRAConfig(PeftConfig):
         return self.lora_alpha / (self.r if self.scaling == "alpha" else math.sqrt(self.r))
 
     def to_dict(self) -> dict[str, Any]:
-        """The adapter's fields, without the run's, and with sets as sorted lists: saving twice writes the same file."""
+        """The adapter's fields, without the run's, and with sets as sorted lists: saving twice writes the same file.
+
+        Patterns become lists of [expression, value]: PEFT sorts keys when it writes, but the first that fits counts.
+        """
         kept = {key: value for key, value in super().to_dict().items() if key not in RUN_FIELDS}
+        kept |= {pattern: [list(item) for item in getattr(self, pattern).items()] for pattern in PATTERNS}
         return {key: sorted(v) if isinstance(v, set) else v for key, v in kept.items()}
 
 

@@ -24,24 +24,20 @@ def layer_config(config: MoELoRAConfig, layer_name: str) -> MoELoRAConfig:
         config: the adapter's. layer_name: the module's qualified name in the base model.
 
     Returns:
-        a checked configuration without patterns; `config` itself if it has none.
+        a configuration without patterns, checked (again: fields can be set after a config was made).
 
     Raises:
         ValueError: the values do not fit each other (e.g. top_k > num_experts), naming the layer.
     """
-    given = {pattern: getattr(config, pattern) for pattern in PATTERNS if getattr(config, pattern)}
-    if not given:
-        return config
-    values: dict[str, Any] = {pattern: {} for pattern in PATTERNS}
-    values |= {
-        PATTERNS[pattern]: table[key]
-        for pattern, table in given.items()
-        if (key := get_pattern_key(table.keys(), layer_name)) in table
-    }
+    values: dict[str, Any] = {}
+    for pattern, field in PATTERNS.items():
+        table = getattr(config, pattern)
+        key = get_pattern_key(table.keys(), layer_name)
+        values |= {pattern: {}, **({field: table[key]} if key in table else {})}
     try:
         return replace(config, **values)
     except ValueError as error:
-        raise ValueError(f"{layer_name}, by {', '.join(given)}: {error}") from error
+        raise ValueError(f"{layer_name}: {error}") from error
 
 
 def check_patterns(config: MoELoRAConfig, layer_names: Iterable[str]) -> None:
