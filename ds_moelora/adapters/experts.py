@@ -49,7 +49,8 @@ class MoELoRAExperts(nn.Module):
         self.scaling = config.lora_scaling
         self.aux_loss_coef, self.z_loss_coef = float(config.router_aux_loss_coef), float(config.router_z_loss_coef)
         self.dropout = nn.Dropout(config.lora_dropout)
-        self.router = Router(in_features, config.num_experts, config.router_temperature, config.router_jitter)
+        names = (layer_name, adapter_name)
+        self.router = Router(in_features, config.num_experts, names, config.router_temperature, config.router_jitter)
         self.compute = DENSE
         self.is_sharded = config.ep_size > 1
         if self.is_sharded:
@@ -63,7 +64,6 @@ class MoELoRAExperts(nn.Module):
                 self.compute = GROUPED
         # Here and not later: inside deepspeed.zero.Init, parameters are cut up as soon as __init__ returns.
         self.reset_parameters(config.init_lora_weights, layer_name)
-        names = (layer_name, adapter_name)
         self.shared = (
             SharedExpert(
                 in_features, out_features, config.r, self.scaling, names, config.init_lora_weights is not False
@@ -95,18 +95,17 @@ class MoELoRAExperts(nn.Module):
     def reset_parameters(self, init_lora_weights: bool, layer_name: str) -> None:
         """Each expert's A as PEFT's LoRA: Kaiming-uniform, a = sqrt(5), i.e. uniform in +-1/sqrt(I). B zero.
 
-        The router has nn.Linear's default, the same distribution. `init_lora_weights=False` draws B, too, from
-        +-1/sqrt(R). Every expert has a random stream of its own (`core.initialization`), whoever holds it.
+        `init_lora_weights=False` draws B, too, from +-1/sqrt(R). Every expert has a random stream of its own
+        (`core.initialization`), whoever holds it.
         """
         lora_A, lora_B = self.factors()
         first = self.experts_shard().first_expert if self.is_sharded else 0
-        bound, names = 1 / math.sqrt(lora_A.shape[1]), (layer_name, self.adapter_name)
-        draw_uniform_(lora_A, bound, *names, "lora_A", first)
+        names = (layer_name, self.adapter_name)
+        draw_uniform_(lora_A, 1 / math.sqrt(lora_A.shape[1]), *names, "lora_A", first)
         if init_lora_weights:
             nn.init.zeros_(lora_B)
         else:
             draw_uniform_(lora_B, 1 / math.sqrt(self.rank), *names, "lora_B", first)
-        draw_uniform_(self.router.weight, bound, *names, "router")
 
     def tag(self, layer_name: str | None = None) -> None:
         """Puts the pair's tag on the parameters, as an optimizer needs it. Cheap, and may be repeated."""

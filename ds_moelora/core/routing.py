@@ -39,7 +39,7 @@ def route(logits_TE: Tensor, top_k: int, top_p: float | None = None) -> Routing:
         `Routing` with differentiable gates, computed in float32 (float64 for float64 logits).
 
     Source: Shazeer et al., "Outrageously Large Neural Networks", section 2.1, without the noise; top_p: Huang et al.,
-    "Harder Tasks Need More Experts" (arXiv 2403.07652), section 3, with the gates renormalised as those of top-k.
+    "Harder Tasks Need More Experts" (arXiv 2403.07652), here with an upper bound k and renormalised gates.
     """
     wide_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     if top_p is not None:
