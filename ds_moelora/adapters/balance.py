@@ -184,11 +184,12 @@ def auxiliary_loss(records: list[RouterRecord], layout: BatchLayout) -> tuple[Te
     by_adapter: dict[str, list[RouterRecord]] = {}
     for record in records:
         by_adapter.setdefault(record.adapter, []).append(record)
-    scaled, plain = torch.zeros((), device=records[0].logits.device), dict[str, Tensor]()
+    scaled = torch.zeros((), device=records[0].logits.device)
+    plain: dict[int, Tensor] = {}
     for group in by_adapter.values():
         of_layers = [_record_losses(record, layout) for record in group]
-        for name, coef in group[0].coefs._asdict().items():
+        for which, coef in enumerate(group[0].coefs):
             if coef:
-                mean = torch.stack([getattr(losses, name).to(scaled.device) for losses in of_layers]).mean()
-                scaled, plain[name] = scaled + coef * mean, plain.get(name, 0) + mean
-    return scaled, AuxLosses(plain.get("balance"), plain.get("z"))
+                mean = torch.stack([losses[which].to(scaled.device) for losses in of_layers]).mean()
+                scaled, plain[which] = scaled + coef * mean, plain.get(which, 0) + mean
+    return scaled, AuxLosses(*(plain.get(which) for which in range(2)))
