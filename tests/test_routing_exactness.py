@@ -22,6 +22,7 @@ from .support.expert_parallel import Net, adapted, run
 from .support.plain_lora import MLP
 from .support.ranks import run_on_ranks
 from .support.training import SHARDED, deviation, engine_config, run_engine, run_reference
+from .test_elastic import train
 
 pytestmark = pytest.mark.dist
 
@@ -186,3 +187,12 @@ def started_under_zero_init() -> list[str]:
 def test_starting_values_are_the_same_under_zero_init() -> None:
     """There a module's parameters are cut up as soon as its constructor returns: it has to draw them itself."""
     assert run_on_ranks(2, started_under_zero_init) == [[], []]
+
+
+@pytest.mark.parametrize(("options", "ep_size"), [(SPREAD, 2), (OPTIONS["shared A"], 1)])
+def test_elastic_checkpoints_go_on_in_another_topology(options: dict[str, Any], ep_size: int, tmp_path: Path) -> None:
+    kind, folder = "GateRiemannianAdamW", str(tmp_path / "elastic")
+    whole = run_on_ranks(1, train, stage=0, ep_size=1, kind=kind, first=0, last=6, **options)[0]
+    run_on_ranks(2, train, stage=1, ep_size=ep_size, kind=kind, first=0, last=3, save=folder, **options)
+    last = run_on_ranks(2, train, stage=3, ep_size=1, kind=kind, first=3, last=6, load=folder, **options)[0]
+    assert deviation(last["weights"], whole["weights"]) < TOLERANCE
