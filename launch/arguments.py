@@ -30,6 +30,13 @@ def _flag(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
+def _pattern(name: str) -> Any:
+    """A flag that gives single layers another value; JSON on the command line, a mapping in a recipe."""
+    return _flag(
+        None, f"Layers whose {name} differs, as JSON, e.g. '{{\"q_proj\": 4}}'; keys may be regular expressions."
+    )
+
+
 @dataclass
 class RunArguments:
     """Which model is trained on which data for which task."""
@@ -84,6 +91,16 @@ class AdapterArguments:
     scaling: str = _flag("alpha", "alpha: alpha/r. rslora: alpha/sqrt(r).")
     init_lora_weights: str = _flag("true", "true: B starts at zero; other values: see MoELoRAConfig.")
     router_aux_loss_coef: float = _flag(1e-3, "Weight of the load-balancing loss; 0 switches it off.")
+    router_z_loss_coef: float = _flag(0.0, "Weight of the router z-loss; 0 switches it off.")
+    router_temperature: float = _flag(1.0, "What the router's logits are divided by.")
+    router_jitter: float = _flag(0.0, "eps: in training the router's input is times uniform(1 - eps, 1 + eps).")
+    top_p: float | None = _flag(None, "Use the most probable experts up to this probability, at most top_k of them.")
+    shared_expert: bool = _flag(False, "One more expert per layer that every token uses.")
+    shared_A: bool = _flag(False, "One A for all experts of a layer (HydraLoRA).")
+    rank_pattern: str | None = _pattern("r")
+    alpha_pattern: str | None = _pattern("lora_alpha")
+    num_experts_pattern: str | None = _pattern("num_experts")
+    top_k_pattern: str | None = _pattern("top_k")
     ep_size: int = _flag(1, "Ranks that share the experts; divides num_experts and the number of ranks. ZeRO 1 or 2.")
     ep_dispatch: str = _flag("auto", "With --ep_size > 1: move weights, tokens, or auto.")
     expert_compute: str = _flag("auto", "dense, grouped (chosen experts alone) or auto.")

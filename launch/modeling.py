@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -35,6 +36,7 @@ TASK_TYPES = {
     "sequence-classification": TaskType.SEQ_CLS,
     "image-classification": None,
 }
+PATTERNS = ("rank_pattern", "alpha_pattern", "num_experts_pattern", "top_k_pattern")
 SHOWN_NAMES = 12
 
 
@@ -84,6 +86,13 @@ def adapter_config(adapter: AdapterArguments, task: str) -> Any:
                 adapter.init_lora_weights.lower(), adapter.init_lora_weights
             ),
             router_aux_loss_coef=adapter.router_aux_loss_coef,
+            router_z_loss_coef=adapter.router_z_loss_coef,
+            router_temperature=adapter.router_temperature,
+            router_jitter=adapter.router_jitter,
+            top_p=adapter.top_p,
+            shared_expert=adapter.shared_expert,
+            shared_A=adapter.shared_A,
+            **{name: _read_pattern(name, getattr(adapter, name)) for name in PATTERNS},
             ep_size=adapter.ep_size,
             ep_dispatch=adapter.ep_dispatch,
             expert_compute=adapter.expert_compute,
@@ -91,6 +100,16 @@ def adapter_config(adapter: AdapterArguments, task: str) -> Any:
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"adapter: {error}") from error
+
+
+def _read_pattern(flag: str, value: Any) -> Any:
+    """A pattern from the command line (JSON) or a recipe (a mapping, as it is); {} without one."""
+    if not isinstance(value, str):
+        return value or {}
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--{flag} {value} is not JSON ({error}); write e.g. '{{\"q_proj\": 4}}'.") from error
 
 
 def check_model(arguments: Arguments, config: Any, model_options: dict[str, Any]) -> None:

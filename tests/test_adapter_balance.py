@@ -1,4 +1,4 @@
-"""The load-balancing loss inside a model's loss: what is added, when, and that splitting a batch changes nothing."""
+"""The auxiliary losses inside a model's loss: what is added, when, and that splitting a batch changes nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from ds_moelora import MoELoRAConfig
 from ds_moelora.adapters.balance import active_collector, batch_layout
-from ds_moelora.core.routing import route, sequence_balance_loss
+from ds_moelora.core.routing import route, sequence_balance_loss, sequence_z_loss
 
 from .adapter_support import adapted, assert_same, batch, bert, gpt2, gradients, llama, train_step
 
@@ -25,7 +25,7 @@ def part(inputs, rows):
     return {name: value[rows] for name, value in inputs.items()}
 
 
-def layer_losses(model, inputs):
+def layer_losses(model, inputs, z_loss=False):
     """Each layer's mean over sequences, from its router's logits, without any of the collecting."""
     seen, handles = [], []
     for module in model.modules():
@@ -42,7 +42,9 @@ def layer_losses(model, inputs):
             shape, mask = (rows, length, -1), inputs["attention_mask"]
         else:
             shape, mask = (logits.shape[0], 1, -1), None
-        result.append(sequence_balance_loss(logits.view(shape), chosen.view(shape), mask).mean())
+        logits, chosen = logits.view(shape), chosen.view(shape)
+        losses = sequence_z_loss(logits, mask) if z_loss else sequence_balance_loss(logits, chosen, mask)
+        result.append(losses.mean())
     return torch.stack(result)
 
 
@@ -63,6 +65,21 @@ def test_coef_times_the_loss_is_added_once(builder, plain_peft_model):
     assert not last.requires_grad
     assert without.base_model.last_aux_loss is None
     assert active_collector() is None
+
+
+@pytest.mark.parametrize("builder", [llama, bert])
+@pytest.mark.parametrize("coefs", [(0.0, 0.3), (0.7, 0.3)])
+def test_each_loss_is_added_with_its_own_coefficient(builder, coefs):
+    names = ("router_aux_loss_coef", "router_z_loss_coef")
+    without = adapted(builder, torch.float64, router_aux_loss_coef=0.0)
+    with_loss = adapted(builder, torch.float64, **dict(zip(names, coefs, strict=True)))
+    inputs = batch(builder)
+    balance, z = layer_losses(without.train(), inputs).mean(), layer_losses(without, inputs, z_loss=True).mean()
+    difference = train_step(with_loss, inputs)[0] - train_step(without, inputs)[0]
+    torch.testing.assert_close(difference.double(), coefs[0] * balance + coefs[1] * z, rtol=1e-5, atol=0)
+    tuner = with_loss.base_model
+    torch.testing.assert_close(tuner.last_router_z_loss.double(), z)
+    assert (tuner.last_aux_loss is None) == (coefs[0] == 0)
 
 
 def test_evaluation_and_unlabelled_calls_are_untouched():
@@ -123,18 +140,20 @@ def test_a_deep_copy_has_a_loss_of_its_own_and_unloads_alone():
 
 @pytest.mark.parametrize("builder", [llama, gpt2, bert])
 @pytest.mark.parametrize("splits", [[4, 4], [2, 2, 2, 2], [1] * 8])
-def test_gradient_is_the_mean_over_micro_batches(builder, splits):
+@pytest.mark.parametrize("loss", ["aux_loss_coef", "z_loss_coef"])
+def test_gradient_is_the_mean_over_micro_batches(builder, splits, loss):
     """The Trainer's way without num_items_in_batch: equal micro-batches, each loss divided by their number."""
-    model, inputs = adapted(builder, torch.float64, router_aux_loss_coef=COEF), batch(builder, rows=8)
-    whole = aux_gradients(model, inputs, splits=[8])
-    assert_same(aux_gradients(model, inputs, splits), whole, rtol=EXACT)
+    model, inputs = adapted(builder, torch.float64, router_aux_loss_coef=0.0, top_p=0.6), batch(builder, rows=8)
+    whole = aux_gradients(model, inputs, [8], loss)
+    assert_same(aux_gradients(model, inputs, splits, loss), whole, rtol=EXACT)
 
 
 @pytest.mark.parametrize("builder", [llama, gpt2])
 @pytest.mark.parametrize("splits", [[4, 4], [1, 2, 5], [1] * 8])
 def test_gradient_is_the_sum_with_num_items_in_batch(builder, splits):
     """The Trainer's way with num_items_in_batch: any micro-batches, losses summed. Here the whole loss is split."""
-    model, inputs = adapted(builder, torch.float64, router_aux_loss_coef=COEF), batch(builder, rows=8)
+    coefs = {"router_aux_loss_coef": COEF, "router_z_loss_coef": COEF}
+    model, inputs = adapted(builder, torch.float64, **coefs), batch(builder, rows=8)
     num_items = inputs["labels"][:, 1:].ne(-100).sum()
     totals = []
     for sizes in ([8], splits):
@@ -149,13 +168,13 @@ def test_gradient_is_the_sum_with_num_items_in_batch(builder, splits):
     assert_same(totals[1], totals[0], rtol=EXACT)
 
 
-def aux_gradients(model, inputs, splits):
-    """Gradient of the balance loss alone: that of the whole loss minus that with the coefficient at zero."""
+def aux_gradients(model, inputs, splits, loss):
+    """Gradient of one auxiliary loss alone: that of the whole loss minus that with the coefficient at zero."""
     result = []
     for coef in (COEF, 0.0):
         for module in model.modules():
             if type(module).__name__ == "MoELoRAExperts":
-                module.aux_loss_coef = coef
+                setattr(module, loss, coef)
         model.train()
         model.zero_grad()
         start = 0
@@ -169,7 +188,8 @@ def aux_gradients(model, inputs, splits):
 
 
 def test_padding_does_not_matter():
-    model, inputs = adapted(dtype=torch.float64, router_aux_loss_coef=COEF).train(), batch(length=9)
+    coefs = {"router_aux_loss_coef": COEF, "router_z_loss_coef": COEF}
+    model, inputs = adapted(dtype=torch.float64, **coefs).train(), batch(length=9)
     padded = {
         "input_ids": nn.functional.pad(inputs["input_ids"], (0, 5), value=7),
         "attention_mask": nn.functional.pad(inputs["attention_mask"], (0, 5)),

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from ds_moelora import MoELoRAConfig
 from launch.arguments import CausalConfig, ClassificationConfig, parse_arguments
 from launch.errors import UsageError, UserError
+from launch.modeling import PATTERNS, adapter_config
 from tests.launch_support import ROOT
 
 NAMED = ["--model_name_or_path", "m", "--dataset_name", "d"]
@@ -130,3 +132,30 @@ def _keys(config: dict, prefix: str = "") -> list[str]:
     for key, value in config.items():
         names += _keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
     return names
+
+
+def test_routing_options_from_flags_and_recipes_reach_the_config(tmp_path: Path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model_name_or_path: m\ndataset_name: d\ntop_p: 0.7\nnum_experts_pattern: {'layers\\.0\\..*': 4, q_proj: 6}\n"
+    )
+    argv = ["--config", str(recipe), "--shared_A", "--rank_pattern", '{"q_proj": 3}', "--router_jitter", "0.01"]
+    config = adapter_config(parse_arguments(argv, {}).adapter, "causal-lm")
+    assert (config.top_p, config.shared_A, config.shared_expert, config.router_jitter) == (0.7, True, False, 0.01)
+    assert config.rank_pattern == {"q_proj": 3}
+    assert config.num_experts_pattern == {r"layers\.0\..*": 4, "q_proj": 6}
+    for value, message in (
+        ("q_proj=3", "--rank_pattern q_proj=3 is not JSON"),
+        ('{"q": 0}', "must be an integer >= 1"),
+    ):
+        arguments = parse_arguments([*NAMED, "--rank_pattern", value], {})
+        with pytest.raises(UserError, match=message):
+            adapter_config(arguments.adapter, "causal-lm")
+
+
+def test_without_flags_every_routing_option_is_off():
+    config = adapter_config(parse_arguments(NAMED, {}).adapter, "causal-lm")
+    default = MoELoRAConfig()
+    for name in ("router_z_loss_coef", "router_temperature", "router_jitter", "top_p", "shared_expert", "shared_A"):
+        assert getattr(config, name) == getattr(default, name)
+    assert not any(getattr(config, name) for name in PATTERNS)

@@ -1,4 +1,4 @@
-"""The load-balancing loss: collecting the routers' decisions during one forward pass, and reducing them to one number.
+"""The routers' auxiliary losses: collecting their decisions during one forward pass, and reducing them to one number.
 
 Layers do not store anything. While a `Collector` is active (the tuner's hooks around the base model's forward see to
 that), each layer hands over its router's logits and choice, two tensors that exist anyway: the operations of a layer
@@ -11,14 +11,25 @@ import math
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..core.routing import sequence_balance_loss
+from ..core.routing import sequence_balance_loss, sequence_z_loss
 
 _ACTIVE: ContextVar[Collector | None] = ContextVar("ds_moelora_collector", default=None)
+
+
+class AuxLosses(NamedTuple):
+    """One value per auxiliary loss (a coefficient, or the loss itself).
+
+    Args:
+        balance: `core.routing.sequence_balance_loss`. z: `core.routing.sequence_z_loss`.
+    """
+
+    balance: Any
+    z: Any
 
 
 @dataclass(eq=False)
@@ -26,14 +37,15 @@ class RouterRecord:
     """One router's decision in one forward pass.
 
     Args:
-        adapter: the adapter's name. coef: its `router_aux_loss_coef`. layer: the layer's name, for messages.
+        adapter: the adapter's name. coefs: its `router_aux_loss_coef` and `router_z_loss_coef`; 0: not computed.
+        layer: the layer's name, for messages.
         lead: the layer's input shape without its last dimension; T is its product.
         logits: (T, E). chosen: (T, E) bool.
         grad_enabled: whether autograd was recording.
     """
 
     adapter: str
-    coef: float
+    coefs: AuxLosses
     layer: str
     lead: tuple[int, ...]
     logits: Tensor
@@ -126,8 +138,8 @@ def _sequence_weights(kwargs: Mapping[str, Any], labels_are_shifted: bool) -> Te
     return labels.ne(-100).reshape(labels.shape[0], -1).sum(1) / num_items
 
 
-def _record_loss(record: RouterRecord, layout: BatchLayout) -> Tensor:
-    """Weighted sum over the sequences of one record: a 0-dim tensor."""
+def _record_losses(record: RouterRecord, layout: BatchLayout) -> AuxLosses:
+    """Weighted sums over the sequences of one record: 0-dim tensors, None where the coefficient is 0."""
     rows, num_experts = record.logits.shape
     lead = record.lead
     if len(lead) >= 2:
@@ -139,36 +151,45 @@ def _record_loss(record: RouterRecord, layout: BatchLayout) -> Tensor:
     mask = layout.mask
     if mask is not None:
         mask = mask.to(record.logits.device) if tuple(mask.shape) == shape and lead in (shape, (rows,)) else None
-    losses = sequence_balance_loss(
-        record.logits.reshape(*shape, num_experts), record.chosen.reshape(*shape, num_experts), mask
+    logits, chosen = (t.reshape(*shape, num_experts) for t in (record.logits, record.chosen))
+
+    def weighted(losses: Tensor) -> Tensor:
+        if layout.weights is None:
+            return losses.sum() / max(shape[0], 1)
+        weights = layout.weights.to(losses)
+        if weights.shape == losses.shape:
+            return (weights * losses).sum()
+        return weights.sum() * losses.sum() / max(shape[0], 1)
+
+    return AuxLosses(
+        balance=weighted(sequence_balance_loss(logits, chosen, mask)) if record.coefs.balance else None,
+        z=weighted(sequence_z_loss(logits, mask)) if record.coefs.z else None,
     )
-    if layout.weights is None:
-        return losses.sum() / max(shape[0], 1)
-    weights = layout.weights.to(losses)
-    if weights.shape == losses.shape:
-        return (weights * losses).sum()
-    return weights.sum() * losses.sum() / max(shape[0], 1)
 
 
-def auxiliary_loss(records: list[RouterRecord], layout: BatchLayout) -> tuple[Tensor, Tensor]:
-    """Load-balancing loss of one forward pass: per sequence, averaged over sequences, then over an adapter's layers.
+def auxiliary_loss(records: list[RouterRecord], layout: BatchLayout) -> tuple[Tensor, AuxLosses]:
+    """Auxiliary losses of one forward pass: per sequence, averaged over sequences, then over an adapter's layers.
 
-    Its gradient does not depend on how a batch is cut into micro-batches: the mean over sequences is linear, and the
-    part that is not linear (f_i P_i) never crosses a sequence. Rows that belong to no known sequence (an input of
-    (rows, features) whose rows are not all of the batch's tokens) are one sequence each.
+    Their gradient does not depend on how a batch is cut into micro-batches, or spread over ranks: the mean over
+    sequences is linear, and what is not (f_i P_i, the mean over tokens) never crosses a sequence. Rows that belong to
+    no known sequence (an input of (rows, features) whose rows are not all of the batch's tokens) are one sequence each.
 
     Args:
         records: at least one. layout: see `batch_layout`.
 
     Returns:
-        coef * L, summed over adapters, and L without its coefficient: two 0-dim float32 tensors.
+        the sum of coef * L over losses and adapters, and every L without its coefficient, summed over adapters (None
+        if no adapter has it): 0-dim float32 tensors.
     """
     by_adapter: dict[str, list[RouterRecord]] = {}
     for record in records:
         by_adapter.setdefault(record.adapter, []).append(record)
-    device = records[0].logits.device
-    scaled = plain = torch.zeros((), device=device)
+    scaled = torch.zeros((), device=records[0].logits.device)
+    plain: dict[int, Tensor] = {}
     for group in by_adapter.values():
-        mean = torch.stack([_record_loss(r, layout).to(device) for r in group]).mean()
-        scaled, plain = scaled + group[0].coef * mean, plain + mean
-    return scaled, plain
+        of_layers = [_record_losses(record, layout) for record in group]
+        for which, coef in enumerate(group[0].coefs):
+            if coef:
+                mean = torch.stack([losses[which].to(scaled.device) for losses in of_layers]).mean()
+                scaled, plain[which] = scaled + coef * mean, plain.get(which, 0) + mean
+    return scaled, AuxLosses(*(plain.get(which) for which in range(2)))

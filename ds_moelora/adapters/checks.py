@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from .config import MoELoRAConfig
@@ -21,7 +22,7 @@ _MAMBA_UNCALLED = {"out_proj", "conv1d"}
 
 
 OUR_NAMES = {"router", "lora_A", "lora_B", "weight", "bias", "base_layer", "moelora_experts"}
-OUR_NAMES |= {"shard", "deepspeed_moe", "experts", "deepspeed_experts"}
+OUR_NAMES |= {"shared", "shard", "deepspeed_moe", "experts", "deepspeed_experts"}
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -103,6 +104,12 @@ def check_targets(config: MoELoRAConfig, model: nn.Module, matches: Callable[[An
             f"These target modules cannot be adapted: {', '.join(bad)}. MoE-LoRA adapts nn.Linear, Conv1D and modules "
             "with in_features and out_features; change target_modules, or name these in exclude_modules."
         )
+
+
+def target_names(config: MoELoRAConfig, model: nn.Module, matches: Callable[[Any, str], Any]) -> list[str]:
+    """Qualified names of the modules that a configuration adapts; arguments as in `check_targets`."""
+    expanded = _maybe_include_all_linear_layers(copy.copy(config), model)
+    return [name for name in _candidates(model) if matches(expanded, name)]
 
 
 def _can_adapt(module: nn.Module) -> bool:

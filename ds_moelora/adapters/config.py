@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
@@ -15,6 +16,13 @@ PEFT_TYPE = "MOELORA"
 # How a run spreads and computes the experts; the adapter is the same, so its file says nothing of it.
 RUN_FIELDS = ("ep_size", "ep_dispatch", "expert_compute")
 SCALINGS = ("alpha", "rslora")
+# Fields that give single layers another value, and the field whose value it is.
+PATTERNS = {
+    "rank_pattern": "r",
+    "alpha_pattern": "lora_alpha",
+    "num_experts_pattern": "num_experts",
+    "top_k_pattern": "top_k",
+}
 
 
 @dataclass
@@ -37,6 +45,15 @@ class MoELoRAConfig(PeftConfig):
             uniform as well, for tests.
         router_aux_loss_coef: what the load-balancing loss (1 at perfect balance) is multiplied with before it is added
             to the model's loss; 0 switches it off.
+        router_z_loss_coef: likewise for the router z-loss, the mean of (log sum exp of the router's logits)^2.
+        router_temperature: > 0; the router's logits are divided by it.
+        router_jitter: eps in [0, 1): in training the router's input is multiplied by uniform(1 - eps, 1 + eps).
+        top_p: p in (0, 1): a token uses its most probable experts up to a probability of p, at most top_k of them.
+            None: always top_k.
+        shared_expert: one more expert of rank r in each module that every token uses, with gate 1.
+        shared_A: the experts of a module have one A in common (HydraLoRA), and a B each.
+        rank_pattern, alpha_pattern, num_experts_pattern, top_k_pattern: {name or regular expression: value} for
+            modules whose r, lora_alpha, num_experts or top_k differs (`adapters.patterns`).
         ep_size: ranks that share the experts; divides num_experts and the world size. 1: every rank has all of them.
         ep_dispatch: with ep_size > 1: "weights" moves experts to tokens, "tokens" moves tokens to experts, "auto" takes
             what moves fewer bytes.
@@ -67,6 +84,30 @@ class MoELoRAConfig(PeftConfig):
     )
     router_aux_loss_coef: float = field(
         default=1e-3, metadata={"help": "Coefficient of the load-balancing loss; 0 switches it off."}
+    )
+    router_z_loss_coef: float = field(
+        default=0.0, metadata={"help": "Coefficient of the router z-loss; 0 switches it off."}
+    )
+    router_temperature: float = field(default=1.0, metadata={"help": "What the router's logits are divided by."})
+    router_jitter: float = field(
+        default=0.0, metadata={"help": "eps: in training the router's input is times uniform(1 - eps, 1 + eps)."}
+    )
+    top_p: float | None = field(
+        default=None, metadata={"help": "Use the most probable experts up to this probability, at most top_k."}
+    )
+    shared_expert: bool = field(default=False, metadata={"help": "One more expert that every token uses."})
+    shared_A: bool = field(default=False, metadata={"help": "One A for all experts of a module (HydraLoRA)."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "{name or regular expression: r} where r differs."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "{name or regular expression: lora_alpha} where it differs."}
+    )
+    num_experts_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "{name or regular expression: num_experts} where it differs."}
+    )
+    top_k_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "{name or regular expression: top_k} where it differs."}
     )
     ep_size: int = field(default=1, metadata={"help": "Ranks that share the experts. Not saved: it is the run's."})
     ep_dispatch: str = field(
@@ -115,7 +156,40 @@ class MoELoRAConfig(PeftConfig):
         for name, known in (("ep_dispatch", DISPATCHES), ("expert_compute", COMPUTES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}.")
+        self._check_routing()
         self._check_targets()
+
+    def _check_routing(self) -> None:
+        z_loss, temperature, jitter = self.router_z_loss_coef, self.router_temperature, self.router_jitter
+        _check_real("router_z_loss_coef", z_loss, "a number >= 0", lambda v: v >= 0, "ST-MoE uses 1e-3; 0: off.")
+        _check_real("router_temperature", temperature, "a number > 0", lambda v: v > 0, "1 leaves logits as they are.")
+        _check_real("router_jitter", jitter, "in [0, 1)", lambda v: 0 <= v < 1, "Switch uses 1e-2; 0 switches it off.")
+        if self.top_p is not None:
+            _check_real("top_p", self.top_p, "in (0, 1)", lambda v: 0 < v < 1, "None: always top_k experts.")
+        for name in ("shared_expert", "shared_A"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+        if self.shared_A and self.ep_size > 1:
+            raise ValueError(
+                f"shared_A=True cannot be used with ep_size={self.ep_size}: the optimizer needs sum_i B_i^T B_i over "
+                "the experts of all ranks for the one A, and pairs there belong to one rank's experts. Use ep_size=1 "
+                "(ZeRO-3 shards the factors), or shared_A=False."
+            )
+        for pattern, name in PATTERNS.items():
+            table = getattr(self, pattern)
+            if isinstance(table, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in table):
+                table = {str(key): value for key, value in table}  # from `to_dict`
+                setattr(self, pattern, table)
+            if not isinstance(table, dict):
+                raise ValueError(
+                    f"{pattern}={table!r} must be a dict {{name or regular expression: {name}}}, e.g. {{'q_proj': 4}}."
+                )
+            for key, value in table.items():
+                _check_expression(pattern, key)
+                if name == "lora_alpha":
+                    _check_real(f"{pattern}[{key!r}]", value, "a number > 0", lambda v: v > 0, "A usual value is 16.")
+                else:
+                    _check_int(f"{pattern}[{key!r}]", value, f"Pass the {name} of these modules, e.g. 4.")
 
     def _check_targets(self) -> None:
         # Like PEFT's LoraConfig: sets make the lookup of every module's name cheap.
@@ -146,9 +220,22 @@ class MoELoRAConfig(PeftConfig):
         return self.lora_alpha / (self.r if self.scaling == "alpha" else math.sqrt(self.r))
 
     def to_dict(self) -> dict[str, Any]:
-        """The adapter's fields, without the run's, and with sets as sorted lists: saving twice writes the same file."""
+        """The adapter's fields, without the run's, and with sets as sorted lists: saving twice writes the same file.
+
+        Patterns become lists of [expression, value]: PEFT sorts keys when it writes, but the first that fits counts.
+        """
         kept = {key: value for key, value in super().to_dict().items() if key not in RUN_FIELDS}
+        kept |= {pattern: [list(item) for item in getattr(self, pattern).items()] for pattern in PATTERNS}
         return {key: sorted(v) if isinstance(v, set) else v for key, v in kept.items()}
+
+
+def _check_expression(pattern: str, key: Any) -> None:
+    try:
+        re.compile(key)
+    except (TypeError, re.error) as error:
+        raise ValueError(
+            f"{pattern}: {key!r} is not a regular expression ({error}); use the end of a module's name, e.g. 'q_proj'."
+        ) from error
 
 
 def _check_int(name: str, value: Any, remedy: str) -> None:

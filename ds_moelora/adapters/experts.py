@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.expert_parallel import ExpertShard, ShardSpec, build_shard, check_ep_size
@@ -15,32 +14,23 @@ from ..core.initialization import draw_uniform_
 from ..core.moe_lora import DENSE, moe_lora
 from ..core.pairs import GateSettings, LoraPair, tag_pair
 from ..core.routing import route
-from .balance import RouterRecord, active_collector
+from .balance import AuxLosses, RouterRecord, active_collector
 from .config import MoELoRAConfig
-
-
-class Router(nn.Linear):
-    """(..., I) -> (..., E) logits, computed in the input's dtype.
-
-    Casting the (E, I) weight rather than the input keeps a float32 adapter on a bfloat16 model from making a float32
-    copy of every activation. A module of its own, because ZeRO-3 fetches a parameter when its module is called.
-    """
-
-    weight: nn.Parameter
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+from .router import Router
+from .shared_expert import SharedExpert
 
 
 class MoELoRAExperts(nn.Module):
     """One adapter's experts and router in one layer: `lora_A` (E, I, R), `lora_B` (E, O, R), `router.weight` (E, I).
+
+    `lora_A` is (1, I, R) with `shared_A`. With `shared_expert` there is a `SharedExpert`, too, called `shared`.
 
     With `ep_size > 1` the experts are those of this rank, and lie in `shard` (`core.expert_parallel`); the router is
     whole on every rank.
 
     Args:
         in_features: I. out_features: O.
-        config: the adapter's configuration.
+        config: the adapter's configuration in this layer (`patterns.layer_config`).
         adapter_name: the adapter's name. layer_name: the layer's qualified name; both for messages and for seeds.
 
     Raises:
@@ -55,23 +45,33 @@ class MoELoRAExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.adapter_name = adapter_name
-        self.num_experts, self.rank, self.top_k = config.num_experts, config.r, config.top_k
+        self.num_experts, self.rank, self.top_k, self.top_p = config.num_experts, config.r, config.top_k, config.top_p
         self.scaling = config.lora_scaling
-        self.aux_loss_coef = float(config.router_aux_loss_coef)
+        self.aux_loss_coef, self.z_loss_coef = float(config.router_aux_loss_coef), float(config.router_z_loss_coef)
         self.dropout = nn.Dropout(config.lora_dropout)
-        self.router = Router(in_features, config.num_experts, bias=False)
+        names = (layer_name, adapter_name)
+        self.router = Router(in_features, config.num_experts, names, config.router_temperature, config.router_jitter)
         self.compute = DENSE
         self.is_sharded = config.ep_size > 1
         if self.is_sharded:
             check_ep_size(config.ep_size, config.num_experts)  # again: fields can be set after the config was checked
             self.add_module("shard", build_shard(_shard_spec(in_features, out_features, config, layer_name)))
         else:
-            self.lora_A = nn.Parameter(torch.empty(config.num_experts, in_features, config.r))
+            num_A = 1 if config.shared_A else config.num_experts
+            self.lora_A = nn.Parameter(torch.empty(num_A, in_features, config.r))
             self.lora_B = nn.Parameter(torch.empty(config.num_experts, out_features, config.r))
             if choose_compute(config.expert_compute, config.num_experts, config.top_k, config.r) == "grouped":
                 self.compute = GROUPED
         # Here and not later: inside deepspeed.zero.Init, parameters are cut up as soon as __init__ returns.
         self.reset_parameters(config.init_lora_weights, layer_name)
+        self.shared = (
+            SharedExpert(
+                in_features, out_features, config.r, self.scaling, names, config.init_lora_weights is not False
+            )
+            if config.shared_expert
+            else None
+        )
+        # A shared A makes one pair of all experts: the metric of [B_1; ...; B_E] A (docs/routing.md).
         self.pair = LoraPair(
             name=layer_name,
             num_experts=len(self.factors()[0]),
@@ -95,24 +95,25 @@ class MoELoRAExperts(nn.Module):
     def reset_parameters(self, init_lora_weights: bool, layer_name: str) -> None:
         """Each expert's A as PEFT's LoRA: Kaiming-uniform, a = sqrt(5), i.e. uniform in +-1/sqrt(I). B zero.
 
-        The router has nn.Linear's default, the same distribution. `init_lora_weights=False` draws B, too, from
-        +-1/sqrt(R). Every expert has a random stream of its own (`core.initialization`), whoever holds it.
+        `init_lora_weights=False` draws B, too, from +-1/sqrt(R). Every expert has a random stream of its own
+        (`core.initialization`), whoever holds it.
         """
         lora_A, lora_B = self.factors()
         first = self.experts_shard().first_expert if self.is_sharded else 0
-        bound, names = 1 / math.sqrt(lora_A.shape[1]), (layer_name, self.adapter_name)
-        draw_uniform_(lora_A, bound, *names, "lora_A", first)
+        names = (layer_name, self.adapter_name)
+        draw_uniform_(lora_A, 1 / math.sqrt(lora_A.shape[1]), *names, "lora_A", first)
         if init_lora_weights:
             nn.init.zeros_(lora_B)
         else:
             draw_uniform_(lora_B, 1 / math.sqrt(self.rank), *names, "lora_B", first)
-        draw_uniform_(self.router.weight, bound, *names, "router")
 
     def tag(self, layer_name: str | None = None) -> None:
         """Puts the pair's tag on the parameters, as an optimizer needs it. Cheap, and may be repeated."""
         if layer_name is not None:
             self.pair.name = layer_name
         tag_pair(self.pair, *self.factors(), self.router.weight)
+        if self.shared is not None:
+            self.shared.tag(self.pair.name)
         if self.is_sharded:
             self.experts_shard().mark()
 
@@ -134,7 +135,7 @@ class MoELoRAExperts(nn.Module):
     # Compiled code may not read the collector or the gate settings at trace time: both change between calls.
     @torch.compiler.disable
     def forward(self, x: Tensor, base_out: Tensor, inplace: bool = False) -> Tensor:
-        """base_out + s * sum_{i in topk} g_i(x) B_i A_i x.
+        """base_out + s * sum_{i in topk} g_i(x) B_i A_i x, and + s * B A x of the shared expert.
 
         Args:
             x: (..., I). base_out: (..., O).
@@ -145,13 +146,13 @@ class MoELoRAExperts(nn.Module):
         """
         x_TI = x.reshape(-1, x.shape[-1])
         logits = self.router(x_TI)
-        routing = route(logits, self.top_k)
-        collector = active_collector()
-        if collector is not None and self.training and self.aux_loss_coef > 0:
+        routing = route(logits, self.top_k, self.top_p)
+        collector, coefs = active_collector(), AuxLosses(self.aux_loss_coef, self.z_loss_coef)
+        if collector is not None and self.training and any(coefs):
             collector.records.append(
                 RouterRecord(
                     adapter=self.adapter_name,
-                    coef=self.aux_loss_coef,
+                    coefs=coefs,
                     layer=self.pair.name,
                     lead=tuple(x.shape[:-1]),
                     logits=logits,
@@ -164,6 +165,9 @@ class MoELoRAExperts(nn.Module):
         # ZeRO-3's hooks hand this module a view, which may not be changed in place.
         inplace = inplace and not base_TO._is_view()
         x_TI, (gates, chosen), gate = self.dropout(x_TI), routing, self.pair.gate
+        if self.shared is not None:
+            base_TO = self.shared(x_TI, base_TO, inplace)
+            inplace = not base_TO._is_view()  # this sum is nobody else's
         if self.is_sharded:
             y = self.experts_shard().mix(base_TO, x_TI, gates, chosen, self.scaling, gate, inplace)
         else:
@@ -173,7 +177,8 @@ class MoELoRAExperts(nn.Module):
         return y if base_out.dim() == 2 else y.view(base_out.shape)
 
     def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, rank={self.rank}, top_k={self.top_k}, scaling={self.scaling:g}"
+        top_p = "" if self.top_p is None else f", top_p={self.top_p:g}"
+        return f"num_experts={self.num_experts}, rank={self.rank}, top_k={self.top_k}{top_p}, scaling={self.scaling:g}"
 
     # A saved adapter has whole tensors, whatever the topology it was trained in.
 

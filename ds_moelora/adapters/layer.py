@@ -112,7 +112,7 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
     # Merging: exact for one expert, whose gate is always 1.
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """s * B A of an adapter with one expert, in the layout of the base layer's weight.
+        """s * B A of an adapter with one expert (and the shared one's), in the layout of the base layer's weight.
 
         Raises:
             ValueError: the adapter has several experts.
@@ -120,7 +120,10 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
         experts = self.experts(adapter_name)
         refuse_merge(adapter_name, experts.num_experts)
         wide = torch.promote_types(experts.lora_A.dtype, torch.float32)
-        delta = experts.scaling * (experts.lora_B[0].to(wide) @ experts.lora_A[0].to(wide).t())
+        delta = experts.lora_B[0].to(wide) @ experts.lora_A[0].to(wide).t()
+        if experts.shared is not None:
+            delta += experts.shared.lora_B[0].to(wide) @ experts.shared.lora_A[0].to(wide).t()
+        delta *= experts.scaling
         return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -16,9 +16,17 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from .balance import auxiliary_loss, batch_layout, start_collecting, stop_collecting
-from .checks import check_adapter_name, check_complete, check_not_partitioned, check_targets, without_absent
-from .config import MoELoRAConfig
+from .checks import (
+    check_adapter_name,
+    check_complete,
+    check_not_partitioned,
+    check_targets,
+    target_names,
+    without_absent,
+)
+from .config import PATTERNS, MoELoRAConfig
 from .layer import MoELoRALayer, refuse_merge
+from .patterns import check_patterns, layer_config
 from .saving import cut_for_loading, sharded_experts, with_whole_experts
 
 PREFIX = "moelora_"
@@ -32,7 +40,8 @@ class MoELoRAModel(BaseTuner):
 
     Attributes:
         last_aux_loss: the load-balancing loss of the last training forward, without its coefficient (1 at perfect
-            balance), a detached 0-dim tensor on the device; None before the first.
+            balance), a detached 0-dim tensor on the device; None before the first, or if its coefficient is 0.
+        last_router_z_loss: the router z-loss, likewise.
     """
 
     prefix: str = PREFIX
@@ -40,6 +49,7 @@ class MoELoRAModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     last_aux_loss: Tensor | None = None
+    last_router_z_loss: Tensor | None = None
     _warned_no_loss = False
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -69,6 +79,8 @@ class MoELoRAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         check_targets(peft_config, model, self._check_target_module_exists)
+        if any(getattr(peft_config, pattern) for pattern in PATTERNS):
+            check_patterns(peft_config, target_names(peft_config, model, self._check_target_module_exists))
 
     def _create_and_replace(
         self,
@@ -80,6 +92,7 @@ class MoELoRAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        peft_config = layer_config(peft_config, current_key)
         if isinstance(target, MoELoRALayer):
             target.update_layer(adapter_name, peft_config, current_key)
             return
@@ -130,31 +143,35 @@ class MoELoRAModel(BaseTuner):
             layer = next(record.layer for record in records if not record.grad_enabled)
             raise ValueError(
                 f"{layer} ran without autograd inside a training forward pass, as under reentrant gradient "
-                "checkpointing: its load-balancing loss would carry no gradient. Use "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}, or router_aux_loss_coef=0."
+                "checkpointing: its load-balancing loss (or router z-loss) would carry no gradient. Use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}, or router_aux_loss_coef=0 and "
+                "router_z_loss_coef=0."
             )
         config = getattr(model, "config", None)
         is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         shifted = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not is_encoder_decoder
         scaled, plain = auxiliary_loss(records, batch_layout(kwargs, shifted, is_encoder_decoder))
-        self.last_aux_loss = plain.detach()
+        self.last_aux_loss, self.last_router_z_loss = (None if value is None else value.detach() for value in plain)
         return put(loss + scaled.to(loss))
 
     def _warn_no_loss(self) -> None:
         if not self._warned_no_loss and torch.is_grad_enabled():
             self._warned_no_loss = True
             warnings.warn(
-                "The model's forward returned no loss, so the load-balancing loss was not added to it: pass labels to "
-                "the model (a label smoother or a compute_loss_func of the Trainer takes them away), or set "
-                "router_aux_loss_coef=0.",
+                "The model's forward returned no loss, so the load-balancing loss (or router z-loss) was not added to "
+                "it: pass labels to the model (a label smoother or a compute_loss_func of the Trainer takes them "
+                "away), or set router_aux_loss_coef=0 and router_z_loss_coef=0.",
                 stacklevel=2,
             )
 
     # Merging and unloading
 
     def _refuse_merge(self, adapter_names: list[str] | None) -> None:
-        for name in self.active_adapters if adapter_names is None else adapter_names:
-            refuse_merge(name, self.peft_config[name].num_experts)
+        for layer in self.model.modules():
+            if isinstance(layer, MoELoRALayer):
+                for name in self.active_adapters if adapter_names is None else adapter_names:
+                    if name in layer.moelora_experts:
+                        refuse_merge(name, layer.experts(name).num_experts)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """W += s B A; exact, and allowed, for adapters with one expert only.

@@ -33,8 +33,9 @@ def tag_lora_pairs(model: nn.Module) -> int:
     for name, module in model.named_modules():
         if isinstance(module, MoELoRALayer):
             for adapter in module.moelora_experts:
-                module.experts(adapter).tag(name)
-                num_pairs += 1
+                experts = module.experts(adapter)
+                experts.tag(name)
+                num_pairs += 1 if experts.shared is None else 2
         elif isinstance(module, LoraLayer):
             for adapter in module.r:
                 if _tag_plain_lora(name, module, adapter):

@@ -1,11 +1,13 @@
 """The mixture's products over the chosen experts alone: T*k rows instead of T*E.
 
-Shape suffixes as in `core.moe_lora`, and N: the T*k pairs (token, chosen expert), sorted by expert. With e, t the
-expert and the token of pair n:
+Shape suffixes as in `core.moe_lora`, and N: the pairs (token, chosen expert), sorted by expert: T*k of them, fewer with
+top-p routing. With e, t the expert and the token of pair n:
 
     p_n = A_e^T x_t      y_t += s g_te B_e p_n      q_n = B_e^T dy_t
     dA_e = s sum_n h_te x_t q_n^T      dB_e = s sum_n h_te dy_t p_n^T
     dg_te = s <q_n, p_n>      dx_t += s g_te A_e q_n
+
+A `lora_A` that all experts share, (1, I, R), is one matrix for all N rows.
 
 FLOPs fall by E/k against the dense form; copies of N rows of x, y and dy are the price, and a loop of small products,
 one per expert. The rows per expert are read on the host: one synchronisation per pass on a GPU. The sum over a token's
@@ -31,6 +33,10 @@ class _Pairs(NamedTuple):
     def of(self, values_TE: Tensor) -> Tensor:
         """(T, E) -> (N, 1)."""
         return values_TE[self.token, self.expert].unsqueeze(-1)
+
+    def counts_of(self, weights: Tensor) -> list[int]:
+        """Rows for each matrix: those of each expert, or all, for a lora_A (1, I, R) that the experts share."""
+        return self.counts if len(weights) == len(self.counts) else [len(self.token)]
 
 
 def _pairs(chosen: Tensor) -> _Pairs:
@@ -61,7 +67,7 @@ def _forward(
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype, pairs = base_out.dtype, _pairs(chosen)
-    p = _per_expert(x[pairs.token], lora_A.to(dtype), pairs.counts)
+    p = _per_expert(x[pairs.token], lora_A.to(dtype), pairs.counts_of(lora_A))
     weighted = p * (pairs.of(gates) * scaling).to(dtype)
     y_N = _per_expert(weighted, lora_B.to(dtype).transpose(1, 2), pairs.counts)
     y = base_out if inplace else base_out.clone()
@@ -92,11 +98,11 @@ def _backward(
         dgates[pairs.token, pairs.expert] = (q * p.to(gates.dtype)).sum(-1) * s
     if needs.x:
         factor = h if settings.scale_input_grad else pairs.of(gates * s).to(dtype)
-        dx_N = _per_expert(q * factor, lora_A.to(dtype).transpose(1, 2), pairs.counts)
+        dx_N = _per_expert(q * factor, lora_A.to(dtype).transpose(1, 2), pairs.counts_of(lora_A))
         dx = dy.new_zeros(len(dy), lora_A.shape[1]).index_add_(0, pairs.token, dx_N)
     if needs.A:
         assert x is not None
-        dA = _outer(x[pairs.token], q * h, pairs.counts)
+        dA = _outer(x[pairs.token], q * h, pairs.counts_of(lora_A))
     if needs.B:
         dB = _outer(dy_N, p * h, pairs.counts)
     return MixtureGrads(dx, dgates, dA, dB)

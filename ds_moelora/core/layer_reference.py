@@ -22,6 +22,7 @@ def reference_layer(
     gate_scaling: str = "none",
     scale_input_grad: bool = False,
     chosen: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     """y = base + s * sum_{i in topk} g_i B_i A_i x, expert by expert, with the gate scaling by `detach`.
 
@@ -36,22 +37,23 @@ def reference_layer(
         term_i = [h_i] u_i(A, B, [x]) + [g_i] (u_i([A], [B], x) - [u_i]) + (g_i - [h_i]) [u_i]
 
     Args:
-        x: (T, I). base_out: (T, O). lora_A: (E, I, R). lora_B: (E, O, R). router_weight: (E, I).
+        x: (T, I). base_out: (T, O). lora_A: (E, I, R), or (1, I, R): shared. lora_B: (E, O, R). router_weight: (E, I).
         top_k: k. scaling: s. gate_scaling, scale_input_grad: see `GateSettings`.
         chosen: (T, E) bool: this choice of experts, for comparisons across dtypes; None: the k largest logits.
+        temperature: what the logits are divided by.
 
     Returns:
         (T, O).
 
     Source: Sun et al., arXiv 2502.15828, section 3.3, per expert.
     """
-    logits = x @ router_weight.t()
+    logits = x @ router_weight.t() / temperature
     if chosen is None:
         chosen = route(logits, top_k).chosen
     gates = logits.masked_fill(~chosen, -torch.inf).softmax(-1)
     y = base_out
-    for i in range(lora_A.shape[0]):
-        A, B, g = lora_A[i], lora_B[i], gates[:, i : i + 1]
+    for i in range(lora_B.shape[0]):
+        A, B, g = lora_A[i if len(lora_A) > 1 else 0], lora_B[i], gates[:, i : i + 1]
         if gate_scaling == "none":
             h = g
         elif gate_scaling == "sqrt":

@@ -4,13 +4,16 @@
 
 Shape suffixes: T tokens, I input features, O output features, E experts, R rank of one expert. Experts are stored as
 `lora_A` (E, I, R) and `lora_B` (E, O, R); side by side they are one (I, E*R) and one (E*R, O) matrix, so that all
-experts together are a plain LoRA of rank E*R whose projection `p = x A` is scaled by the gates in between.
+experts together are a plain LoRA of rank E*R whose projection `p = x A` is scaled by the gates in between. `lora_A` may
+also be (1, I, R): one A that all experts share, whose projection each expert scales by its own gate.
 
 The backward pass, with q_ti = B_i^T dy_t and h the factor that `GateSettings.gate_scaling` names (g, sqrt(g) or 1 for
 a chosen expert):
 
     dA_i = s * sum_t h_ti x_t q_ti^T        dB_i = s * sum_t h_ti dy_t p_ti^T      (scaled)
     dg_ti = s * <q_ti, p_ti>                dx_t = s * sum_i g_ti A_i q_ti         (exact; h for g in dx on request)
+
+and dA = sum_i dA_i for a shared A.
 
 Saved for it: x, p, the gates, one bool per token and expert, and the two Parameters themselves. Never a (T, O)
 tensor, and no copy of a parameter: under ZeRO-3 a saved copy would keep the gathered weight alive, while the
@@ -47,8 +50,8 @@ def moe_lora(
         base_out: (T, O), the frozen layer's output. Its dtype is the compute dtype.
         x: (T, I), the experts' input, any floating dtype.
         gates: (T, E), zero where an expert is not chosen.
-        chosen: (T, E) bool, the experts in each token's top-k.
-        lora_A: (E, I, R). lora_B: (E, O, R). Any floating dtype; their gradients come back in it.
+        chosen: (T, E) bool, each token's experts; any number of them.
+        lora_A: (E, I, R), or (1, I, R): shared. lora_B: (E, O, R). Any floating dtype; their gradients come back in it.
         scaling: s.
         settings: how A's and B's gradients (and x's, on request) are scaled. Read when the backward pass runs, since
             the optimizer that sets it is built after the model. None: exact gradients.
@@ -107,11 +110,18 @@ def _flatten_b(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
     return lora_B.to(dtype).permute(0, 2, 1).reshape(-1, lora_B.shape[1])
 
 
-def _scale_experts(projection_TER: Tensor, factor_TE: Tensor) -> Tensor:
-    """Multiplies expert e's R columns of a (T, E*R) tensor by factor_te."""
+def _scale_experts(projection: Tensor, factor_TE: Tensor, rank: int) -> Tensor:
+    """Multiplies expert e's R columns of a (T, E*R) tensor by factor_te; of (T, R), each expert has the same ones."""
     T, E = factor_TE.shape
-    factor = factor_TE.to(projection_TER.dtype).unsqueeze(-1)
-    return (projection_TER.view(T, E, projection_TER.shape[1] // E) * factor).view_as(projection_TER)
+    columns = projection.view(T, projection.shape[1] // rank, rank)
+    return (columns * factor_TE.to(projection.dtype).unsqueeze(-1)).view(T, E * rank)
+
+
+def _sum_shared(gradient: Tensor, num_A: int, rank: int) -> Tensor:
+    """(T, E*R), the gradient of each expert's projection -> (T, num_A*R), that of the projections by `num_A` As."""
+    if gradient.shape[1] == num_A * rank:
+        return gradient
+    return gradient.view(len(gradient), gradient.shape[1] // rank, rank).sum(1)
 
 
 class Needs(NamedTuple):
@@ -124,7 +134,7 @@ class Needs(NamedTuple):
 
 
 class MixtureGrads(NamedTuple):
-    """Gradients of one mixture: dx (T, I), dA (E, I, R), dB (E, O, R) in the compute dtype, dgates (T, E).
+    """Gradients of one mixture: dx (T, I), dA like lora_A, dB (E, O, R) in the compute dtype, dgates (T, E).
 
     None where not needed. dA and dB need not be contiguous. dgates is right where an expert was chosen; elsewhere it
     is never read, since those gates are constants.
@@ -164,7 +174,7 @@ def _dense_forward(
 ) -> tuple[Tensor, Tensor]:
     dtype = base_out.dtype
     p = x @ _flatten_a(lora_A, dtype)
-    weighted, B_flat = _scale_experts(p, gates * scaling), _flatten_b(lora_B, dtype)
+    weighted, B_flat = _scale_experts(p, gates * scaling, lora_B.shape[2]), _flatten_b(lora_B, dtype)
     y = base_out.addmm_(weighted, B_flat) if inplace else torch.addmm(base_out, weighted, B_flat)
     return y, p
 
@@ -181,22 +191,22 @@ def _dense_backward(
     settings: GateSettings,
     needs: Needs,
 ) -> MixtureGrads:
-    s, dtype, (E, I, R) = scaling, p.dtype, lora_A.shape
+    s, dtype, (num_A, I, R), (T, E) = scaling, p.dtype, lora_A.shape, gates.shape
     dx = dgates = dA = dB = None
     h = gate_factor(settings.gate_scaling, gates, chosen) * s
     if needs.x or needs.gates or needs.A:
         q = dy @ _flatten_b(lora_B, dtype).t()
     if needs.gates:
         # Summed in float32: it is the router's whole signal, and a difference of nearly equal terms.
-        dgates = (q * p.to(gates.dtype)).view(*gates.shape, R).sum(-1) * s
+        dgates = (q.view(T, E, R) * p.view(T, num_A, R).to(gates.dtype)).sum(-1) * s
     if needs.x:
         factor = h if settings.scale_input_grad else gates * s
-        dx = _scale_experts(q, factor) @ _flatten_a(lora_A, dtype).t()
+        dx = _sum_shared(_scale_experts(q, factor, R), num_A, R) @ _flatten_a(lora_A, dtype).t()
     if needs.A:
         assert x is not None
-        dA = (x.t() @ _scale_experts(q, h)).view(I, E, R).permute(1, 0, 2)
+        dA = (x.t() @ _sum_shared(_scale_experts(q, h, R), num_A, R)).view(I, num_A, R).permute(1, 0, 2)
     if needs.B:
-        dB = (_scale_experts(p, h).t() @ dy).view(E, R, -1).permute(0, 2, 1)
+        dB = (_scale_experts(p, h, R).t() @ dy).view(E, R, -1).permute(0, 2, 1)
     return MixtureGrads(dx, dgates, dA, dB)
 
 

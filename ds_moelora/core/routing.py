@@ -16,27 +16,35 @@ class Routing(NamedTuple):
 
     Args:
         gates: (T, E), float32 or wider; rows sum to 1, zero where an expert is not chosen.
-        chosen: (T, E) bool; exactly k True per row. Kept beside the gates because the gate of a chosen expert may
-            underflow to 0.
+        chosen: (T, E) bool; k True per row, with top-p routing 1 to k. Kept beside the gates because the gate of a
+            chosen expert may underflow to 0.
     """
 
     gates: Tensor
     chosen: Tensor
 
 
-def route(logits_TE: Tensor, top_k: int) -> Routing:
-    """g = softmax over the k largest logits of each token (equal to the renormalised top-k of the full softmax).
+def route(logits_TE: Tensor, top_k: int, top_p: float | None = None) -> Routing:
+    """g = softmax over the logits of each token's chosen experts (equal to the renormalised full softmax).
+
+    Chosen are the k experts with the largest probabilities, in the full softmax; with `top_p` of these k only the
+    fewest, from the largest down, whose probabilities add up to at least p (all k if they do not): at least one.
 
     Args:
         logits_TE: (T, E) router logits, any floating dtype; T may be 0.
         top_k: k, with 1 <= k <= E.
+        top_p: p in (0, 1); None: always k experts.
 
     Returns:
         `Routing` with differentiable gates, computed in float32 (float64 for float64 logits).
 
-    Source: Shazeer et al., "Outrageously Large Neural Networks", section 2.1, without the noise.
+    Source: Shazeer et al., "Outrageously Large Neural Networks", section 2.1, without the noise; top_p: Huang et al.,
+    "Harder Tasks Need More Experts" (arXiv 2403.07652), here with an upper bound k and renormalised gates.
     """
     wide_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    if top_p is not None:
+        chosen = _nucleus(wide_TE.detach().softmax(-1), top_k, top_p)
+        return Routing(wide_TE.masked_fill(~chosen, -torch.inf).softmax(-1), chosen)
     if top_k == logits_TE.shape[-1]:
         return Routing(wide_TE.softmax(-1), torch.ones_like(wide_TE, dtype=torch.bool))
     top_logits, top_index = wide_TE.topk(top_k, dim=-1)
@@ -45,19 +53,28 @@ def route(logits_TE: Tensor, top_k: int) -> Routing:
     return Routing(gates, chosen)
 
 
+def _nucleus(probabilities_TE: Tensor, top_k: int, top_p: float) -> Tensor:
+    """(T, E) bool: of the k most probable experts those before which less than p has been added up."""
+    largest, index = probabilities_TE.topk(top_k, dim=-1)
+    mass_before = largest.cumsum(-1) - largest
+    kept = mass_before < top_p
+    kept[..., 0] = True  # even if it is NaN: a broken token must not pass in silence, without any expert
+    return torch.zeros_like(probabilities_TE, dtype=torch.bool).scatter(-1, index, kept)
+
+
 def sequence_balance_loss(logits_SNE: Tensor, chosen_SNE: Tensor, real_SN: Tensor | None = None) -> Tensor:
     """The Switch load-balancing loss of each sequence: L_s = E * sum_i f_i P_i.
 
-    f_i is the share of the sequence's top-k slots that went to expert i, `count_i / (k * tokens)`; it is a constant to
-    autograd. P_i is the mean over the sequence's tokens of the full softmax probability of expert i. Perfectly even
-    use gives 1 for any k, everything on one expert gives up to E / k.
+    f_i is the share of the sequence's slots (token, chosen expert) that went to expert i, `count_i / (k * tokens)` with
+    top-k routing; it is a constant to autograd. P_i is the mean over the sequence's tokens of the full softmax
+    probability of expert i. Perfectly even use gives 1 for any k, everything on one expert gives up to E / k.
 
     The loss is a product of two means, so over a whole batch it would not be the mean of its values over the
     micro-batches. Per sequence it is: a sequence is never split, and only the (linear) mean over sequences remains.
 
     Args:
         logits_SNE: (S, N, E) router logits.
-        chosen_SNE: (S, N, E) bool, the top-k choice.
+        chosen_SNE: (S, N, E) bool, the choice.
         real_SN: (S, N), non-zero where a token is real; None: all are. A sequence without real tokens has loss 0.
 
     Returns:
@@ -73,9 +90,36 @@ def sequence_balance_loss(logits_SNE: Tensor, chosen_SNE: Tensor, real_SN: Tenso
         num_tokens = max(logits_SNE.shape[1], 1)
         mean_probability, slots_per_token = probabilities.sum(1) / num_tokens, slots.sum(1) / num_tokens
     else:
-        weight = real_SN.ne(0).to(wide)
-        weight = (weight / weight.sum(1, keepdim=True).clamp(min=1)).unsqueeze(-1)
+        weight = _token_weights(real_SN, wide).unsqueeze(-1)
         mean_probability, slots_per_token = (probabilities * weight).sum(1), (slots * weight).sum(1)
-    # A token fills k slots, so the shares sum to k; dividing by that sum needs no k and leaves an empty sequence at 0.
+    # Dividing by the slots of all experts needs no k, fits any number per token, and leaves an empty sequence at 0.
     share = slots_per_token / slots_per_token.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
     return logits_SNE.shape[-1] * (share * mean_probability).sum(-1)
+
+
+def sequence_z_loss(logits_SNE: Tensor, real_SN: Tensor | None = None) -> Tensor:
+    """The router z-loss of each sequence: the mean over its tokens of (log sum_i exp z_i)^2, z the token's logits.
+
+    It keeps logits small, where a softmax in low precision still tells them apart. The paper takes the mean over all
+    tokens of a batch; per sequence, like `sequence_balance_loss`, any split of a batch into sequences has one meaning.
+
+    Args:
+        logits_SNE: (S, N, E) router logits.
+        real_SN: (S, N), non-zero where a token is real; None: all are. A sequence without real tokens has loss 0.
+
+    Returns:
+        (S,) losses, float32 or wider.
+
+    Source: Zoph et al., "ST-MoE" (arXiv 2202.08906), equation 5.
+    """
+    wide = torch.promote_types(logits_SNE.dtype, torch.float32)
+    squares = logits_SNE.to(wide).logsumexp(-1).square()
+    if real_SN is None:
+        return squares.sum(1) / max(logits_SNE.shape[1], 1)
+    return (squares * _token_weights(real_SN, wide)).sum(1)
+
+
+def _token_weights(real_SN: Tensor, dtype: torch.dtype) -> Tensor:
+    """(S, N): 1 / (real tokens of the sequence) where a token is real, else 0."""
+    weight = real_SN.ne(0).to(dtype)
+    return weight / weight.sum(1, keepdim=True).clamp(min=1)
