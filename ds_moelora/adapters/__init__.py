@@ -14,6 +14,7 @@ from .experts import MoELoRAExperts
 from .layer import MoELoRALayer
 from .model import PREFIX, MoELoRAModel
 from .saving import gather_experts, let_first_rank_write, sharded_experts
+from .svd_init import load_without_decomposing
 from .tagging import tag_lora_pairs
 
 __all__ = [
@@ -42,3 +43,4 @@ def register_with_peft() -> None:
     PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = MoELoRAModel
     PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PREFIX
     let_first_rank_write()
+    load_without_decomposing()
