@@ -3,7 +3,7 @@
 Importing the package registers the optimizers with DeepSpeed and the tuner with PEFT (see `plugin.register`).
 """
 
-from .adapters import MoELoRAConfig, MoELoRAModel, gather_experts, tag_lora_pairs
+from .adapters import MoELoRAConfig, MoELoRAModel, gather_experts, save_without_residual, tag_lora_pairs
 from .optim import GateRiemannianAdamW, GateRiemannianSGD
 from .plugin import register
 
@@ -17,6 +17,7 @@ __all__ = [
     "__version__",
     "gather_experts",
     "register",
+    "save_without_residual",
     "tag_lora_pairs",
 ]
 

@@ -64,6 +64,7 @@ def test_public_names() -> None:
         "__version__",
         "gather_experts",
         "register",
+        "save_without_residual",
         "tag_lora_pairs",
     }
     assert set(ds_moelora.__all__) == expected

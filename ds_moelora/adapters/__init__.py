@@ -10,6 +10,7 @@ from peft.mapping import (
 from peft.tuners.tuners_utils import BaseTuner
 
 from .config import PEFT_TYPE, MoELoRAConfig
+from .conversion import save_without_residual
 from .experts import MoELoRAExperts
 from .layer import MoELoRALayer
 from .model import PREFIX, MoELoRAModel
@@ -24,6 +25,7 @@ __all__ = [
     "MoELoRAModel",
     "gather_experts",
     "register_with_peft",
+    "save_without_residual",
     "sharded_experts",
     "tag_lora_pairs",
 ]

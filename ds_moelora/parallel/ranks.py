@@ -35,9 +35,9 @@ class DistributedRanks:
         partitioned = [param for param in params if self.is_partitioned(param)]
         if not partitioned:
             return contextlib.nullcontext()
-        from deepspeed.zero import GatheredParameters
+        import deepspeed  # not at the top: only who partitions parameters has it for certain
 
-        return GatheredParameters(partitioned, modifier_rank=0 if modify else None)
+        return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modify else None)
 
     def agree(self, error: Exception | None) -> None:
         messages: list[str | None] = [None] * self.size
