@@ -95,7 +95,7 @@ def test_saved_under_one_ep_size_loads_under_any(saved_with: int, tmp_path: Any)
     plain = Net().eval()
     x, target = batches(1, 1, 1)[0][0][0]
     # modules_to_save: the trained head is on both sides of the comparison with the base.
-    here = PeftModel.from_pretrained(Net_like(plain), str(tmp_path)).eval()
+    here = PeftModel.from_pretrained(copy_of(plain), str(tmp_path)).eval()
     wanted = here(x, target)["loss"].item()
     for ep_size in (1, 2):
         for found in run_on_ranks(2, outputs, path=str(tmp_path), ep_size=ep_size):
@@ -103,7 +103,7 @@ def test_saved_under_one_ep_size_loads_under_any(saved_with: int, tmp_path: Any)
             assert abs(found["base"] - plain(x, target)["loss"].item()) < 1e-6
 
 
-def Net_like(model: Net) -> Net:  # noqa: N802
+def copy_of(model: Net) -> Net:
     copy = Net()
     copy.load_state_dict(model.state_dict())
     return copy
