@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import ds_moelora
 from ds_moelora import MoELoRAConfig
@@ -18,7 +19,7 @@ from ds_moelora.adapters import svd_init
 from ds_moelora.adapters.base_weight import read_weight, same_weight, weight_hash
 from ds_moelora.core.goat import VARIANTS, mean_product, triplet_indices
 
-from .adapter_support import adapted, batch, bert, config, gpt2, llama, train_step
+from .adapter_support import VOCAB, adapted, batch, config, gpt2, llama, train_step
 from .support.goat import base, goat_model, layers
 
 REPOSITORY = Path(__file__).parent.parent
@@ -65,9 +66,8 @@ def test_base_weight_plus_mean_of_experts_is_the_original(builder, variant, dtyp
         for i, mine in enumerate(triplet_indices(len(S), 4, 2, variant)):
             wanted = (U[:, mine] * S[mine]) @ Vh[mine] / 5.0
             torch.testing.assert_close(experts.scaling * B[i] @ A[i].T, wanted, rtol=0, atol=BOUND[dtype] * S[0].item())
-    report(
-        "GOAT: base weight + mean of experts, from W0 (relative)", f"{builder.__name__} {variant} {dtype}: {worst:.1e}"
-    )
+    title = "GOAT: base weight + mean of experts, from W0 (relative to its largest entry)"
+    report(title, f"{builder.__name__} {variant:9s} {dtype}: {worst:.1e}")
     assert worst < BOUND[dtype]
 
 
@@ -103,7 +103,7 @@ def test_an_optimizer_sees_nothing_but_the_trained_factors():
 # The residual
 
 
-@pytest.mark.parametrize("builder", [llama, gpt2, bert])
+@pytest.mark.parametrize("builder", [llama, gpt2])
 def test_disabled_and_removed_adapters_leave_the_original_model(builder, report):
     inputs = batch(builder)
     wanted = logits(builder(), inputs)
@@ -112,10 +112,8 @@ def test_disabled_and_removed_adapters_leave_the_original_model(builder, report)
     with model.disable_adapter():
         disabled = largest(logits(model, inputs), wanted)
     unloaded = largest(logits(model.unload(), inputs), wanted)
-    report(
-        "GOAT: deviation from the original model's logits",
-        f"{builder.__name__}: disabled {disabled:.1e}, unloaded {unloaded:.1e}",
-    )
+    line = f"{builder.__name__}: disabled {disabled:.1e}, unloaded {unloaded:.1e}"
+    report("GOAT: deviation from the original model's logits", line)
     assert max(disabled, unloaded) < 1e-5
 
 
@@ -141,7 +139,7 @@ def test_several_adapters_on_one_layer(tmp_path):
     model.base_model.set_adapter(["loaded", "fresh"])
     model.delete_adapter("loaded")
     model.delete_adapter("fresh")
-    assert largest(logits(model, inputs), original) < 1e-5
+    assert largest(logits(model.base_model.model, inputs), original) < 1e-5
 
 
 @pytest.mark.parametrize("folded", [True, False])
@@ -253,9 +251,8 @@ def test_conversion_to_a_plain_mixture(fields, tmp_path, report):
     assert plain.peft_config["default"].init_lora_weights is True
     assert not any("initial" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
     found = largest(logits(plain, inputs), logits(model, inputs))
-    report(
-        "GOAT: conversion to a plain mixture (deviation of the logits)", f"{fields['init_lora_weights']}: {found:.1e}"
-    )
+    title = "GOAT: conversion to a plain mixture (deviation of the logits)"
+    report(title, f"{fields['init_lora_weights']}: {found:.1e}")
     assert found < 1e-5
     with pytest.raises(ValueError, match="did not start from singular values"):
         ds_moelora.save_without_residual(adapted(), str(tmp_path))
@@ -313,36 +310,40 @@ class Int8Linear(nn.Module):
         return nn.functional.linear(x, self.dequantize(), self.bias)
 
 
-def quantised(wrap=Int8Linear):
-    model = llama()
+def quantised(wrap):
+    """A Llama of width 64 (a block of bitsandbytes' 4 bit) with quantised layers."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, pad_token_id=0, **sizes))
     for layer in model.model.layers:
         layer.self_attn.q_proj = wrap(layer.self_attn.q_proj)
         layer.mlp.down_proj = wrap(layer.mlp.down_proj)
     return model
 
 
-def check_quantised(wrap, tmp_path, builder=quantised):
+def check_quantised(wrap, tmp_path):
     """The residual stays beside the weight: nothing is quantised again, and the start is exact."""
     inputs, targets = batch(), ["q_proj", "down_proj"]
-    original = logits(builder(wrap), inputs)
-    model = get_peft_model(builder(wrap), config(target_modules=targets, **GOAT), autocast_adapter_dtype=False)
+    original = logits(quantised(wrap), inputs)
+    model = get_peft_model(quantised(wrap), config(target_modules=targets, **GOAT), autocast_adapter_dtype=False)
     assert [layer.experts("default").residual.folded for layer in layers(model)] == [False] * 4
     experts = layers(model)[0].experts("default")
     W0, x = read_weight(layers(model)[0].base_layer).double(), torch.randn(3, layers(model)[0].in_features)
     U, S, Vh = torch.linalg.svd(W0, full_matrices=False)
     indices = triplet_indices(len(S), 4, 2, "goat")
     mean = sum((U[:, i] * S[i]) @ Vh[i] for i in indices) / 10 / 4
-    torch.testing.assert_close(
-        experts.add_mean(x, torch.zeros(3, len(W0)), 1.0).double(), x.double() @ mean.T, rtol=0, atol=1e-5
-    )
+    found = experts.add_mean(x, torch.zeros(3, len(W0)), 1.0).double()
+    torch.testing.assert_close(found, x.double() @ mean.T, rtol=0, atol=1e-5)
     train(model, inputs)
     assert all(b.grad is not None for b in experts.factors())
     wanted = logits(model, inputs)
     with model.disable_adapter():
         assert largest(logits(model, inputs), original) < 1e-6
     model.save_pretrained(tmp_path)
-    assert largest(logits(PeftModel.from_pretrained(builder(wrap), tmp_path), inputs), wanted) < 1e-5
-    assert torch.equal(logits(model.unload(), inputs), original)
+    assert largest(logits(PeftModel.from_pretrained(quantised(wrap), tmp_path), inputs), wanted) < 1e-5
+    untouched = quantised(wrap).state_dict()
+    for name, values in model.unload().state_dict().items():
+        assert torch.equal(values, untouched[name]), name
 
 
 def test_quantised_bases(tmp_path):
@@ -363,6 +364,11 @@ def test_bitsandbytes(bits, tmp_path):
         return made.to("cpu")
 
     check_quantised(wrap, tmp_path)
+    used = wrap(nn.Linear(64, 64)).eval()
+    used(torch.randn(3, 64))
+    if getattr(getattr(used.weight, "quant_state", None), "packing_format_for_cpu", False):
+        with pytest.raises(ValueError, match="has repacked this 4-bit weight"):
+            read_weight(used)
 
 
 def test_meta_device():
@@ -371,7 +377,7 @@ def test_meta_device():
         model = get_peft_model(llama(), config(**GOAT))
     assert all(p.is_meta for p in model.parameters())
     model.to_empty(device="cpu")
-    with pytest.raises(ValueError, match=r"q_proj: adapter 'default' starts from .* meta device"):
+    with pytest.raises(ValueError, match=r"q_proj: adapter 'default' starts from .*meta device"):
         model(**batch())
 
 

@@ -81,7 +81,7 @@ def test_which_triplets() -> None:
         triplet_indices(64, 4, 16, "dora")
 
 
-# Relative error of a singular value, and of the factors' products, of the worst algorithm and spectrum. Seen: 4e-12, 2e-9.
+# Ritz vectors are accurate to RESIDUAL over the gap to the next singular value; these gaps are about 1e-3.
 @pytest.mark.parametrize("decay", [0.0, 1.0])
 @pytest.mark.parametrize("variant", ["pissa", "milora"])
 @pytest.mark.parametrize("shape", [(300, 240), (240, 300)])

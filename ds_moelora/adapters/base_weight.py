@@ -33,11 +33,20 @@ def read_weight(base: nn.Module) -> Tensor:
     module's `dequantize()` returns.
 
     A partitioned weight must have been gathered.
+
+    Raises:
+        ValueError: bitsandbytes has repacked the weight.
     """
     if can_change(base):
         weight: Any = base.weight
         return weight.data.T if isinstance(base, Conv1D) else weight.data
     if type(getattr(base, "weight", None)).__name__ in _BITSANDBYTES:
+        # Its first inference on CPUs with AVX512-BF16 does so, and then dequantize_4bit returns garbage in silence.
+        if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                "bitsandbytes has repacked this 4-bit weight, and rounded its scales, for inference on the CPU; put "
+                "the adapter on the model before its first forward pass in eval mode."
+            )
         return dequantize_module_weight(base).data
     dequantize: Any = base.dequantize
     return dequantize().data

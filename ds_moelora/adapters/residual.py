@@ -123,9 +123,10 @@ def original_weight(layer: MoELoRALayer) -> tuple[Tensor, Tensor]:
 
 def original_hash(layer: MoELoRALayer) -> Tensor:
     """The hash of W0; every rank has to call it where the weight is partitioned."""
-    folded = folded_adapter(layer)
-    if folded is not None:
-        return layer.experts(folded).base_hash
+    for name in layer.moelora_experts:
+        residual = layer.experts(name).residual
+        if residual is not None and residual.ready:
+            return layer.experts(name).base_hash
     base = layer.get_base_layer()
     with ranks().whole(base.parameters(recurse=False)):
         return weight_hash(read_weight(base))
