@@ -9,7 +9,9 @@ import torch
 
 from .adapters import register_with_peft
 from .core.expert_parallel import ShardSpec, register_shard_builder
+from .core.ranks import register_ranks
 from .optim import GateRiemannianAdamW, GateRiemannianSGD
+from .parallel.ranks import find_ranks
 
 OPTIMIZERS = (GateRiemannianAdamW, GateRiemannianSGD)
 
@@ -20,6 +22,7 @@ def register() -> None:
     - DeepSpeed resolves `"optimizer": {"type": NAME}` by `getattr(torch.optim, NAME)`, and ZeRO accepts the classes
       listed in `ZERO_SUPPORTED_OPTIMIZERS`. Without DeepSpeed installed this part is left out.
     - `ep_size > 1` gets its modules from `parallel.expert_shard`; without DeepSpeed it is refused.
+    - SVD initialisation finds the other ranks and partitioned weights through `parallel.ranks`.
     - PEFT resolves `peft_type` "MOELORA" through its mappings.
 
     Raises:
@@ -31,6 +34,7 @@ def register() -> None:
             raise RuntimeError(f"torch.optim.{name} is already taken by {getattr(torch.optim, name)!r}.")
         setattr(torch.optim, name, optimizer)
     register_with_peft()
+    register_ranks(find_ranks)
     if find_spec("deepspeed") is not None:
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
