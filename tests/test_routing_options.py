@@ -144,6 +144,12 @@ NAMES = [f"layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "
 @settings(max_examples=25, deadline=None)
 def test_patterns_mean_what_pefts_rank_pattern_means(pattern):
     targets = ["q_proj", "v_proj", "down_proj"]
+    names = [f"model.{name}" for name in NAMES]
+    firsts = {next((k for k in pattern if re.match(rf"(.*\.)?({k})$", name)), None) for name in names}
+    if set(pattern) - firsts:
+        with pytest.raises(ValueError, match="or an earlier key fits first"):
+            get_peft_model(llama(), MoELoRAConfig(r=6, target_modules=targets, rank_pattern=pattern))
+        pattern = {key: value for key, value in pattern.items() if key in firsts}
     peft = get_peft_model(llama(), LoraConfig(r=6, target_modules=targets, rank_pattern=pattern))
     ours = get_peft_model(llama(), MoELoRAConfig(r=6, target_modules=targets, rank_pattern=pattern))
     layers = layers_of(ours)

@@ -1,13 +1,12 @@
 """Settings of single layers: `rank_pattern` and its like, resolved to the configuration that one layer is built from.
 
 As in PEFT's LoRA, a pattern maps regular expressions (or plain names) to values. It applies to a module whose name is
-`(anything.)?expression`; the first expression that fits wins. Unlike there, an expression that fits no adapted module
-is an error: it would train something else than was asked for.
+`(anything.)?expression`; the first expression that fits wins. Unlike there, an expression that decides no adapted
+module is an error: something else would be trained than was asked for.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -41,7 +40,7 @@ def layer_config(config: MoELoRAConfig, layer_name: str) -> MoELoRAConfig:
 
 
 def check_patterns(config: MoELoRAConfig, layer_names: Iterable[str]) -> None:
-    """Refuses patterns that fit no adapted module, or give one values that do not go together.
+    """Refuses patterns that decide no adapted module, or give one values that do not go together.
 
     Args:
         layer_names: the modules that will be adapted.
@@ -52,12 +51,13 @@ def check_patterns(config: MoELoRAConfig, layer_names: Iterable[str]) -> None:
     names = list(layer_names)
     for pattern in PATTERNS:
         table = getattr(config, pattern)
-        unused = sorted(key for key in table if not any(re.match(rf"(.*\.)?({key})$", name) for name in names))
+        unused = sorted(table.keys() - {get_pattern_key(table.keys(), name) for name in names})
         if unused:
             raise ValueError(
-                f"{pattern}: {unused} fit none of the {len(names)} adapted modules. Give the end of a module's name, "
-                "or a regular expression that reaches to its end, such as 'q_proj' or r'layers\\.3\\..*'; adapted are "
-                f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}."
+                f"{pattern}: {unused} fit none of the {len(names)} adapted modules, or an earlier key fits first. Give "
+                "the end of a module's name, or a regular expression that reaches to its end, such as 'q_proj' or "
+                f"r'layers\\.3\\..*', general ones last; adapted are {', '.join(names[:6])}"
+                f"{', ...' if len(names) > 6 else ''}."
             )
     for name in names:
         layer_config(config, name)
