@@ -3,7 +3,7 @@
 Importing the package registers the optimizers with DeepSpeed and the tuner with PEFT (see `plugin.register`).
 """
 
-from .adapters import MoELoRAConfig, MoELoRAModel, gather_experts, tag_lora_pairs
+from .adapters import MoELoRAConfig, MoELoRAModel, gather_experts, save_without_residual, tag_lora_pairs
 from .optim import GateRiemannianAdamW, GateRiemannianSGD
 from .parallel.elastic import load_elastic, save_elastic
 from .plugin import register
@@ -20,6 +20,7 @@ __all__ = [
     "load_elastic",
     "register",
     "save_elastic",
+    "save_without_residual",
     "tag_lora_pairs",
 ]
 

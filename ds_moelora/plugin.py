@@ -10,7 +10,9 @@ import torch
 
 from .adapters import register_with_peft
 from .core.expert_parallel import ShardSpec, register_shard_builder
+from .core.ranks import register_ranks
 from .optim import GateRiemannianAdamW, GateRiemannianSGD
+from .parallel.ranks import find_ranks
 
 OPTIMIZERS = (GateRiemannianAdamW, GateRiemannianSGD)
 
@@ -22,6 +24,7 @@ def register() -> None:
       listed in `ZERO_SUPPORTED_OPTIMIZERS`. Without DeepSpeed installed this part is left out, and so it is on the
       import by `python -m ds_moelora`: DeepSpeed takes long to import and prints to stdout.
     - `ep_size > 1` gets its modules from `parallel.expert_shard`; without DeepSpeed it is refused.
+    - SVD initialisation finds the other ranks and partitioned weights through `parallel.ranks`.
     - PEFT resolves `peft_type` "MOELORA" through its mappings.
 
     Raises:
@@ -33,6 +36,7 @@ def register() -> None:
             raise RuntimeError(f"torch.optim.{name} is already taken by {getattr(torch.optim, name)!r}.")
         setattr(torch.optim, name, optimizer)
     register_with_peft()
+    register_ranks(find_ranks)
     if find_spec("deepspeed") is not None and not _starts_as_command():
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 

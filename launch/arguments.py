@@ -88,8 +88,13 @@ class AdapterArguments:
         default_factory=lambda: ["all-linear"],
         metadata={"help": "Module names, one regular expression, or all-linear: where the mixture is put."},
     )
-    scaling: str = _flag("alpha", "alpha: alpha/r. rslora: alpha/sqrt(r).")
-    init_lora_weights: str = _flag("true", "true: B starts at zero; other values: see MoELoRAConfig.")
+    scaling: str = _flag("alpha", "alpha: alpha/r. rslora: alpha/sqrt(r). goat: sqrt(3 eta in/r).")
+    eta: float = _flag(1.0, "With --scaling goat: learning rate of full fine-tuning over that of LoRA.")
+    init_lora_weights: str = _flag(
+        "true", "true: B starts at zero. goat, goat_mini, pissa, milora: from the base weights' singular values."
+    )
+    rho: float = _flag(10.0, "With such a start: how far the factors are scaled down.")
+    svd_cache_dir: str | None = _flag(None, "With such a start: a folder that keeps decompositions.")
     router_aux_loss_coef: float = _flag(1e-3, "Weight of the load-balancing loss; 0 switches it off.")
     router_z_loss_coef: float = _flag(0.0, "Weight of the router z-loss; 0 switches it off.")
     router_temperature: float = _flag(1.0, "What the router's logits are divided by.")

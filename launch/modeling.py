@@ -82,6 +82,9 @@ def adapter_config(adapter: AdapterArguments, task: str) -> Any:
             lora_dropout=adapter.lora_dropout,
             target_modules=targets,
             scaling=adapter.scaling,
+            eta=adapter.eta,
+            rho=adapter.rho,
+            svd_cache_dir=adapter.svd_cache_dir,
             init_lora_weights={"true": True, "false": False}.get(
                 adapter.init_lora_weights.lower(), adapter.init_lora_weights
             ),

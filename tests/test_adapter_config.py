@@ -28,7 +28,7 @@ from ds_moelora import MoELoRAConfig
         ({"lora_dropout": -0.1}, r"lora_dropout=-0.1 must be in \[0, 1\)"),
         ({"router_aux_loss_coef": -1e-3}, r"router_aux_loss_coef=-0.001 must be a number >= 0"),
         ({"router_aux_loss_coef": float("nan")}, r"router_aux_loss_coef=nan must be"),
-        ({"scaling": "goat"}, r"scaling='goat' is unknown; use 'alpha'.*'rslora'"),
+        ({"scaling": "gaot"}, r"scaling='gaot' is unknown; use 'alpha'.*'rslora'.*'goat'"),
         ({"init_lora_weights": "gaussian"}, r"init_lora_weights='gaussian' is unknown; use True.*False"),
         ({"init_lora_weights": 1}, r"init_lora_weights=1 is unknown"),
         ({"ep_size": 0}, r"ep_size=0 must be an integer >= 1"),
@@ -72,5 +72,5 @@ def test_round_trip_through_json(tmp_path):
 
 
 def test_scaling():
-    assert MoELoRAConfig(r=4, lora_alpha=16).lora_scaling == 4
-    assert MoELoRAConfig(r=4, lora_alpha=16, scaling="rslora").lora_scaling == 8
+    assert MoELoRAConfig(r=4, lora_alpha=16).scaling_of(32) == 4
+    assert MoELoRAConfig(r=4, lora_alpha=16, scaling="rslora").scaling_of(32) == 8

@@ -369,6 +369,7 @@ def test_sparse_gradient() -> None:
         ({"gate_lr_scale": math.inf}, "gate_lr_scale=inf"),
         ({"gate_scaling": "sqr"}, "gate_scaling='sqr' is unknown; choose one of 'none', 'sqrt', 'full'"),
         ({"scale_input_grad": 1}, "scale_input_grad=1 must be true or false"),
+        ({"include_scaling": "s"}, "include_scaling='s' must be true or false"),
     ],
 )
 @pytest.mark.parametrize("kind", SHARDED)

@@ -68,6 +68,7 @@ def test_public_names() -> None:
         "load_elastic",
         "save_elastic",
         "register",
+        "save_without_residual",
         "tag_lora_pairs",
     }
     assert set(ds_moelora.__all__) == expected

@@ -10,10 +10,12 @@ from peft.mapping import (
 from peft.tuners.tuners_utils import BaseTuner
 
 from .config import PEFT_TYPE, MoELoRAConfig
+from .conversion import save_without_residual
 from .experts import MoELoRAExperts
 from .layer import MoELoRALayer
 from .model import PREFIX, MoELoRAModel
 from .saving import gather_experts, let_first_rank_write, sharded_experts
+from .svd_init import load_without_decomposing
 from .tagging import tag_lora_pairs
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "MoELoRAModel",
     "gather_experts",
     "register_with_peft",
+    "save_without_residual",
     "sharded_experts",
     "tag_lora_pairs",
 ]
@@ -42,3 +45,4 @@ def register_with_peft() -> None:
     PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = MoELoRAModel
     PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PREFIX
     let_first_rank_write()
+    load_without_decomposing()

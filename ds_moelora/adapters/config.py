@@ -11,11 +11,12 @@ from typing import Any
 from peft import PeftConfig
 
 from ..core.expert_parallel import COMPUTES, DISPATCHES, check_ep_size
+from ..core.goat import VARIANTS, goat_scaling
 
 PEFT_TYPE = "MOELORA"
 # How a run spreads and computes the experts; the adapter is the same, so its file says nothing of it.
-RUN_FIELDS = ("ep_size", "ep_dispatch", "expert_compute")
-SCALINGS = ("alpha", "rslora")
+RUN_FIELDS = ("ep_size", "ep_dispatch", "expert_compute", "svd_cache_dir")
+SCALINGS = ("alpha", "rslora", "goat")
 # Fields that give single layers another value, and the field whose value it is.
 PATTERNS = {
     "rank_pattern": "r",
@@ -40,9 +41,13 @@ class MoELoRAConfig(PeftConfig):
         target_modules: list of module names (or their endings), a regular expression that matches full names, or
             "all-linear"; None: PEFT's default for LoRA on this architecture.
         exclude_modules: names or a regular expression of modules to leave out.
-        scaling: "alpha": s = lora_alpha / r. "rslora": s = lora_alpha / sqrt(r).
+        scaling: "alpha": s = lora_alpha / r. "rslora": s = lora_alpha / sqrt(r). "goat": s = sqrt(3 eta in / r).
+        eta: with scaling="goat": learning rate of full fine-tuning over that of LoRA, > 0.
         init_lora_weights: True: A Kaiming-uniform, B zero, so that training starts at the base model. False: B
-            uniform as well, for tests.
+            uniform as well, for tests. "goat", "goat_mini", "pissa", "milora": singular triplets of the base weight,
+            which gives away their mean, (s / E) sum_i B_i A_i (`core.goat`; docs/goat.md).
+        rho: with such a start: s B_i A_i = U_i S_i V_i^T / rho, > 0.
+        svd_cache_dir: with such a start: a folder in which decompositions are kept, by the weight's hash.
         router_aux_loss_coef: what the load-balancing loss (1 at perfect balance) is multiplied with before it is added
             to the model's loss; 0 switches it off.
         router_z_loss_coef: likewise for the router z-loss, the mean of (log sum exp of the router's logits)^2.
@@ -78,9 +83,17 @@ class MoELoRAConfig(PeftConfig):
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Module names, or a regular expression, to leave out."}
     )
-    scaling: str = field(default="alpha", metadata={"help": "'alpha': alpha / r; 'rslora': alpha / sqrt(r)."})
-    init_lora_weights: bool = field(
-        default=True, metadata={"help": "True: random A, zero B. False: random A and B, for tests."}
+    scaling: str = field(
+        default="alpha", metadata={"help": "'alpha': alpha / r; 'rslora': alpha / sqrt(r); 'goat': sqrt(3 eta in / r)."}
+    )
+    eta: float = field(default=1.0, metadata={"help": "With scaling='goat': learning rate of full tuning over LoRA's."})
+    init_lora_weights: bool | str = field(
+        default=True,
+        metadata={"help": "True: random A, zero B. 'goat', 'goat_mini', 'pissa', 'milora': from the weight's SVD."},
+    )
+    rho: float = field(default=10.0, metadata={"help": "With an SVD start: how far the factors are scaled down."})
+    svd_cache_dir: str | None = field(
+        default=None, metadata={"help": "With an SVD start: folder that keeps decompositions. Not saved."}
     )
     router_aux_loss_coef: float = field(
         default=1e-3, metadata={"help": "Coefficient of the load-balancing loss; 0 switches it off."}
@@ -144,13 +157,17 @@ class MoELoRAConfig(PeftConfig):
         )
         if self.scaling not in SCALINGS:
             raise ValueError(
-                f"scaling={self.scaling!r} is unknown; use 'alpha' (lora_alpha / r) or 'rslora' (lora_alpha / sqrt(r))."
+                f"scaling={self.scaling!r} is unknown; use 'alpha' (lora_alpha / r), 'rslora' "
+                "(lora_alpha / sqrt(r)) or 'goat' (sqrt(3 eta in / r))."
             )
-        if not isinstance(self.init_lora_weights, bool):
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in VARIANTS:
             raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r} is unknown; use True (random A, zero B) or False "
-                "(random A and B)."
+                f"init_lora_weights={self.init_lora_weights!r} is unknown; use True (random A, zero B), False "
+                f"(random A and B) or one of {', '.join(map(repr, VARIANTS))} (from the weight's singular values)."
             )
+        _check_real("eta", self.eta, "a number > 0", lambda v: v > 0, "The paper's value is 1.")
+        _check_real("rho", self.rho, "a number > 0", lambda v: v > 0, "The paper's value is 10.")
+        self._check_effect()
         _check_int("ep_size", self.ep_size, "1: every rank has all experts.")
         check_ep_size(self.ep_size, self.num_experts)
         for name, known in (("ep_dispatch", DISPATCHES), ("expert_compute", COMPUTES)):
@@ -169,6 +186,11 @@ class MoELoRAConfig(PeftConfig):
         for name in ("shared_expert", "shared_A"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+        if self.shared_A and self.from_svd:
+            raise ValueError(
+                f"shared_A=True cannot be used with init_lora_weights={self.init_lora_weights!r}, which gives every "
+                "expert an A of its own segment of the spectrum. Use init_lora_weights=True, or shared_A=False."
+            )
         if self.shared_A and self.ep_size > 1:
             raise ValueError(
                 f"shared_A=True cannot be used with ep_size={self.ep_size}: the optimizer needs sum_i B_i^T B_i over "
@@ -190,6 +212,22 @@ class MoELoRAConfig(PeftConfig):
                     _check_real(f"{pattern}[{key!r}]", value, "a number > 0", lambda v: v > 0, "A usual value is 16.")
                 else:
                     _check_int(f"{pattern}[{key!r}]", value, f"Pass the {name} of these modules, e.g. 4.")
+
+    def _check_effect(self) -> None:
+        """Raises a ValueError for a setting that the others leave without effect."""
+        svd_start, svd_only = "init_lora_weights='goat' (or another start from singular values)", self.from_svd
+        for name, has_effect, needs in (
+            ("lora_alpha", self.scaling != "goat", "scaling='alpha' or 'rslora'"),
+            ("eta", self.scaling == "goat", "scaling='goat'"),
+            ("rho", svd_only, svd_start),
+            ("svd_cache_dir", svd_only, svd_start),
+        ):
+            default = type(self).__dataclass_fields__[name].default
+            if not has_effect and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect without {needs}; leave {name} out, "
+                    "or change the other."
+                )
 
     def _check_targets(self) -> None:
         # Like PEFT's LoraConfig: sets make the lookup of every module's name cheap.
@@ -215,8 +253,14 @@ class MoELoRAConfig(PeftConfig):
             )
 
     @property
-    def lora_scaling(self) -> float:
-        """s: lora_alpha / r, or lora_alpha / sqrt(r) with scaling="rslora"."""
+    def from_svd(self) -> bool:
+        """Whether the experts start from singular triplets of the base weight."""
+        return isinstance(self.init_lora_weights, str)
+
+    def scaling_of(self, in_features: int) -> float:
+        """s of a layer: lora_alpha / r, lora_alpha / sqrt(r) ("rslora") or sqrt(3 eta in / r) ("goat")."""
+        if self.scaling == "goat":
+            return goat_scaling(in_features, self.r, self.eta)
         return self.lora_alpha / (self.r if self.scaling == "alpha" else math.sqrt(self.r))
 
     def to_dict(self) -> dict[str, Any]:

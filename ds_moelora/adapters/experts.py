@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.expert_parallel import ExpertShard, ShardSpec, build_shard, check_ep_size
+from ..core.expert_parallel import FACTORS, INITIAL_FACTORS, ExpertShard, ShardSpec, build_shard, check_ep_size
 from ..core.grouped import GROUPED, choose_compute
 from ..core.initialization import draw_uniform_
 from ..core.moe_lora import DENSE, moe_lora
 from ..core.pairs import GateSettings, LoraPair, tag_pair
 from ..core.routing import route
 from .balance import AuxLosses, RouterRecord, active_collector
+from .base_weight import HASH_SHAPE
 from .config import MoELoRAConfig
+from .residual import Residual
 from .router import Router
 from .shared_expert import SharedExpert
 
@@ -39,6 +41,7 @@ class MoELoRAExperts(nn.Module):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    base_hash: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, config: MoELoRAConfig, adapter_name: str, layer_name: str
@@ -46,7 +49,7 @@ class MoELoRAExperts(nn.Module):
         super().__init__()
         self.adapter_name = adapter_name
         self.num_experts, self.rank, self.top_k, self.top_p = config.num_experts, config.r, config.top_k, config.top_p
-        self.scaling = config.lora_scaling
+        self.scaling = config.scaling_of(in_features)
         self.aux_loss_coef, self.z_loss_coef = float(config.router_aux_loss_coef), float(config.router_z_loss_coef)
         self.dropout = nn.Dropout(config.lora_dropout)
         names = (layer_name, adapter_name)
@@ -62,6 +65,12 @@ class MoELoRAExperts(nn.Module):
             self.lora_B = nn.Parameter(torch.empty(config.num_experts, out_features, config.r))
             if choose_compute(config.expert_compute, config.num_experts, config.top_k, config.r) == "grouped":
                 self.compute = GROUPED
+        self.residual = Residual() if config.from_svd else None
+        if config.from_svd:
+            self.register_buffer("base_hash", torch.zeros(HASH_SHAPE, dtype=torch.uint8))
+            if not self.is_sharded:
+                for name, param in (("initial_A", self.lora_A), ("initial_B", self.lora_B)):
+                    self.register_buffer(name, torch.zeros_like(param, requires_grad=False))
         # Here and not later: inside deepspeed.zero.Init, parameters are cut up as soon as __init__ returns.
         self.reset_parameters(config.init_lora_weights, layer_name)
         self.shared = (
@@ -92,11 +101,39 @@ class MoELoRAExperts(nn.Module):
         holder: Any = self.experts_shard() if self.is_sharded else self
         return holder.lora_A, holder.lora_B
 
-    def reset_parameters(self, init_lora_weights: bool, layer_name: str) -> None:
+    def factor_names(self) -> tuple[str, ...]:
+        """Names of what has one entry per expert."""
+        return FACTORS if self.residual is None else FACTORS + INITIAL_FACTORS
+
+    def initial_factors(self) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B of the start: all experts', or those of this rank; only with a `residual`."""
+        holder: Any = self.experts_shard() if self.is_sharded else self
+        return holder.initial_A, holder.initial_B
+
+    def local_experts(self) -> slice:
+        """Which of the E experts `factors()` are."""
+        first = self.experts_shard().first_expert if self.is_sharded else 0
+        return slice(first, first + self.pair.num_experts)
+
+    def add_mean(self, x: Tensor, y: Tensor, sign: float) -> Tensor:
+        """y + sign * (s / E) sum_i B_i A_i x, with the factors of the start.
+
+        Args:
+            x: (..., I). y: (..., O). sign: 1 or -1.
+
+        Returns:
+            (..., O) in the dtype of y.
+        """
+        if self.is_sharded:
+            return self.experts_shard().add_mean(y, x, sign * self.scaling)
+        A, B = (factor.to(y.dtype).permute(1, 0, 2).flatten(1) for factor in self.initial_factors())
+        return y + (sign * self.scaling / self.num_experts) * ((x.to(y.dtype) @ A) @ B.T)
+
+    def reset_parameters(self, init_lora_weights: bool | str, layer_name: str) -> None:
         """Each expert's A as PEFT's LoRA: Kaiming-uniform, a = sqrt(5), i.e. uniform in +-1/sqrt(I). B zero.
 
-        `init_lora_weights=False` draws B, too, from +-1/sqrt(R). Every expert has a random stream of its own
-        (`core.initialization`), whoever holds it.
+        `init_lora_weights=False` draws B, too, from +-1/sqrt(R); what starts from singular values gets them later
+        (`svd_init`). Every expert has a random stream of its own (`core.initialization`), whoever holds it.
         """
         lora_A, lora_B = self.factors()
         first = self.experts_shard().first_expert if self.is_sharded else 0
@@ -188,12 +225,13 @@ class MoELoRAExperts(nn.Module):
 
 
 def cut_whole_tensors(experts: MoELoRAExperts, state_dict: dict[str, Tensor], prefix: str) -> None:
-    """Replaces whole `lora_A` (E, I, R) and `lora_B` under `prefix` by the entries of this rank's shard.
+    """Replaces whole `lora_A` (E, I, R), `lora_B`, `initial_A`, ... under `prefix` by this rank's shard's entries.
 
     Raises:
         ValueError: a tensor has another number of experts than the adapter.
     """
-    whole = {name: state_dict.pop(prefix + name) for name in ("lora_A", "lora_B") if prefix + name in state_dict}
+    names = [name for name in experts.factor_names() if prefix + name in state_dict]
+    whole = {name: state_dict.pop(prefix + name) for name in names}
     for name, tensor in whole.items():
         if len(tensor) != experts.num_experts:
             raise ValueError(
@@ -214,6 +252,7 @@ def _shard_spec(in_features: int, out_features: int, config: MoELoRAConfig, laye
         rank=config.r,
         dispatch=config.ep_dispatch,
         compute=config.expert_compute,
+        keeps_start=config.from_svd,
     )
 
 

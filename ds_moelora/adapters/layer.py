@@ -11,8 +11,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..core.goat import mean_product
 from .config import MoELoRAConfig
 from .experts import MoELoRAExperts
+from .residual import correct, unfold
 
 _MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -67,6 +69,8 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MoELoRAConfig, layer_name: str) -> None:
         """Adds (or replaces) the experts of an adapter, on the device and in the dtype of the base layer."""
+        if adapter_name in self.moelora_experts:
+            unfold(self, adapter_name)
         self.moelora_experts[adapter_name] = MoELoRAExperts(
             self.in_features, self.out_features, config, adapter_name, layer_name
         )
@@ -85,7 +89,7 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         active = [name for name in self.active_adapters if name in self.moelora_experts]
         if self.disable_adapters or self.merged or not active:
-            return self.base_layer(x, *args, **kwargs)
+            return correct(self, x, self.base_layer(x, *args, **kwargs), [])
         for name in active:
             self.experts(name).prefetch(x)
         owned = self._owns_base_output()
@@ -93,6 +97,7 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
         y = self.base_layer(x.reshape(-1, x.shape[-1]) if owned else x, *args, **kwargs)
         for name in active:
             y = self.moelora_experts[name](x, y, inplace=owned)
+        y = correct(self, x.reshape(-1, x.shape[-1]) if owned else x, y, active)
         return y.view(*x.shape[:-1], y.shape[-1]) if owned else y
 
     def _owns_base_output(self) -> bool:
@@ -109,10 +114,18 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
             and not base._forward_pre_hooks
         )
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter; the base weight gets back what it gave to it."""
+        if adapter_name in self.moelora_experts:
+            unfold(self, adapter_name)
+        super().delete_adapter(adapter_name)
+
     # Merging: exact for one expert, whose gate is always 1.
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """s * B A of an adapter with one expert (and the shared one's), in the layout of the base layer's weight.
+
+        Less what it started with, where the base weight has not given that away already.
 
         Raises:
             ValueError: the adapter has several experts.
@@ -124,6 +137,8 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
         if experts.shared is not None:
             delta += experts.shared.lora_B[0].to(wide) @ experts.shared.lora_A[0].to(wide).t()
         delta *= experts.scaling
+        if experts.residual is not None and not experts.residual.folded:
+            delta -= mean_product(*experts.initial_factors(), experts.scaling)
         return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from ..core.expert_parallel import FACTORS, INITIAL_FACTORS
 from .balance import auxiliary_loss, batch_layout, start_collecting, stop_collecting
 from .checks import (
     check_adapter_name,
@@ -27,7 +28,9 @@ from .checks import (
 from .config import PATTERNS, MoELoRAConfig
 from .layer import MoELoRALayer, refuse_merge
 from .patterns import check_patterns, layer_config
+from .residual import unfold
 from .saving import cut_for_loading, sharded_experts, with_whole_experts
+from .svd_init import check_base_weights, check_svd_targets, start_from_singular_values, take_over_start
 
 PREFIX = "moelora_"
 
@@ -64,6 +67,9 @@ class MoELoRAModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_adapter_name(adapter_name, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        if config.from_svd:
+            start_from_singular_values(model, adapter_name, config)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         from_mapping = peft_config.target_modules is None
@@ -81,6 +87,9 @@ class MoELoRAModel(BaseTuner):
         check_targets(peft_config, model, self._check_target_module_exists)
         if any(getattr(peft_config, pattern) for pattern in PATTERNS):
             check_patterns(peft_config, target_names(peft_config, model, self._check_target_module_exists))
+        if peft_config.from_svd:
+            named = _maybe_include_all_linear_layers(peft_config, model)
+            check_svd_targets(named, model, self._check_target_module_exists)
 
     def _create_and_replace(
         self,
@@ -191,6 +200,11 @@ class MoELoRAModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._refuse_merge(adapter_names)
+        merged = (self.active_adapters if adapter_names is None else adapter_names) if merge else []
+        for layer in self.model.modules():
+            for name in getattr(layer, "moelora_experts", []) if isinstance(layer, MoELoRALayer) else []:
+                if name not in merged and name not in layer.merged_adapters:
+                    unfold(layer, name)
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
@@ -234,13 +248,15 @@ class MoELoRAModel(BaseTuner):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
         for name in sharded_experts(model, adapter_name):  # PEFT goes by the model's names, which are those of shards
-            for factor in (f"{name}.lora_A", f"{name}.lora_B"):
+            for factor in (f"{name}.{f}" for f in FACTORS + INITIAL_FACTORS):
                 in_file = cls._remove_adapter_name_from_key(factor, adapter_name)
                 if in_file in remapped:
                     remapped[factor] = remapped.pop(in_file)
-        remapped = cut_for_loading(model, remapped, adapter_name)
+        whole, remapped = remapped, cut_for_loading(model, remapped, adapter_name)
         layers = {name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
         check_complete(remapped, model.state_dict(), layers, adapter_name)
+        check_base_weights(model, adapter_name, whole)
+        take_over_start(model, adapter_name, whole)
         return remapped
 
 

@@ -24,7 +24,7 @@ def sharded_experts(model: nn.Module, adapter_name: str | None = None) -> dict[s
 
 
 def gather_experts(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
-    """Every sharded lora_A and lora_B of an adapter, whole, by its name without sharding. Every rank has to call it.
+    """Every sharded factor of an adapter, whole, by its name without sharding. Every rank has to call it.
 
     One factor of one layer is gathered at a time, and only to rank 0, on its CPU.
 
@@ -33,10 +33,10 @@ def gather_experts(model: nn.Module, adapter_name: str = "default") -> dict[str,
     """
     found = {}
     for name, module in sharded_experts(model, adapter_name).items():
-        for role in "AB":
-            whole = module.experts_shard().gather(role)
+        for factor in module.factor_names():
+            whole = module.experts_shard().gather(factor)
             if whole is not None:
-                found[f"{name}.lora_{role}"] = whole
+                found[f"{name}.{factor}"] = whole
     return found
 
 
@@ -55,7 +55,7 @@ def with_whole_experts(
     if not modules:
         return selected
     kept = {key: value for key, value in selected.items() if not key.startswith(tuple(f"{n}.shard." for n in modules))}
-    whole_names = [f"{name}.lora_{role}" for name in modules for role in "AB"]
+    whole_names = [f"{name}.{factor}" for name, module in modules.items() for factor in module.factor_names()]
     if all(name in kept for name in whole_names):
         return kept
     pointers = {p.data_ptr() for module in modules.values() for p in module.factors()}

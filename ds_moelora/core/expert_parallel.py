@@ -17,6 +17,8 @@ from .pairs import GateSettings
 
 DISPATCHES = ("auto", "weights", "tokens")
 COMPUTES = ("auto", "dense", "grouped")
+FACTORS = ("lora_A", "lora_B")
+INITIAL_FACTORS = ("initial_A", "initial_B")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class ShardSpec:
         num_experts: E over all ranks. ep_size: ranks that share them. top_k: k.
         in_features: I. out_features: O. rank: R of one expert.
         dispatch: "weights", "tokens" or "auto". compute: "dense", "grouped" or "auto".
+        keeps_start: the factors of the start are kept beside the trained ones, as `initial_A` and `initial_B`.
     """
 
     layer_name: str
@@ -39,6 +42,7 @@ class ShardSpec:
     rank: int
     dispatch: str
     compute: str
+    keeps_start: bool = False
 
 
 class ExpertShard(Protocol):
@@ -66,8 +70,11 @@ class ExpertShard(Protocol):
     ) -> Tensor:
         """`core.moe_lora.moe_lora` over all E experts. Every rank of the group must call it equally often."""
 
-    def gather(self, role: str) -> Tensor | None:
-        """All E experts of lora_A ("A") or lora_B ("B"), on the CPU of the group's first rank; None elsewhere."""
+    def add_mean(self, y: Tensor, x: Tensor, scaling: float) -> Tensor:
+        """y + (scaling / E) sum_i B_i A_i x over all E experts of the start. Every rank must call it equally often."""
+
+    def gather(self, name: str) -> Tensor | None:
+        """All E experts of "lora_A" or another factor, on the CPU of the group's first rank; None elsewhere."""
 
     def local_entries(self, prefix: str, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's entries of `state_dict()` under `prefix`, cut from whole tensors {"lora_A": (E, I, R), ...}."""

@@ -5,6 +5,8 @@ gradients by the small Gram matrices of the *other* factor (Zhang & Pilanci, arX
 
     dA = (B^T B + d I)^-1 grad_A          dB = grad_B (A A^T + d I)^-1
 
+The metric of s B A itself divides both by s^2 (the optimizers' `include_scaling`).
+
 Factors are stored rank last, A as (E, in, r) and B as (E, out, r), so that both lines read the same: every *row*
 (r consecutive elements) of one factor's gradient is multiplied from the right by the inverse of the other factor's
 Gram matrix. Any set of whole rows can thus be preconditioned where it lies, given only r x r matrices.

@@ -30,7 +30,9 @@ def _rank_last(tensor: Tensor, pair: LoraPair, role: str) -> Tensor:
 
 
 def preconditioned_gradients(
-    params: Iterable[nn.Parameter], damping: dict[nn.Parameter, float]
+    params: Iterable[nn.Parameter],
+    damping: dict[nn.Parameter, float],
+    include_scaling: dict[nn.Parameter, bool] | None = None,
 ) -> dict[nn.Parameter, Tensor]:
     """The gradient of every parameter that has one; in tagged pairs, for every expert i,
 
@@ -39,6 +41,7 @@ def preconditioned_gradients(
     Args:
         params: any order; A: r x in and B: out x r below are the factors of one expert.
         damping: d of each parameter.
+        include_scaling: whether a parameter's is divided by s^2, too; None: no.
     """
     params = list(params)
     grads = {p: p.grad.clone(memory_format=torch.contiguous_format) for p in params if p.grad is not None}
@@ -48,14 +51,15 @@ def preconditioned_gradients(
         if tag is not None and tag[1] != "router":
             factors.setdefault(tag[0], {})[tag[1]] = p
     for pair, roles in factors.items():
+        square = {p: pair.scaling**2 if (include_scaling or {}).get(p) else 1.0 for p in roles.values()}
         A, B = (_rank_last(roles[role].detach(), pair, role) for role in "AB")
         for i in range(pair.num_experts):
             if roles["A"] in grads:
                 grad_A = _rank_last(grads[roles["A"]], pair, "A")[i].T
-                grad_A.copy_(damped_inverse(B[i].T @ B[i], damping[roles["A"]]) @ grad_A)
+                grad_A.copy_(damped_inverse(B[i].T @ B[i], damping[roles["A"]]) @ grad_A / square[roles["A"]])
             if roles["B"] in grads:
                 grad_B = _rank_last(grads[roles["B"]], pair, "B")[i]
-                grad_B.copy_(grad_B @ damped_inverse(A[i].T @ A[i], damping[roles["B"]]))
+                grad_B.copy_(grad_B @ damped_inverse(A[i].T @ A[i], damping[roles["B"]]) / square[roles["B"]])
     return grads
 
 
@@ -77,7 +81,8 @@ class _Reference:
     def step(self) -> None:
         """One step from the parameters' `.grad`; parameters without one stay as they are."""
         damping = {p: options["damping"] for p, options in self.options.items()}
-        for p, grad in preconditioned_gradients(self.params, damping).items():
+        scaled = {p: options["include_scaling"] for p, options in self.options.items()}
+        for p, grad in preconditioned_gradients(self.params, damping, scaled).items():
             self._update(p, grad, self.state[p], self.options[p])
 
 
@@ -96,8 +101,17 @@ class ReferenceAdamW(_Reference):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         damping: float = 1e-6,
+        include_scaling: bool = False,
     ) -> None:
-        super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, damping=damping)
+        super().__init__(
+            groups,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            damping=damping,
+            include_scaling=include_scaling,
+        )
 
     def _update(self, p: nn.Parameter, grad: Tensor, state: dict[str, Any], options: dict[str, Any]) -> None:
         lr, (b1, b2) = options["lr"], options["betas"]
@@ -122,8 +136,16 @@ class ReferenceSGD(_Reference):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         damping: float = 1e-6,
+        include_scaling: bool = False,
     ) -> None:
-        super().__init__(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, damping=damping)
+        super().__init__(
+            groups,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            damping=damping,
+            include_scaling=include_scaling,
+        )
 
     def _update(self, p: nn.Parameter, grad: Tensor, state: dict[str, Any], options: dict[str, Any]) -> None:
         grad = grad + options["weight_decay"] * p

@@ -5,9 +5,9 @@ arXiv 2402.02347):
 
     grad_A <- (G_B + d I)^-1 grad_A        grad_B <- grad_B (G_A + d I)^-1        d = max(damping, eps_fp32 * trace)
 
-then the ordinary AdamW / SGD update. The gate scaling of the paper (1/g or 1/sqrt(g) on the preconditioner of an
-expert whose gate is g) depends on the token, so the *layer* applies it, in its backward pass; the optimizer tells the
-layers which one through the tags of their parameters.
+(both divided by s^2 with `include_scaling`), then the ordinary AdamW / SGD update. The gate scaling of the paper (1/g
+or 1/sqrt(g) on the preconditioner of an expert whose gate is g) depends on the token, so the *layer* applies it, in
+its backward pass; the optimizer tells the layers which one through the tags of their parameters.
 
 Under ZeRO the gradients are preconditioned inside `step()`, on the slice that each rank owns, after DeepSpeed has
 reduced, unscaled and clipped them: `parallel.sharded` says how. Parameters without a tag follow torch's rule exactly.
@@ -15,49 +15,19 @@ reduced, unscaled and clipped them: `parallel.sharded` says how. Parameters with
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..core.pairs import GATE_SCALINGS, tag_of
+from ..core.pairs import tag_of
 from ..parallel.sharded import ShardedPreconditioner
 from ..parallel.zero import GROUP_KEY, Storage, find_storage, is_stage_3
+from .groups import ParamGroup, as_groups, as_tensor, expert_group, scaled_learning_rates
+from .options import DEFAULTS, PairOptions, check_options
 from .pairs import TaggedFactor, collect_pairs
-
-ParamGroup = dict[str, Any]
-
-
-def _check_options(group: ParamGroup) -> None:
-    """Raises a ValueError that names the value, the bound and the remedy."""
-    damping, gate_lr_scale = group["damping"], group["gate_lr_scale"]
-    for name, value in (("damping", damping), ("gate_lr_scale", gate_lr_scale)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value < 0:
-            raise ValueError(f"{name}={value!r} must be a finite number >= 0; the papers use damping=1e-6.")
-    if group["gate_scaling"] not in GATE_SCALINGS:
-        raise ValueError(
-            f"gate_scaling={group['gate_scaling']!r} is unknown; choose one of {', '.join(map(repr, GATE_SCALINGS))}."
-        )
-    if not isinstance(group["scale_input_grad"], bool):
-        raise ValueError(f"scale_input_grad={group['scale_input_grad']!r} must be true or false.")
-
-
-@contextmanager
-def _scaled_learning_rates(param_groups: list[ParamGroup]) -> Iterator[None]:
-    """`lr * lr_scale` while the step runs. Schedulers, which overwrite `lr`, never see the product."""
-    original = [group["lr"] for group in param_groups]
-    for group in param_groups:
-        if group["lr_scale"] != 1.0:
-            group["lr"] = group["lr"] * group["lr_scale"]
-    try:
-        yield
-    finally:
-        for group, lr in zip(param_groups, original, strict=True):
-            group["lr"] = lr
 
 
 def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,34 +35,6 @@ def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
     while getattr(step, "hooked", False) and hasattr(step, "__wrapped__"):
         step = step.__wrapped__
     return step
-
-
-def _as_groups(params: Any) -> list[ParamGroup]:
-    """What torch accepts (tensors, named tensors or groups, from any iterable) as groups that can be read twice."""
-    if isinstance(params, torch.Tensor):
-        raise TypeError("params must be an iterable of tensors or of parameter groups, not a single tensor.")
-    params = list(params)
-    if params and isinstance(params[0], dict):
-        return [{**group, "params": _as_list(group["params"])} for group in params]
-    return [{"params": params}]
-
-
-def _as_list(params: Any) -> list[Any]:
-    if isinstance(params, torch.Tensor):
-        return [params]
-    if isinstance(params, set):
-        raise TypeError("the order of a set differs between ranks and runs: pass the parameters as a list.")
-    return list(params)
-
-
-def _tensor(param: Any) -> nn.Parameter:
-    """Of a parameter or a (name, parameter)."""
-    return param[1] if isinstance(param, tuple) else param
-
-
-def _expert_group(param: nn.Parameter) -> str:
-    """DeepSpeed's name of the group that shares an expert's parameter; "" for parameters that all ranks have."""
-    return "" if getattr(param, "allreduce", True) else getattr(param, "group_name", "")
 
 
 class _GateRiemannian(torch.optim.Optimizer):
@@ -105,12 +47,12 @@ class _GateRiemannian(torch.optim.Optimizer):
     _base: type[torch.optim.Optimizer]
     _fused_dtypes: frozenset[torch.dtype]  # for which torch's fused kernel is asked for
 
-    def _construct(self, params: Any, options: dict[str, Any], **torch_options: Any) -> None:
-        groups = _as_groups(params)
+    def _construct(self, params: Any, pair_options: PairOptions, **torch_options: Any) -> None:
+        groups, options = as_groups(params), asdict(pair_options)
         for group in groups or [{}]:
-            _check_options({**options, **group})
+            check_options({**options, **group})
         self._forget_pairs(options)
-        tensors = [_tensor(p) for group in groups for p in group["params"]]
+        tensors = [as_tensor(p) for group in groups for p in group["params"]]
         fused = all(p.device.type in ("cpu", "cuda") and p.dtype in self._fused_dtypes for p in tensors) or None
         super().__init__(groups, **torch_options, fused=fused)  # type: ignore[call-arg]
         self.defaults.update(options)
@@ -132,18 +74,18 @@ class _GateRiemannian(torch.optim.Optimizer):
         Routers in a group whose `gate_lr_scale` is not 1: a group with that scale. Experts that are spread over ranks
         (`ep_size > 1`): one group per process group with the keys "moe" and "name", as DeepSpeed wants them.
         """
-        (given,) = _as_groups([param_group])
+        (given,) = as_groups([param_group])
         given = {**self._options, **given}
-        _check_options(given)
+        check_options(given)
         splits_routers = "lr_scale" not in given and given["gate_lr_scale"] != 1.0
         parts: dict[tuple[bool, str], list[Any]] = {(False, ""): []}
         for p in given["params"]:
-            is_router = splits_routers and (tag_of(_tensor(p)) or (None, None))[1] == "router"
-            expert_group = "" if "moe" in given else _expert_group(_tensor(p))
-            parts.setdefault((is_router, expert_group), []).append(p)
-        for (is_router, expert_group), members in parts.items():
+            is_router = splits_routers and (tag_of(as_tensor(p)) or (None, None))[1] == "router"
+            shared_by = "" if "moe" in given else expert_group(as_tensor(p))
+            parts.setdefault((is_router, shared_by), []).append(p)
+        for (is_router, shared_by), members in parts.items():
             if members or not given["params"]:
-                extra = {"moe": True, "name": expert_group} if expert_group else {}
+                extra = {"moe": True, "name": shared_by} if shared_by else {}
                 lr_scale = given["gate_lr_scale"] if is_router else 1.0
                 group = {"lr_scale": lr_scale, **given, **extra, "params": members, GROUP_KEY: len(self._known_groups)}
                 super().add_param_group(group)
@@ -201,14 +143,19 @@ class _GateRiemannian(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if storage is not None and preconditioner is not None:
-            preconditioner(storage.units(self.param_groups), self._damping)
-        with torch.no_grad(), _scaled_learning_rates(self.param_groups):
+            preconditioner(storage.units(self.param_groups), self._damping, self._divisor)
+        with torch.no_grad(), scaled_learning_rates(self.param_groups):
             _unhooked(self._base.step)(self)
         return loss
 
     def _damping(self, factor: int) -> float:
         assert self._factors is not None
         return self._known_groups[self._factors[factor].group]["damping"]
+
+    def _divisor(self, factor: int) -> float:
+        assert self._factors is not None
+        tagged = self._factors[factor]
+        return tagged.pair.scaling**2 if self._known_groups[tagged.group]["include_scaling"] else 1.0
 
     def _locate(self) -> tuple[Storage | None, ShardedPreconditioner | None]:
         """Where the parameters are now: DeepSpeed takes them over after the optimizer was built."""
@@ -228,9 +175,6 @@ class _GateRiemannian(torch.optim.Optimizer):
         return self._located[1:]
 
 
-DEFAULTS = {"damping": 1e-6, "gate_scaling": "sqrt", "scale_input_grad": False, "gate_lr_scale": 1.0}
-
-
 class GateRiemannianAdamW(_GateRiemannian, torch.optim.AdamW):
     """AdamW on gate-scaled Riemannian-preconditioned gradients (gRAdamW of arXiv 2502.15828), exact under ZeRO.
 
@@ -247,7 +191,10 @@ class GateRiemannianAdamW(_GateRiemannian, torch.optim.AdamW):
         gate_lr_scale: factor on the routers' learning rate (paper: 1e-3). Each group's routers become a group of their
             own with the key `lr_scale`, applied inside the step, whatever a scheduler writes into `lr`.
 
-    All of the last four can be set per parameter group.
+        include_scaling: divide both inverses by s^2, as the metric of s B A demands: the step of s B A then no longer
+            depends on how it is split between s and the factors. False, as published, ignores s.
+
+    All of the last five can be set per parameter group.
 
     Raises:
         ValueError: no pairs, half a pair, an option out of range; at `step()`: see there.
@@ -267,13 +214,15 @@ class GateRiemannianAdamW(_GateRiemannian, torch.optim.AdamW):
         gate_scaling: str = "sqrt",
         scale_input_grad: bool = False,
         gate_lr_scale: float = 1.0,
+        include_scaling: bool = False,
     ) -> None:
-        options = {
-            "damping": damping,
-            "gate_scaling": gate_scaling,
-            "scale_input_grad": scale_input_grad,
-            "gate_lr_scale": gate_lr_scale,
-        }
+        options = PairOptions(
+            damping=damping,
+            gate_scaling=gate_scaling,
+            scale_input_grad=scale_input_grad,
+            gate_lr_scale=gate_lr_scale,
+            include_scaling=include_scaling,
+        )
         self._construct(params, options, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
 
 
@@ -285,7 +234,7 @@ class GateRiemannianSGD(_GateRiemannian, torch.optim.SGD):
     Args:
         params: parameters or groups, among them the lora_A and lora_B of at least one tagged pair.
         lr, momentum, weight_decay: as in `torch.optim.SGD`. The paper uses lr 3e-5.
-        damping, gate_scaling, scale_input_grad, gate_lr_scale: as in `GateRiemannianAdamW`.
+        damping, gate_scaling, scale_input_grad, gate_lr_scale, include_scaling: as in `GateRiemannianAdamW`.
 
     Raises:
         ValueError: no pairs, half a pair, an option out of range; at `step()`: see there.
@@ -306,11 +255,13 @@ class GateRiemannianSGD(_GateRiemannian, torch.optim.SGD):
         gate_scaling: str = "sqrt",
         scale_input_grad: bool = False,
         gate_lr_scale: float = 1.0,
+        include_scaling: bool = False,
     ) -> None:
-        options = {
-            "damping": damping,
-            "gate_scaling": gate_scaling,
-            "scale_input_grad": scale_input_grad,
-            "gate_lr_scale": gate_lr_scale,
-        }
+        options = PairOptions(
+            damping=damping,
+            gate_scaling=gate_scaling,
+            scale_input_grad=scale_input_grad,
+            gate_lr_scale=gate_lr_scale,
+            include_scaling=include_scaling,
+        )
         self._construct(params, options, lr=lr, momentum=momentum, weight_decay=weight_decay)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from ..core.expert_parallel import ShardSpec, check_ep_size
+from ..core.expert_parallel import FACTORS, INITIAL_FACTORS, ShardSpec, check_ep_size
 from ..core.grouped import GROUPED, choose_compute
 from ..core.moe_lora import DENSE, ExpertCompute
 from ..core.pairs import GateSettings
@@ -30,7 +30,6 @@ from .dispatch import PendingGather, bytes_moved, exchanged_moe_lora, gathered_m
 from .engine_hooks import adapt_engine, create_groups, expert_group
 
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
-FACTORS = ("lora_A", "lora_B")
 TOPOLOGY = "topology"
 logger = logging.getLogger("ds_moelora")
 _logged: set[tuple[Any, ...]] = set()
@@ -63,6 +62,9 @@ class ShardedExperts(MoE):
         ValueError: `ep_size` does not divide the world size, or the rank is not known.
     """
 
+    initial_A: Tensor
+    initial_B: Tensor
+
     def __init__(self, spec: ShardSpec) -> None:
         nn.Module.__init__(self)  # not MoE's, which builds DeepSpeed's own gate and experts
         rank, world = rank_and_world()
@@ -76,6 +78,9 @@ class ShardedExperts(MoE):
         self.ep_rank = rank % spec.ep_size
         self.lora_A = nn.Parameter(torch.empty(self.num_local_experts, spec.in_features, spec.rank))
         self.lora_B = nn.Parameter(torch.empty(self.num_local_experts, spec.out_features, spec.rank))
+        self.factor_names = FACTORS + INITIAL_FACTORS if spec.keeps_start else FACTORS
+        for name, param in zip(INITIAL_FACTORS if spec.keeps_start else (), (self.lora_A, self.lora_B), strict=False):
+            self.register_buffer(name, torch.zeros_like(param, requires_grad=False))
         self.is_connected = False
         self.dispatch = None if spec.dispatch == "auto" else spec.dispatch
         self._pending: PendingGather | None = None
@@ -120,7 +125,8 @@ class ShardedExperts(MoE):
         if torch.equal(places[:, 0], places[:, 1]):
             return
         source = [places[:, 0].tolist().index(place) for place in range(self.ep_size)]
-        for param in (self.lora_A, self.lora_B):
+        for name in self.factor_names:
+            param = getattr(self, name)
             mine = param.detach().clone()
             for place in range(self.ep_size):  # one shard at a time passes by
                 passing = mine if dist.get_rank() == source[place] else torch.empty_like(mine)
@@ -195,6 +201,15 @@ class ShardedExperts(MoE):
             pending = None
         return gathered_moe_lora(*common, inplace, self._compute(dispatch), self.group, pending)
 
+    def add_mean(self, y: Tensor, x: Tensor, scaling: float) -> Tensor:
+        """y + (scaling / E) sum_i B_i A_i x of the start: a mixture whose gates are all 1 / E."""
+        rows, num_experts = x.reshape(-1, x.shape[-1]), self.num_experts
+        gates = rows.new_full((len(rows), num_experts), 1 / num_experts, dtype=torch.float32)
+        flat = y.reshape(-1, y.shape[-1])
+        A, B = self.initial_A, self.initial_B
+        mixed = gathered_moe_lora(flat, rows, gates, gates > 0, A, B, scaling, None, False, DENSE, self.group)
+        return mixed.view(y.shape)
+
     def topology(self) -> Tensor:
         """[ep_size, distance between the ranks of a group]: which experts a rank's optimizer state belongs to.
 
@@ -205,9 +220,9 @@ class ShardedExperts(MoE):
 
     # -- whole tensors ------------------------------------------------------------------------------------------------
 
-    def gather(self, role: str) -> Tensor | None:
-        """All experts of lora_A or lora_B on the CPU of rank 0; only the group of rank 0 communicates."""
-        group, param = self.group, {"A": self.lora_A, "B": self.lora_B}[role]
+    def gather(self, name: str) -> Tensor | None:
+        """All experts of a factor on the CPU of rank 0; only the group of rank 0 communicates."""
+        group, param = self.group, getattr(self, name)
         members = dist.get_process_group_ranks(group)
         if 0 not in members:
             return None
@@ -233,7 +248,7 @@ def _split_experts(module: nn.Module, state_dict: dict[str, Any], prefix: str, l
     assert isinstance(module, ShardedExperts)
     for i in range(module.num_local_experts):
         state_dict[f"{prefix}{EXPERTS}{i}.{TOPOLOGY}"] = module.topology()
-    for name in FACTORS:
+    for name in module.factor_names:
         stacked = state_dict.pop(prefix + name)
         for i, expert in enumerate(stacked):
             state_dict[f"{prefix}{EXPERTS}{i}.{name}"] = expert
@@ -254,7 +269,7 @@ def _stack_experts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *
                 f"run has {module.ep_size} and {module.topology().tolist()[1]}: its optimizer state belongs to other "
                 "experts. Resume in the same topology, or start anew from the saved adapter, which fits any."
             )
-    for name in FACTORS:
+    for name in module.factor_names:
         experts: dict[int, Tensor] = {}
         for key in [k for k in state_dict if k.startswith(prefix + EXPERTS) and k.endswith("." + name)]:
             experts[int(key[len(prefix + EXPERTS) :].split(".")[0])] = state_dict.pop(key)

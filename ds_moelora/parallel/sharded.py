@@ -49,9 +49,12 @@ class ShardedPreconditioner:
         self._plans: dict[tuple[int, frozenset[Hashable], frozenset[int]], Plan] = {}
         self._stepped: set[Hashable] = set()
         self._inverses: dict[int, Tensor] = {}
+        self._constants: dict[Hashable, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, units: set[Hashable], damping: Callable[[int], float]) -> None:
+    def __call__(
+        self, units: set[Hashable], damping: Callable[[int], float], divisor: Callable[[int], float] = lambda _: 1.0
+    ) -> None:
         """Preconditions the gradients of `units`.
 
         A pair may lie in two units that are stepped one after the other (LoRA+ groups, small ZeRO-3 sub-groups). Both
@@ -60,6 +63,7 @@ class ShardedPreconditioner:
         Args:
             units: what this call of `optimizer.step()` updates. A unit seen again begins a new step.
             damping: factor index -> d for that factor's gradient.
+            divisor: factor index -> what the inverse for that factor's gradient is divided by.
         """
         if self._stepped & units:
             self._stepped, self._inverses = set(), {}
@@ -74,9 +78,15 @@ class ShardedPreconditioner:
             if plan_key not in self._plans:
                 plan = Plan(self.factors, [i for i in due if i in mine], [i for i in active if i in mine])
                 self._plans[plan_key] = plan
-            self._run(self._plans[plan_key], group, damping)
+            self._run(self._plans[plan_key], group, damping, divisor)
 
-    def _run(self, plan: Plan, group: dist.ProcessGroup | None, damping: Callable[[int], float]) -> None:
+    def _run(
+        self,
+        plan: Plan,
+        group: dist.ProcessGroup | None,
+        damping: Callable[[int], float],
+        divisor: Callable[[int], float],
+    ) -> None:
         flats: dict[Hashable, Flat] = {}
         for i in {*plan.due, *plan.active}:
             unit = plan.factors[i].placement.unit
@@ -102,7 +112,7 @@ class ShardedPreconditioner:
             cut = rows.view(buffer)
             grams[rows.rank].index_add_(0, rows.matrix.on(device), cut[:, :, None] * cut[:, None, :])
 
-        inverses = self._invert(plan, grams, damping)
+        inverses = self._invert(plan, grams, damping, divisor)
         self._apply(plan, flats, buffer, inverses)
 
     @staticmethod
@@ -116,23 +126,39 @@ class ShardedPreconditioner:
             target = grams[b.rank]
             target[b.matrix : b.matrix + b.experts] += gram(b.view(flats[b.source][0]), target.dtype)
 
-    def _invert(self, plan: Plan, grams: dict[int, Tensor], damping: Callable[[int], float]) -> dict[int, Tensor]:
+    def _invert(
+        self,
+        plan: Plan,
+        grams: dict[int, Tensor],
+        damping: Callable[[int], float],
+        divisor: Callable[[int], float],
+    ) -> dict[int, Tensor]:
         """The inverse of every due Gram matrix, with those of the carried ones behind them; remembers the due ones."""
         inverses = {}
         for rank, matrices in grams.items():
             due = [i for i in plan.due if plan.factors[i].rank == rank]
             # The Gram matrix of one factor preconditions the other: that one's group says with which damping.
-            values = [damping(plan.factors[i].partner) for i in due]
-            d: Tensor | float = values[0] if values else 0.0
-            if any(v != d for v in values):
-                per_matrix = [v for i, v in zip(due, values, strict=True) for _ in range(plan.factors[i].num_experts)]
-                d = torch.tensor(per_matrix, dtype=matrices.dtype, device=matrices.device)
+            d, scale = (self._per_matrix(plan, due, setting, matrices) for setting in (damping, divisor))
             inverse = damped_inverse(matrices, d)
+            if not isinstance(scale, float) or scale != 1.0:
+                inverse = inverse / (scale[:, None, None] if isinstance(scale, Tensor) else scale)
             for i in due:
                 self._inverses[i] = inverse[plan.matrix_of[i] : plan.matrix_of[i] + plan.factors[i].num_experts]
             carried = [self._inverses[i] for i in plan.carried if plan.factors[i].rank == rank]
             inverses[rank] = torch.cat([inverse, *carried]) if carried else inverse
         return inverses
+
+    def _per_matrix(self, plan: Plan, due: list[int], setting: Callable[[int], float], like: Tensor) -> Tensor | float:
+        """A setting for the partners' gradients: a number if it is the same for all, else one for each Gram matrix."""
+        values = tuple(setting(plan.factors[i].partner) for i in due)
+        if all(value == values[0] for value in values):
+            return float(values[0]) if values else 1.0
+        counts = tuple(plan.factors[i].num_experts for i in due)
+        key = (values, counts, like.dtype, like.device)
+        if key not in self._constants:  # copied to the device once, not in every step
+            repeated = [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
+            self._constants[key] = torch.tensor(repeated, dtype=like.dtype, device=like.device)
+        return self._constants[key]
 
     @staticmethod
     def _apply(plan: Plan, flats: dict[Hashable, Flat], buffer: Tensor, inverses: dict[int, Tensor]) -> None:

@@ -72,7 +72,7 @@ def batches(steps: int, accumulate: int, ranks: int, how: str = "even", seed: in
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """Every trained parameter, with all experts, by the names of ep_size=1; on rank 0, {} elsewhere."""
-    whole = gather_experts(model)
+    whole = {name: tensor for name, tensor in gather_experts(model).items() if ".initial_" not in name}
     if dist.get_rank() != 0:
         return {}
     own = {n: p.detach().clone().float() for n, p in model.named_parameters() if p.requires_grad and ".shard." not in n}

@@ -164,13 +164,15 @@ def run_reference(
     precision: str = "fp32",
     seed: int = 1,
     skipped: Sequence[bool] = (),
+    **more: Any,
 ) -> dict[str, Any]:
     """The same training whole, in float64: gradients averaged over ranks and micro-batches, then clipped.
 
-    `precision` rounds weights at the start and data, as a half-precision engine sees them; `skipped` steps do nothing.
+    `precision` rounds weights at the start and data, as a half-precision engine sees them; `skipped` steps do nothing;
+    `more` are options of the optimizer.
     """
     module = model().to(PRECISION[precision]).double()
-    options = {k: v for k, v in OPTIMIZERS[kind].items() if k != "torch_adam"}
+    options = {**{k: v for k, v in OPTIMIZERS[kind].items() if k != "torch_adam"}, **more}
     classes: dict[str, Any] = {
         "GateRiemannianAdamW": ReferenceAdamW,
         "GateRiemannianSGD": ReferenceSGD,
