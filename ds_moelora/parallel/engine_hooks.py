@@ -36,7 +36,7 @@ NEEDED: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (ds_engine, ("configure_moe_param_groups",)),
     (
         groups,
-        ("_create_expert_and_data_parallel", "_get_expert_parallel_group_dict"),
+        ("_create_expert_and_data_parallel", "_get_expert_parallel_group_dict", "_get_expert_data_parallel_group"),
     ),
 )
 
@@ -65,6 +65,11 @@ def adapt_engine() -> None:
 def expert_group(name: str) -> dist.ProcessGroup | None:
     """The expert-parallel group of this rank called `name`; None before an engine has created it."""
     return groups._get_expert_parallel_group_dict().get(name)
+
+
+def expert_data_group(name: str) -> dist.ProcessGroup:
+    """The ranks that hold the same experts as this one."""
+    return groups._get_expert_data_parallel_group(name)
 
 
 def create_groups(ep_size: int, data_before_expert: bool) -> None:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.ranks import OneProcess, Ranks
+from .zero import is_partitioned
 
 
 class DistributedRanks:
@@ -29,7 +30,7 @@ class DistributedRanks:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def is_partitioned(self, param: Tensor) -> bool:
-        return hasattr(param, "ds_id")
+        return is_partitioned(param)
 
     def whole(self, params: Iterable[Tensor], modify: bool = False) -> contextlib.AbstractContextManager[object]:
         partitioned = [param for param in params if self.is_partitioned(param)]

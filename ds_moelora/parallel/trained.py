@@ -1,9 +1,6 @@
 """The trained parameters of a DeepSpeed engine: name and shape without sharding, and the part that this rank has.
 
-What an elastic checkpoint needs, whichever optimizer trains. Reads, of DeepSpeed's private attributes: the wrappers'
-lists of parameters (`bit16_groups`, `bf16_groups`, `fp16_groups`), stage 3's `sub_group_to_group_id` and
-`swap_optimizer`, and a partitioned parameter's `ds_tensor`, `ds_shape`, `ds_status`, `ds_secondary_tensor`. The rest
-is in `zero.py`.
+What an elastic checkpoint needs, whichever optimizer trains.
 """
 
 from __future__ import annotations
@@ -16,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .engine_hooks import expert_data_group
 from .expert_shard import ShardedExperts
 from .placement import Placement
-from .zero import Storage, _read, _unknown, find_storage
+from .zero import Storage, find_storage, trained_groups, whole_shape, write_parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,25 +64,16 @@ class TrainedParameters(list[Trained]):
 
     def __init__(self, engine: Any) -> None:
         self.optimizer: Any = engine.basic_optimizer
-        wrapper = engine.optimizer
-        if getattr(wrapper, "swap_optimizer", False) or getattr(wrapper, "params_in_nvme_and_cpu", False):
-            raise ValueError(
-                "elastic checkpoints cannot reach what is offloaded to NVMe: offload to the CPU, or use DeepSpeed's "
-                "own checkpoints (engine.save_checkpoint)."
-            )
-        grouped = [(p, i) for i, group in enumerate(_groups(wrapper)) for p in group if p.requires_grad]
+        grouped = [(p, i) for i, group in trained_groups(engine.optimizer) for p in group if p.requires_grad]
         params, groups = [p for p, _ in grouped], [i for _, i in grouped]
         if not params:
             raise ValueError("the engine trains no parameter: there is nothing to checkpoint.")
         self.storage: Storage = find_storage(params, groups, dict(enumerate(self.optimizer.param_groups)))
-        sub_groups = getattr(wrapper, "sub_group_to_group_id", None)
         names = _whole_names(engine.module)
         found = []
         for index, (param, group) in enumerate(grouped):
             if id(param) not in names:
-                raise _unknown("the optimizer holds a parameter that the model does not name")
-            if getattr(param, "ds_secondary_tensor", None) is not None:
-                raise ValueError("elastic checkpoints do not know zero_hpz_partition_size > 1: set it to 1.")
+                raise ValueError("the optimizer holds a parameter that the model does not name; rebuild the engine.")
             name, shape, offset = names[id(param)]
             found.append(
                 Trained(
@@ -93,7 +82,7 @@ class TrainedParameters(list[Trained]):
                     shape=shape,
                     offset=offset,
                     placement=self.storage.placement(index),
-                    group=group if sub_groups is None else sub_groups[group],
+                    group=group,
                     speaks=self.storage.sharded or _is_first_replica(param),
                 )
             )
@@ -110,22 +99,9 @@ class TrainedParameters(list[Trained]):
         Args:
             values: flat, those of this rank's whole parameter (not only of the part that it owns).
         """
-        place, param = trained.placement, trained.param
-        own = values[place.start : place.stop]
-        trained.local(self.storage.flat(place.unit)[0]).copy_(own)
-        if not hasattr(param, "ds_tensor"):
-            param.copy_(values.view(param.shape))
-            return
-        param.ds_tensor.view(-1)[: trained.length].copy_(own)
-        if getattr(_read(param, "ds_status"), "name", "") == "AVAILABLE":
-            param.copy_(values.view(param.shape))
-
-
-def _groups(wrapper: Any) -> list[list[Any]]:
-    for name in ("bit16_groups", "bf16_groups", "fp16_groups"):
-        if hasattr(wrapper, name):
-            return [list(group) for group in getattr(wrapper, name)]
-    return [list(group["params"]) for group in wrapper.param_groups]
+        place = trained.placement
+        trained.local(self.storage.flat(place.unit)[0]).copy_(values[place.start : place.stop])
+        write_parameter(trained.param, values, place)
 
 
 def _whole_names(model: torch.nn.Module) -> dict[int, tuple[str, tuple[int, ...], int]]:
@@ -133,7 +109,7 @@ def _whole_names(model: torch.nn.Module) -> dict[int, tuple[str, tuple[int, ...]
     names: dict[int, tuple[str, tuple[int, ...], int]] = {}
     for module_name, module in model.named_modules():
         for own_name, param in module.named_parameters(recurse=False):
-            shape = tuple(getattr(param, "ds_shape", param.shape)) or (1,)
+            shape = whole_shape(param) or (1,)
             prefix, offset = module_name, 0
             if isinstance(module, ShardedExperts):
                 prefix = module_name.removesuffix(".shard")
@@ -147,9 +123,7 @@ def _is_first_replica(param: Any) -> bool:
     """Nothing is partitioned: of the ranks that hold the same parameter, the first one gives it."""
     if getattr(param, "allreduce", True):
         return dist.get_rank() == 0
-    from deepspeed.utils import groups
-
-    return dist.get_rank(groups._get_expert_data_parallel_group(param.group_name)) == 0
+    return dist.get_rank(expert_data_group(param.group_name)) == 0
 
 
 def topology(engine: Any) -> dict[str, Any]:

@@ -80,6 +80,50 @@ def is_stage_3(param: Any) -> bool:
     return hasattr(param, "_z3_optimizer")
 
 
+def is_partitioned(param: Any) -> bool:
+    """True for a parameter that ZeRO-3 cuts up, from `zero.Init` on."""
+    return hasattr(param, "ds_id")
+
+
+def whole_shape(param: Any) -> tuple[int, ...]:
+    """A parameter's shape, though ZeRO-3 may have cut it up."""
+    return tuple(_read(param, "ds_shape") if is_partitioned(param) else param.shape)
+
+
+def trained_groups(wrapper: Any) -> list[tuple[int, list[Any]]]:
+    """(index of the optimizer's group, the model's parameters in it), as DeepSpeed's optimizer has grouped them.
+
+    Raises:
+        ValueError: its state is on NVMe.
+    """
+    if getattr(wrapper, "swap_optimizer", False) or getattr(wrapper, "params_in_nvme_and_cpu", False):
+        raise ValueError(
+            "elastic checkpoints cannot reach what is offloaded to NVMe: offload to the CPU, or use DeepSpeed's own "
+            "checkpoints (engine.save_checkpoint)."
+        )
+    names = [name for name in ("bit16_groups", "bf16_groups", "fp16_groups") if hasattr(wrapper, name)]
+    groups = _read(wrapper, names[0]) if names else [group["params"] for group in wrapper.param_groups]
+    index_of = getattr(wrapper, "sub_group_to_group_id", {})  # stage 3's lists are sub-groups
+    return [(index_of.get(i, i), list(group)) for i, group in enumerate(groups)]
+
+
+def write_parameter(param: Any, values: Any, placement: Placement) -> None:
+    """Sets a model's parameter, whatever part of it is here.
+
+    Args:
+        values: flat, the rank's whole parameter. placement: what the rank owns of it.
+    """
+    if not is_partitioned(param):
+        param.copy_(values.view(param.shape))
+        return
+    if getattr(param, "ds_secondary_tensor", None) is not None:
+        raise ValueError("elastic checkpoints do not know zero_hpz_partition_size > 1: set it to 1.")
+    own = values[placement.start : placement.stop]
+    _read(param, "ds_tensor").view(-1)[: len(own)].copy_(own)
+    if _read(param, "ds_status").name == "AVAILABLE":  # small ones are kept whole, too
+        param.copy_(values.view(param.shape))
+
+
 def _read(owner: Any, name: str) -> Any:
     """An attribute that DeepSpeed may rename in any release."""
     try:
