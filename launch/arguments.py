@@ -63,6 +63,9 @@ class RunArguments:
             "choices": ["alpaca", "plain", "chat"],
         },
     )
+    instruction_column: str | None = _flag(None, "causal-lm: the column to read as instruction.")
+    input_column: str | None = _flag(None, "causal-lm: the column to read as input; needs --instruction_column.")
+    output_column: str | None = _flag(None, "causal-lm: the column to read as output; needs --instruction_column.")
     text_column: str | None = _flag(None, "Classification: the column with the text. Default: see docs/launcher.md.")
     text_pair_column: str | None = _flag(None, "Classification: the second of two texts; needs --text_column.")
     text_pattern: str | None = _flag(

@@ -26,6 +26,9 @@ from launch.extensions import check_build_lock
 AUTO_KEYS = ("lr", "betas", "eps", "weight_decay")
 TASK_FLAGS = {
     "prompt_template": ("causal-lm",),
+    "instruction_column": ("causal-lm",),
+    "input_column": ("causal-lm",),
+    "output_column": ("causal-lm",),
     "text_column": ("sequence-classification",),
     "text_pair_column": ("sequence-classification",),
     "text_pattern": ("sequence-classification",),

@@ -47,6 +47,7 @@ def causal_rows(rows: Dataset, run: RunArguments, flag: str, has_chat_template: 
     Raises:
         UserError: no usable columns, a row with a missing value, or messages without a chat template.
     """
+    rows = _renamed(rows, run, flag)
     columns = set(rows.column_names)
     if {"prompt", "completion"} <= columns:
         convert, needed = _keep_pairs, ("prompt", "completion")
@@ -71,6 +72,18 @@ def causal_rows(rows: Dataset, run: RunArguments, flag: str, has_chat_template: 
     if len(made) == 0:
         raise UserError(f"{flag}: no conversation has an answer by the assistant.")
     return made
+
+
+def _renamed(rows: Dataset, run: RunArguments, flag: str) -> Dataset:
+    """`rows` with the columns that flags name called instruction, input and output, and no others."""
+    wishes = {"instruction": run.instruction_column, "input": run.input_column, "output": run.output_column}
+    named = {choose_column(rows, old, (), f"--{new}_column", flag): new for new, old in wishes.items() if old}
+    if not named:
+        return rows
+    missing = {"instruction", "output"} - set(named.values())
+    if missing:
+        raise UserError(f"--{'_column, --'.join(sorted(named.values()))}_column need --{missing.pop()}_column as well.")
+    return rows.select_columns(list(named)).rename_columns({old: new for old, new in named.items() if old != new})
 
 
 def _keep_pairs(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
