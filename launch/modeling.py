@@ -75,6 +75,7 @@ def adapter_config(adapter: AdapterArguments, task: str) -> Any:
             router_aux_loss_coef=adapter.router_aux_loss_coef,
             ep_size=adapter.ep_size,
             ep_dispatch=adapter.ep_dispatch,
+            ep_bucket_layers=adapter.ep_bucket_layers,
             expert_compute=adapter.expert_compute,
             modules_to_save=adapter.modules_to_save or None,
         )

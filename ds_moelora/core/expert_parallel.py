@@ -28,6 +28,7 @@ class ShardSpec:
         num_experts: E over all ranks. ep_size: ranks that share them. top_k: k.
         in_features: I. out_features: O. rank: R of one expert.
         dispatch: "weights", "tokens" or "auto". compute: "dense", "grouped" or "auto".
+        bucket_layers: layers whose experts are gathered together.
     """
 
     layer_name: str
@@ -38,6 +39,7 @@ class ShardSpec:
     out_features: int
     rank: int
     dispatch: str
+    bucket_layers: int
     compute: str
 
 

@@ -12,7 +12,6 @@ expect, `deepspeed_moe.experts.deepspeed_experts.<local number>.lora_A`, and `lo
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -23,17 +22,15 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from ..core.expert_parallel import ShardSpec, check_ep_size
-from ..core.grouped import GROUPED, choose_compute
-from ..core.moe_lora import DENSE, ExpertCompute
 from ..core.pairs import GateSettings
-from .dispatch import PendingGather, bytes_moved, exchanged_moe_lora, gathered_moe_lora
+from .dispatch import exchanged_moe_lora
 from .engine_hooks import adapt_engine, create_groups, expert_group
+from .gathering import Bucket, Entered, Schedule, gathered_moe_lora
+from .trial import Batch, Way, choose_way, way_by_rule
 
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
 FACTORS = ("lora_A", "lora_B")
 TOPOLOGY = "topology"
-logger = logging.getLogger("ds_moelora")
-_logged: set[tuple[Any, ...]] = set()
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -77,8 +74,11 @@ class ShardedExperts(MoE):
         self.lora_A = nn.Parameter(torch.empty(self.num_local_experts, spec.in_features, spec.rank))
         self.lora_B = nn.Parameter(torch.empty(self.num_local_experts, spec.out_features, spec.rank))
         self.is_connected = False
-        self.dispatch = None if spec.dispatch == "auto" else spec.dispatch
-        self._pending: PendingGather | None = None
+        self.way: Way | None = None  # settled by the first training batch
+        self.schedule: Schedule | None = None  # of the model's buckets
+        self.place: tuple[Bucket, int] | None = None  # in one of them
+        self._entered: Entered | None = None
+        self._dtype: torch.dtype | None = None  # in which the base layer last answered
         self.register_state_dict_post_hook(_split_experts)
         self._register_load_state_dict_pre_hook(_stack_experts, with_module=True)
         self.mark()
@@ -133,46 +133,20 @@ class ShardedExperts(MoE):
 
     def prefetch(self, x: Tensor) -> None:
         """Starts gathering the experts, so that the base layer runs meanwhile. x: (..., I)."""
-        if self.dispatch is None and self.training:
-            self._choose_dispatch(x)
-        if self._dispatch() == "weights":
-            device = x.device.type
-            autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-            dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-            self._pending = PendingGather(self.lora_A, self.lora_B, dtype, self.group)
+        if self.schedule is not None and self.training:
+            self.schedule.saw(self)
+        if self._way().dispatch == "weights":
+            bucket, index = self.place or (Bucket([self]), 0)
+            dtype = self._dtype or _compute_dtype(x)
+            self._entered = bucket.enter(index, dtype) or Bucket([self]).enter(0, dtype)
 
-    def _dispatch(self) -> str:
-        # Until the first training batch has shown its size: what does not depend on it.
-        return self.dispatch or "weights"
+    def bucket_key(self) -> Any:
+        """Neighbours with the same key may be gathered together; None: by itself."""
+        return (self.expert_group_name, self.lora_A.dtype, self._dtype) if self._way().dispatch == "weights" else None
 
-    def _choose_dispatch(self, x: Tensor) -> None:
-        """Compares bytes, on the first training batch, whose tokens are counted over all ranks: all must agree."""
-        spec, tokens = self.spec, torch.tensor([float(x.numel() // x.shape[-1])], device=x.device)
-        dist.all_reduce(tokens, group=self.group)
-        per_rank = tokens.item() / self.ep_size
-        size = torch.finfo(x.dtype).bits // 8
-        moved = bytes_moved(
-            spec.num_experts, self.ep_size, spec.top_k, spec.in_features, spec.out_features, spec.rank, per_rank, size
-        )
-        self.dispatch = min(moved, key=lambda way: moved[way])
-        shape = (spec.in_features, spec.out_features, spec.num_experts, self.ep_size, self.dispatch)
-        if dist.get_rank() == 0 and shape not in _logged:
-            _logged.add(shape)
-            # A warning, since nothing below it is shown unless somebody has set up logging.
-            logger.warning(
-                f"ep_dispatch='auto' took {self.dispatch!r} for {spec.layer_name} and layers of its shape "
-                f"({spec.in_features} -> {spec.out_features}): a rank sends {moved['weights'] / 1e6:.3g} MB per layer "
-                f"and step by moving weights, {moved['tokens'] / 1e6:.3g} MB by moving its {per_rank:.0f} tokens; "
-                f"experts are computed {self._compute(self.dispatch).name!r}."
-            )
-
-    def _compute(self, dispatch: str) -> ExpertCompute:
-        """How a product is done over all experts ("weights") or this rank's ("tokens")."""
-        spec = self.spec
-        here = spec.num_experts if dispatch == "weights" else self.num_local_experts
-        # A received row has chosen k / ranks of the experts here, and at least one.
-        top_k = spec.top_k if dispatch == "weights" else max(1, spec.top_k // self.ep_size)
-        return GROUPED if choose_compute(spec.compute, here, top_k, spec.rank) == "grouped" else DENSE
+    def _way(self) -> Way:
+        # Until a training batch has been tried: what does not depend on it.
+        return self.way or way_by_rule(self.spec, "tokens" if self.spec.dispatch == "tokens" else "weights")
 
     def mix(
         self,
@@ -185,15 +159,19 @@ class ShardedExperts(MoE):
         inplace: bool,
     ) -> Tensor:
         """base_out + s * sum_i g_i(x) B_i A_i x over the experts of all ranks; (T, I) -> (T, O)."""
-        pending, self._pending = self._pending, None
-        dispatch = self._dispatch()
-        common = (base_out, x, gates, chosen, self.lora_A, self.lora_B, scaling, settings)
-        if dispatch == "tokens":
-            return exchanged_moe_lora(*common, self._compute(dispatch), self.group)
-        if pending is not None and pending.dtype != base_out.dtype:
-            pending.work.wait()  # a base layer that answers in another dtype than it is asked in (quantised)
-            pending = None
-        return gathered_moe_lora(*common, inplace, self._compute(dispatch), self.group, pending)
+        entered, self._entered = self._entered, None
+        if self.way is None and self.training:
+            self.way = choose_way(self.spec, self, Batch(base_out, x, gates, chosen, scaling, settings))
+        way, self._dtype = self._way(), base_out.dtype
+        if entered is not None and (way.dispatch == "tokens" or entered.dtype != base_out.dtype):
+            entered.leave()  # "auto" has just decided, or a base layer answers in another dtype than it is asked in
+            entered = None
+        if way.dispatch == "tokens":
+            A, B = self.lora_A, self.lora_B
+            return exchanged_moe_lora(base_out, x, gates, chosen, A, B, scaling, settings, way.products, self.group)
+        entered = entered or Bucket([self]).enter(0, base_out.dtype)
+        assert entered is not None
+        return gathered_moe_lora(base_out, x, gates, chosen, entered, scaling, settings, inplace, way.products)
 
     def topology(self) -> Tensor:
         """[ep_size, distance between the ranks of a group]: which experts a rank's optimizer state belongs to.
@@ -226,6 +204,12 @@ class ShardedExperts(MoE):
             for i in range(self.num_local_experts):
                 entries[f"{prefix}{EXPERTS}{i}.{name}"] = tensor[first + i]
         return entries
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def _split_experts(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
