@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from expert_parallel_calibration import calibrate
 from torch import Tensor, nn
 
 WAYS = [(dispatch, compute) for dispatch in ("weights", "tokens") for compute in ("dense", "grouped")]
@@ -34,12 +35,12 @@ class Point:
     r: int
     tokens: int
     features: int
-    peers: bool = True  # DeepSpeed's layer, too
-    bucket_layers: int = 0  # > 0: a stack of `LAYERS` layers instead, in buckets of so many
+    in_buckets: bool = False  # a stack of `LAYERS` layers instead, in buckets of several sizes
 
 
 LAYERS = 12
 RESULTS = "results.pickle"
+MIN_REPETITIONS = 9
 
 
 @dataclass
@@ -171,13 +172,12 @@ def stack(point: Point, bucket_layers: int) -> nn.Module:
 
 
 def cases(point: Point) -> dict[str, nn.Module]:
-    if point.bucket_layers:
+    if point.in_buckets:
         return {f"{LAYERS} layers, buckets of {n}": stack(point, n) for n in (1, 2, 4, LAYERS)}
     modules: dict[str, nn.Module] = {f"{d}, {c}": adapted(point, d, c) for d, c in WAYS}
     modules["auto"] = adapted(point, "auto", "auto")
-    if point.peers:
-        modules[NO_DROP] = WithMoE(point, drop_tokens=False)
-        modules[DEFAULTS] = WithMoE(point)
+    modules[NO_DROP] = WithMoE(point, drop_tokens=False)
+    modules[DEFAULTS] = WithMoE(point)
     return modules
 
 
@@ -196,8 +196,8 @@ def timed(module: nn.Module, x: Tensor) -> float:
     return seconds.item()
 
 
-def measure(point: Point, repetitions: int) -> list[Result]:
-    """All cases of a point, on every rank."""
+def measure(point: Point, limit: float) -> list[Result]:
+    """All cases of a point, on every rank; each repetition in another order, as many as fit into `limit` seconds."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     x = torch.randn(point.tokens, point.features, generator=generator).requires_grad_()
     modules = cases(point)
@@ -208,90 +208,22 @@ def measure(point: Point, repetitions: int) -> list[Result]:
         counter = Counter()
         with counter.counting():
             step(module, x)
-        sent = torch.tensor([counter.sent, getattr(module, "dropped", 0.0)])
-        dist.all_reduce(sent)
-        results[name].sent, results[name].dropped = (sent / dist.get_world_size()).tolist()
+        found = torch.tensor([counter.sent, getattr(module, "dropped", 0.0)])
+        dist.all_reduce(found)
+        results[name].sent, results[name].dropped = (found / dist.get_world_size()).tolist()
         results[name].collectives = counter.calls
     if "auto" in modules:
         results["auto"].way = str(modules["auto"].experts("default").experts_shard().way)
-    for _, name in product(range(repetitions), modules):
-        results[name].seconds.append(timed(modules[name], x))
+    order, shuffle, total = list(modules), random.Random(0), 0.0  # the same on all ranks
+    while len(results[order[0]].seconds) < MIN_REPETITIONS or total < limit:
+        shuffle.shuffle(order)
+        for name in order:
+            results[name].seconds.append(timed(modules[name], x))
+            total += results[name].seconds[-1]
     return list(results.values())
 
 
-# -- what a cost model needs ------------------------------------------------------------------------------------------
-
-
-def calibrate(sizes: tuple[int, ...] = (2**10, 2**14, 2**17, 2**20), repetitions: int = 9) -> dict[str, Any]:
-    """Latency and seconds per byte that a rank sends, by collective; and floating-point operations per second."""
-    ranks = dist.get_world_size()
-    collectives = {}
-    for name in ("all_gather", "reduce_scatter", "all_to_all"):
-        points = [(elements * 4 * (ranks - 1), _collective(name, elements, repetitions)) for elements in sizes]
-        collectives[name] = _line(points)
-    flops = {name: _flops_per_second(name, repetitions) for name in ("dense", "grouped")}
-    return {"collectives": collectives, "flops_per_second": flops}
-
-
-def _collective(name: str, elements: int, repetitions: int) -> float:
-    """Median seconds in which every rank sends `elements` floats to each of the others."""
-    ranks = dist.get_world_size()
-    small, large = torch.zeros(elements), torch.zeros(ranks * elements)
-    call = {
-        "all_gather": lambda: dist.all_gather_into_tensor(large, small),
-        "reduce_scatter": lambda: dist.reduce_scatter_tensor(small, large),
-        "all_to_all": lambda: dist.all_to_all_single(torch.empty_like(large), large),
-    }[name]
-    return _median(call, repetitions)
-
-
-def _median(call: Callable[[], Any], repetitions: int) -> float:
-    times = []
-    for _ in range(1 + repetitions):
-        dist.barrier()
-        start = time.perf_counter()
-        call()
-        seconds = torch.tensor(time.perf_counter() - start)
-        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-        times.append(seconds.item())
-    return float(torch.tensor(times[1:]).median())
-
-
-def _line(points: list[tuple[float, float]]) -> dict[str, float]:
-    """Seconds = latency + bytes * seconds_per_byte, fitted with equal relative weights; latency at least 0."""
-    size, seconds = torch.tensor(points, dtype=torch.float64).unbind(1)
-    ones = torch.ones_like(size)
-    solution = torch.linalg.lstsq(torch.stack([ones, size], 1) / seconds[:, None], ones[:, None]).solution
-    latency, per_byte = solution.flatten().clamp(min=0).tolist()
-    return {"latency_s": latency, "seconds_per_byte": per_byte}
-
-
-def _flops_per_second(
-    name: str, repetitions: int, T: int = 512, F: int = 512, E: int = 32, k: int = 2, r: int = 8
-) -> float:
-    """Of the mixture's products, forward and backward, on all ranks at once.
-
-    dense: 3 * 2 T E r (in + out); grouped: 3 * 2 T k r (in + out), copies and the loop over experts counted as time.
-    """
-    from ds_moelora.core.grouped import GROUPED
-    from ds_moelora.core.moe_lora import DENSE, moe_lora
-    from ds_moelora.core.routing import route
-
-    x, A, B = (torch.randn(*shape).requires_grad_() for shape in ((T, F), (E, F, r), (E, F, r)))
-    gates, chosen = route(torch.randn(T, E).requires_grad_(), k)
-    compute = {"dense": DENSE, "grouped": GROUPED}[name]
-
-    def call() -> None:
-        y = moe_lora(torch.zeros(T, F), x, gates, chosen, A, B, 1.0, compute=compute)
-        torch.autograd.grad(y, [x, gates, A, B], y.detach(), retain_graph=True)
-
-    return 3 * 2 * T * (E if name == "dense" else k) * r * 2 * F / _median(call, repetitions)
-
-
-# -- ranks ------------------------------------------------------------------------------------------------------------
-
-
-def serve(rank: int, world: int, folder: str, points: list[Point], repetitions: int, calibration: bool) -> None:
+def serve(rank: int, world: int, folder: str, points: list[Point], limit: float, calibration: bool) -> None:
     """One rank of `torch.multiprocessing.spawn`; rank 0 pickles ([(point, results)], calibration) into `folder`."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
@@ -305,7 +237,7 @@ def serve(rank: int, world: int, folder: str, points: list[Point], repetitions: 
     for number, point in enumerate(points):
         if rank == 0:
             print(f"{world} ranks, point {number + 1} of {len(points)}: {point}", flush=True)
-        measured.append((point, measure(point, repetitions)))
+        measured.append((point, measure(point, limit)))
     found = calibrate() if calibration else None
     if rank == 0:
         Path(folder, RESULTS).write_bytes(pickle.dumps((measured, found)))

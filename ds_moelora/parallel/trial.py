@@ -29,8 +29,8 @@ from .dispatch import bytes_moved, exchanged_moe_lora
 from .gathering import Bucket, gathered_moe_lora
 
 MARGIN = 0.05
-REPETITIONS = 5
-SECONDS = 2.0  # after the first repetition no more are begun that would not fit
+REPETITIONS = 20
+SECONDS = 2.0  # per layer size; after the second repetition none is begun that would not fit
 
 logger = logging.getLogger("ds_moelora")
 _decided: dict[tuple[Any, ...], Way] = {}
