@@ -140,12 +140,8 @@ def test_same_training_with_fewer_collectives(stage: int) -> None:
 
 
 def test_gradient_checkpointing_across_buckets() -> None:
-    """Blocks of three layers, buckets of two: one bucket lies in two blocks."""
-    calls = same(blocks=3)
-    assert calls[1] == [15, 5]
-    assert calls[2][0] < 15
-    assert calls[2][1] == 3
-    assert calls[5] == [3, 1] or calls[5][0] < calls[2][0]
+    """Blocks of three layers, buckets of two: one bucket lies in two blocks. Recomputing gathers once more, at most."""
+    assert same(blocks=3) == {1: [15, 5], 2: [9, 3], 5: [3, 1]}
 
 
 def test_reentrant_checkpointing_goes_layer_by_layer() -> None:
