@@ -45,7 +45,7 @@ IMAGE = ROOT / "docs" / "images" / "expert_parallel_crossing.png"
 CROSSING = (64, 2, 8)  # E, k, r
 SHAPES = [(8, 2, 4), (128, 2, 4), (64, 8, 8)]
 FULL_SHAPES = [*SHAPES, (8, 2, 16), (16, 2, 8), (32, 4, 16), (256, 2, 8)]
-SECONDS = {2: 3.0, 4: 2.0}  # of repetitions per point, by ranks
+SECONDS = {2: 5.0, 4: 4.0}  # of repetitions per point, by ranks
 
 
 def grid(full: bool) -> dict[int, list[Point]]:
@@ -115,6 +115,7 @@ def regrets(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
     ways = {f"{dispatch}, {compute}" for dispatch, compute in WAYS}
     for taken in (row for row in rows if row["case"] == "auto"):
         times = {row["case"]: row["ms_median"] for row in rows if same_point(row, taken) and row["case"] in ways}
+        times[taken["way"]] = (times[taken["way"]] + taken["ms_median"]) / 2  # the same code, measured twice
         for choice, way in zip(found, (taken["way"], by_rule(taken)), strict=True):
             found[choice].append(times[way] / min(times.values()))
     return found

@@ -29,7 +29,7 @@ from .dispatch import bytes_moved, exchanged_moe_lora
 from .gathering import Bucket, gathered_moe_lora
 
 MARGIN = 0.05
-REPETITIONS = 20
+REPETITIONS = 40
 SECONDS = 2.0  # per layer size; after the second repetition none is begun that would not fit
 
 logger = logging.getLogger("ds_moelora")
@@ -116,13 +116,15 @@ def time_ways(ways: list[Way], layer: Any, batch: Batch) -> dict[Way, list[float
     found: dict[Way, list[float]] = {way: [] for way in ways}
     total = 0.0
     for repetition in range(1 + REPETITIONS):
-        times = torch.tensor([_time_once(way, layer, batch) for way in ways], device=batch.x.device)
+        first = repetition % len(ways)  # each in turn: what ran before leaves its traces in the caches
+        order = ways[first:] + ways[:first]
+        times = torch.tensor([_time_once(way, layer, batch) for way in order], device=batch.x.device)
         dist.all_reduce(times, op=dist.ReduceOp.MAX)
         last = times.tolist()
         total += sum(last)
         if repetition == 1:
             found = {way: [] for way in ways}  # the first was to warm up
-        for way, value in zip(ways, last, strict=True):
+        for way, value in zip(order, last, strict=True):
             found[way].append(value)
         if total + sum(last) > SECONDS:
             break
