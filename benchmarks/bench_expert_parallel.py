@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_expert_parallel.py --full
 
 Starts real processes (gloo). Writes `benchmarks/results/expert_parallel.csv` (every case of every point of the grid),
-`benchmarks/results/expert_parallel_calibration.json` (what a cost model needs; bytes are those that a rank sends) and,
-with matplotlib (`pip install -e .[bench]`), `docs/images/expert_parallel_crossing.png`. Times are medians of
+`benchmarks/results/expert_parallel_calibration.json` (what a cost model needs; bytes are those that a rank sends) and
+`docs/images/expert_parallel_crossing.png` (matplotlib; `pip install -e .[bench]`). Times are medians of
 interleaved repetitions in random order, each as long as its slowest rank; 4 ranks on fewer cores are there for their
 bytes.
 """
@@ -169,7 +169,7 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="more shapes, sizes and features; about an hour")
+    parser.add_argument("--full", action="store_true", help="more shapes, sizes and features")
     parser.add_argument("--ranks", type=int, choices=[2, 4], help="only the points with so many ranks; writes no files")
     arguments = parser.parse_args()
     console, header, by_ranks = Console(width=130), start(), {}
