@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_moelora import MoELoRAConfig
+from ds_moelora.parallel.gathering import Schedule
 
 from .support.expert_parallel import whole_weights
 from .support.ranks import run_on_ranks
@@ -153,3 +154,21 @@ def test_layers_called_twice_or_out_of_turn() -> None:
     assert same(path=[0, 1, 2, 1, 3, 4])[1] == [12, 6]
     same(path=[0, 1, 2, 3, 4], later=[0, 3, 2, 1])
     same(path=[0, 1, 2, 3, 4], later=[1, 4])
+
+
+def test_only_neighbours_of_one_kind_share_a_bucket() -> None:
+    class Layer:
+        place: Any = None
+
+        def __init__(self, kind: str | None) -> None:
+            self.kind = kind
+
+        def bucket_key(self) -> str | None:
+            return self.kind
+
+    layers = [Layer(kind) for kind in ("a", "a", "a", None, "a", "b", "b")]
+    schedule = Schedule(2)
+    for layer in (*layers, layers[0]):  # the second pass begins: the order is known
+        schedule.saw(layer)
+    places = [layer.place and (layers.index(layer.place[0].layers[0]), layer.place[1]) for layer in layers]
+    assert places == [(0, 0), (0, 1), (2, 0), None, (4, 0), (5, 0), (5, 1)]
