@@ -34,6 +34,11 @@ from ds_moelora import MoELoRAConfig
         ({"ep_size": 0}, r"ep_size=0 must be an integer >= 1"),
         ({"ep_size": 3, "num_experts": 8}, r"ep_size=3 must divide num_experts; with num_experts=8.*: 1, 2, 4, 8\."),
         ({"ep_dispatch": "experts"}, r"ep_dispatch='experts' is unknown; use one of auto, weights, tokens"),
+        ({"ep_bucket_layers": 0}, r"ep_bucket_layers=0 must be an integer >= 1"),
+        (
+            {"ep_bucket_layers": 2, "ep_dispatch": "tokens"},
+            r"ep_bucket_layers=2 has no effect with ep_dispatch='to",
+        ),
         ({"expert_compute": "fast"}, r"expert_compute='fast' is unknown; use one of auto, dense, grouped"),
         ({"target_modules": []}, r"target_modules=set\(\) is empty"),
         ({"target_modules": "q.*", "layers_to_transform": [0]}, r"layers_to_transform=\[0\] cannot be used"),

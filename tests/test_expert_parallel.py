@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from ds_moelora.core.grouped import GROUPED
 from ds_moelora.core.moe_lora import DENSE, moe_lora
 from ds_moelora.core.pairs import GATE_SCALINGS, GateSettings
 from ds_moelora.core.routing import route
-from ds_moelora.parallel.dispatch import exchanged_moe_lora, gathered_moe_lora
+from ds_moelora.parallel.dispatch import exchanged_moe_lora
+from ds_moelora.parallel.gathering import Bucket, gathered_moe_lora
 
 from .support.expert_parallel import run
 from .support.ranks import run_on_ranks
@@ -27,11 +29,11 @@ TOLERANCE = 1e-5
 KINDS = ["GateRiemannianAdamW", "GateRiemannianSGD", "AdamW"]
 
 
-def dispatches(world: int) -> Iterator[tuple[int, str, str]]:
-    """(ep_size, ep_dispatch, expert_compute)."""
+def dispatches(world: int) -> Iterator[tuple[int, str, str, int]]:
+    """(ep_size, ep_dispatch, expert_compute, ep_bucket_layers)."""
     for ep_size in (n for n in (2, 4) if n <= world):
-        yield ep_size, "weights", "dense"
-        yield ep_size, "tokens", "grouped"
+        yield ep_size, "weights", "dense", 2 if ep_size == world else 1
+        yield ep_size, "tokens", "grouped", 1
 
 
 def compare(found: dict[str, Any], wanted: dict[str, Any], what: str) -> float:
@@ -51,14 +53,15 @@ def test_equals_all_experts_everywhere(kind: str, stage: int, world: int, report
     config = engine_config(stage, kind, clip=1.0, accumulate=2)
     fields = {"checkpointing": True}
     wanted = run_on_ranks(world, run, config=config, how="uneven", model=fields)[0]
-    for ep_size, dispatch, compute in dispatches(world):
+    for ep_size, dispatch, compute, bucket in dispatches(world):
         model = {**fields, "ep_size": ep_size, "ep_dispatch": dispatch, "expert_compute": compute}
+        model["ep_bucket_layers"] = bucket
         found = run_on_ranks(world, run, config=config, how="uneven", model=model)[0]
         assert compare(found, wanted, "first") == 0
         weights, losses = compare(found, wanted, "weights"), loss_deviation(found, wanted)
         report(
             "Expert parallelism after 10 steps (maximum relative deviation from ep_size=1)",
-            f"{kind:20s} stage {stage} world {world} ep {ep_size} {dispatch:7s} {compute:7s}: "
+            f"{kind:20s} stage {stage} world {world} ep {ep_size} {dispatch:7s} {compute:7s} buckets of {bucket}: "
             f"weights {weights:.1e}, losses {losses:.1e}",
         )
         assert found["basic"] == kind
@@ -136,7 +139,10 @@ def layer(
         elif dispatch == "tokens":
             y = exchanged_moe_lora(base, x, gates, chosen, A, B, s, settings, compute, dist.group.WORLD)
         else:
-            y = gathered_moe_lora(base, x, gates, chosen, A, B, s, settings, False, compute, dist.group.WORLD)
+            shard = SimpleNamespace(lora_A=A, lora_B=B, group=dist.group.WORLD)
+            entered = Bucket([shard]).enter(0, x.dtype)
+            assert entered is not None
+            y = gathered_moe_lora(base, x, gates, chosen, entered, s, settings, False, compute)
         (y * dy).sum().backward()
         return {"y": y.detach(), "dx": x.grad, "dA": A.grad, "dB": B.grad, "drouter": router.grad}
 

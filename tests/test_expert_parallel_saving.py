@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -147,50 +146,6 @@ def expert_ranks() -> list[int]:
     from deepspeed.utils import groups
 
     return list(groups._get_expert_parallel_group_ranks("ep_size_2"))
-
-
-class Log(logging.Handler):
-    """Collects messages."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
-def choose(tokens: int, steps: int = 2) -> tuple[set[str], list[str]]:
-    """On every rank: what "auto" takes for a batch of this size, and what it says."""
-    import deepspeed
-
-    from ds_moelora.parallel import expert_shard
-
-    expert_shard._logged.clear()
-    log, logger = Log(), logging.getLogger("ds_moelora")
-    logger.addHandler(log)
-    model = adapted(ep_size=2)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=dict(CONFIG))
-    for _ in range(steps):
-        # Uneven: the choice must be the same on both ranks all the same.
-        count = tokens * (1 + dist.get_rank())
-        engine.backward(engine(torch.ones(count, IN_FEATURES), torch.ones(count, 3))["loss"])
-        engine.step()
-    chosen = {m.dispatch for m in engine.module.modules() if isinstance(m, expert_shard.ShardedExperts)}
-    engine.destroy()
-    logger.removeHandler(log)
-    return chosen, [line for line in log.lines if "ep_dispatch" in line]
-
-
-@pytest.mark.parametrize(("tokens", "expected"), [(1, "tokens"), (200, "weights")])
-def test_auto_takes_what_moves_fewer_bytes_and_says_so_once(tokens: int, expected: str) -> None:
-    (first, lines), (second, silent) = run_on_ranks(2, choose, tokens=tokens)
-    assert first == second == {expected}
-    assert len(lines) == 2  # two layers of different shape
-    assert f"took '{expected}'" in lines[0]
-    assert "MB" in lines[0]
-    assert silent == []
 
 
 def attempt(config: dict[str, Any], how: str = "initialize", **fields: Any) -> str:

@@ -251,6 +251,7 @@ def _shard_spec(in_features: int, out_features: int, config: MoELoRAConfig, laye
         out_features=out_features,
         rank=config.r,
         dispatch=config.ep_dispatch,
+        bucket_layers=config.ep_bucket_layers,
         compute=config.expert_compute,
         keeps_start=config.from_svd,
     )

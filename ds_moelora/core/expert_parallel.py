@@ -31,6 +31,7 @@ class ShardSpec:
         in_features: I. out_features: O. rank: R of one expert.
         dispatch: "weights", "tokens" or "auto". compute: "dense", "grouped" or "auto".
         keeps_start: the factors of the start are kept beside the trained ones, as `initial_A` and `initial_B`.
+        bucket_layers: layers whose experts are gathered together.
     """
 
     layer_name: str
@@ -41,6 +42,7 @@ class ShardSpec:
     out_features: int
     rank: int
     dispatch: str
+    bucket_layers: int
     compute: str
     keeps_start: bool = False
 

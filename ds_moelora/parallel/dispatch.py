@@ -1,14 +1,9 @@
-"""Mixtures whose experts are spread over a process group: two ways to bring tokens and experts together.
+"""Mixtures whose experts are spread over a process group: moving tokens to experts, and what either way moves.
 
 Shape suffixes: T this rank's tokens, I, O features, E experts of all ranks, L = E / ranks experts of this rank, R rank
 of one expert; N rows (token, rank of an expert that it chose) that this rank sends, M those that it receives.
 
-Communication phases of "weights" (`gathered_moe_lora`), per layer, b bytes per element of the compute dtype:
-
-    forward   one all-gather of A and B together, issued before the base layer runs and awaited after it
-    backward  the same all-gather again (a gathered copy kept from the forward pass would be all experts of all layers),
-              one reduce-scatter of dA and dB, in the parameters' dtype
-    sent by each rank: 3 * (ranks - 1) / ranks * E R (I + O) * b
+"weights" is in `gathering`. Sent by each rank, b bytes per element: 3 * (ranks - 1) / ranks * E R (I + O) * b
 
 Communication phases of "tokens" (`exchanged_moe_lora`): all-to-alls with as many rows as there are; nothing is dropped.
 
@@ -30,119 +25,6 @@ from torch import Tensor
 
 from ..core.moe_lora import ExpertCompute, Needs, no_autocast, refuse_second_derivative
 from ..core.pairs import GateSettings
-
-
-class PendingGather:
-    """An all-gather of experts under way: (L, I, R) and (L, O, R) of every rank -> (E, I, R) and (E, O, R)."""
-
-    def __init__(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> None:
-        self.shapes, self.dtype = (lora_A.shape, lora_B.shape), dtype
-        mine = torch.cat([lora_A.detach().reshape(-1).to(dtype), lora_B.detach().reshape(-1).to(dtype)])
-        # Flat buffers: gloo takes no others.
-        self.buffer = mine.new_empty(dist.get_world_size(group) * mine.numel())
-        self.work = dist.all_gather_into_tensor(self.buffer, mine, group=group, async_op=True)
-        self.mine = mine  # must live as long as the gather
-
-    def wait(self) -> tuple[Tensor, Tensor]:
-        """The factors of all experts, in the order of their global numbers."""
-        self.work.wait()
-        by_rank = self.buffer.view(-1, self.mine.numel())
-        parts = by_rank.split([shape.numel() for shape in self.shapes], dim=1)
-        A, B = (part.reshape(-1, *shape[1:]) for part, shape in zip(parts, self.shapes, strict=True))
-        return A, B
-
-
-def _reduce_scatter(grads: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
-    """Sums (E, ...) tensors of one dtype over the group; returns each rank's own (L, ...)."""
-    ranks = dist.get_world_size(group)
-    buffer = torch.cat([g.reshape(ranks, -1) for g in grads], dim=1)
-    mine = buffer.new_empty(buffer.shape[1])
-    dist.reduce_scatter_tensor(mine, buffer.view(-1), group=group)
-    sizes = [g.numel() // ranks for g in grads]
-    return [m.view(-1, *g.shape[1:]) for m, g in zip(mine.split(sizes), grads, strict=True)]
-
-
-def gathered_moe_lora(
-    base_out: Tensor,
-    x: Tensor,
-    gates: Tensor,
-    chosen: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    settings: GateSettings | None,
-    inplace: bool,
-    compute: ExpertCompute,
-    group: dist.ProcessGroup,
-    pending: PendingGather | None = None,
-) -> Tensor:
-    """`core.moe_lora.moe_lora` over the experts of all ranks of `group`, by gathering the experts ("weights").
-
-    Args:
-        lora_A: (L, I, R). lora_B: (L, O, R): this rank's. All else as there; gates and chosen are (T, E).
-        pending: a gather of these two, started earlier; None: it starts now.
-    """
-    return _Gathered.apply(
-        base_out,
-        x,
-        gates,
-        chosen,
-        lora_A,
-        lora_B,
-        scaling,
-        settings or GateSettings(),
-        inplace,
-        compute,
-        group,
-        pending,
-    )
-
-
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        base_out: Tensor,
-        x: Tensor,
-        gates: Tensor,
-        chosen: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        settings: GateSettings,
-        inplace: bool,
-        compute: ExpertCompute,
-        group: dist.ProcessGroup,
-        pending: PendingGather | None,
-    ) -> Tensor:
-        dtype = base_out.dtype
-        with no_autocast(x):
-            A, B = (pending or PendingGather(lora_A, lora_B, dtype, group)).wait()
-            x_compute = x.to(dtype)
-            y, p = compute.forward(base_out, x_compute, gates, chosen, A, B, scaling, inplace)
-        if inplace:
-            ctx.mark_dirty(base_out)
-        ctx.scaling, ctx.settings, ctx.x_dtype, ctx.compute, ctx.group = scaling, settings, x.dtype, compute, group
-        saved_x = x_compute if ctx.needs_input_grad[4] else None
-        ctx.save_for_backward(saved_x, p, gates, chosen, lora_A, lora_B)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        x, p, gates, chosen, lora_A, lora_B = ctx.saved_tensors
-        needs_base, needs_x, needs_gates, _, needs_A, needs_B = ctx.needs_input_grad[:6]
-        needs = Needs(needs_x, needs_gates, needs_A, needs_B)
-        with no_autocast(dy):
-            A, B = PendingGather(lora_A, lora_B, p.dtype, ctx.group).wait()
-            grads = ctx.compute.backward(dy, x, p, gates, chosen, A, B, ctx.scaling, ctx.settings, needs)
-            dx = None if grads.dx is None else grads.dx.to(ctx.x_dtype)
-            # Summed in the parameters' dtype, as DeepSpeed sums them without expert parallelism.
-            whole = [g.to(lora_A.dtype) for g in (grads.dA, grads.dB) if g is not None]
-            mine = _reduce_scatter(whole, ctx.group) if whole else []
-            dA = mine.pop(0) if needs_A else None
-            dB = mine.pop(0) if needs_B else None
-        return dy if needs_base else None, dx, grads.dgates, None, dA, dB, *[None] * 6
 
 
 class _Exchange:

@@ -89,6 +89,7 @@ def _checked(configure: Any) -> Any:
     def checked(self: Any, model: torch.nn.Module) -> Any:
         if _has_shards(model):
             _check_engine(self, model)
+            _schedule_buckets(model)
         return configure(self, model)
 
     return checked
@@ -110,6 +111,17 @@ def _check_engine(engine: Any, model: torch.nn.Module) -> None:
     sizes: set[Any] = {m.ep_size for m in model.modules() if hasattr(m, "ep_size") and hasattr(m, "expert_group_name")}
     if len(sizes) > 1:
         raise ValueError(f"the model has layers with ep_size {sorted(sizes)}; use one ep_size for all adapters.")
+
+
+def _schedule_buckets(model: torch.nn.Module) -> None:
+    """Gives layers that are to be gathered together one schedule."""
+    from .expert_shard import ShardedExperts
+    from .gathering import Schedule
+
+    schedules: dict[int, Schedule] = {}
+    for module in model.modules():
+        if isinstance(module, ShardedExperts) and module.spec.bucket_layers > 1:
+            module.schedule = schedules.setdefault(module.spec.bucket_layers, Schedule(module.spec.bucket_layers))
 
 
 def _exact_clipping(clip: Any) -> Any:

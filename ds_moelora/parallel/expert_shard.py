@@ -12,7 +12,6 @@ expect, `deepspeed_moe.experts.deepspeed_experts.<local number>.lora_A`, and `lo
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -23,16 +22,16 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from ..core.expert_parallel import FACTORS, INITIAL_FACTORS, ShardSpec, check_ep_size
-from ..core.grouped import GROUPED, choose_compute
-from ..core.moe_lora import DENSE, ExpertCompute
+from ..core.moe_lora import DENSE
 from ..core.pairs import GateSettings
-from .dispatch import PendingGather, bytes_moved, exchanged_moe_lora, gathered_moe_lora
+from .dispatch import exchanged_moe_lora
 from .engine_hooks import adapt_engine, create_groups, expert_group
+from .gathering import Bucket, Entered, Schedule, gathered_moe_lora
+from .trial import Batch, Way, choose_way, open_ways, way_by_rule
 
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
 TOPOLOGY = "topology"
-logger = logging.getLogger("ds_moelora")
-_logged: set[tuple[Any, ...]] = set()
+WAYS = ("weights", "tokens", "dense", "grouped")
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -82,8 +81,11 @@ class ShardedExperts(MoE):
         for name, param in zip(INITIAL_FACTORS if spec.keeps_start else (), (self.lora_A, self.lora_B), strict=False):
             self.register_buffer(name, torch.zeros_like(param, requires_grad=False))
         self.is_connected = False
-        self.dispatch = None if spec.dispatch == "auto" else spec.dispatch
-        self._pending: PendingGather | None = None
+        self.way: Way | None = None  # settled by the first training batch
+        self.schedule: Schedule | None = None  # of the model's buckets
+        self.place: tuple[Bucket, int] | None = None  # in one of them
+        self._entered: Entered | None = None
+        self._dtype: torch.dtype | None = None  # in which the base layer last answered
         self.register_state_dict_post_hook(_split_experts)
         self._register_load_state_dict_pre_hook(_stack_experts, with_module=True)
         self.mark()
@@ -139,46 +141,20 @@ class ShardedExperts(MoE):
 
     def prefetch(self, x: Tensor) -> None:
         """Starts gathering the experts, so that the base layer runs meanwhile. x: (..., I)."""
-        if self.dispatch is None and self.training:
-            self._choose_dispatch(x)
-        if self._dispatch() == "weights":
-            device = x.device.type
-            autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-            dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-            self._pending = PendingGather(self.lora_A, self.lora_B, dtype, self.group)
+        if self.schedule is not None and self.training:
+            self.schedule.saw(self)
+        if self._way().dispatch == "weights":
+            bucket, index = self.place or (Bucket([self]), 0)
+            dtype = self._dtype or _compute_dtype(x)
+            self._entered = bucket.enter(index, dtype) or Bucket([self]).enter(0, dtype)
 
-    def _dispatch(self) -> str:
-        # Until the first training batch has shown its size: what does not depend on it.
-        return self.dispatch or "weights"
+    def bucket_key(self) -> Any:
+        """Neighbours with the same key may be gathered together; None: by itself."""
+        return (self.expert_group_name, self.lora_A.dtype, self._dtype) if self._way().dispatch == "weights" else None
 
-    def _choose_dispatch(self, x: Tensor) -> None:
-        """Compares bytes, on the first training batch, whose tokens are counted over all ranks: all must agree."""
-        spec, tokens = self.spec, torch.tensor([float(x.numel() // x.shape[-1])], device=x.device)
-        dist.all_reduce(tokens, group=self.group)
-        per_rank = tokens.item() / self.ep_size
-        size = torch.finfo(x.dtype).bits // 8
-        moved = bytes_moved(
-            spec.num_experts, self.ep_size, spec.top_k, spec.in_features, spec.out_features, spec.rank, per_rank, size
-        )
-        self.dispatch = min(moved, key=lambda way: moved[way])
-        shape = (spec.in_features, spec.out_features, spec.num_experts, self.ep_size, self.dispatch)
-        if dist.get_rank() == 0 and shape not in _logged:
-            _logged.add(shape)
-            # A warning, since nothing below it is shown unless somebody has set up logging.
-            logger.warning(
-                f"ep_dispatch='auto' took {self.dispatch!r} for {spec.layer_name} and layers of its shape "
-                f"({spec.in_features} -> {spec.out_features}): a rank sends {moved['weights'] / 1e6:.3g} MB per layer "
-                f"and step by moving weights, {moved['tokens'] / 1e6:.3g} MB by moving its {per_rank:.0f} tokens; "
-                f"experts are computed {self._compute(self.dispatch).name!r}."
-            )
-
-    def _compute(self, dispatch: str) -> ExpertCompute:
-        """How a product is done over all experts ("weights") or this rank's ("tokens")."""
-        spec = self.spec
-        here = spec.num_experts if dispatch == "weights" else self.num_local_experts
-        # A received row has chosen k / ranks of the experts here, and at least one.
-        top_k = spec.top_k if dispatch == "weights" else max(1, spec.top_k // self.ep_size)
-        return GROUPED if choose_compute(spec.compute, here, top_k, spec.rank) == "grouped" else DENSE
+    def _way(self) -> Way:
+        # Until a training batch has been tried: what does not depend on it.
+        return self.way or way_by_rule(self.spec, "tokens" if self.spec.dispatch == "tokens" else "weights")
 
     def mix(
         self,
@@ -191,32 +167,40 @@ class ShardedExperts(MoE):
         inplace: bool,
     ) -> Tensor:
         """base_out + s * sum_i g_i(x) B_i A_i x over the experts of all ranks; (T, I) -> (T, O)."""
-        pending, self._pending = self._pending, None
-        dispatch = self._dispatch()
-        common = (base_out, x, gates, chosen, self.lora_A, self.lora_B, scaling, settings)
-        if dispatch == "tokens":
-            return exchanged_moe_lora(*common, self._compute(dispatch), self.group)
-        if pending is not None and pending.dtype != base_out.dtype:
-            pending.work.wait()  # a base layer that answers in another dtype than it is asked in (quantised)
-            pending = None
-        return gathered_moe_lora(*common, inplace, self._compute(dispatch), self.group, pending)
+        entered, self._entered = self._entered, None
+        if self.way is None and self.training:
+            self.way = choose_way(self.spec, self, Batch(base_out, x, gates, chosen, scaling, settings))
+        way, self._dtype = self._way(), base_out.dtype
+        if entered is not None and (way.dispatch == "tokens" or entered.dtype != base_out.dtype):
+            entered.leave()  # "auto" has just decided, or a base layer answers in another dtype than it is asked in
+            entered = None
+        if way.dispatch == "tokens":
+            A, B = self.lora_A, self.lora_B
+            return exchanged_moe_lora(base_out, x, gates, chosen, A, B, scaling, settings, way.products, self.group)
+        entered = entered or Bucket([self]).enter(0, base_out.dtype)
+        assert entered is not None
+        return gathered_moe_lora(base_out, x, gates, chosen, entered, scaling, settings, inplace, way.products)
 
     def add_mean(self, y: Tensor, x: Tensor, scaling: float) -> Tensor:
         """y + (scaling / E) sum_i B_i A_i x of the start: a mixture whose gates are all 1 / E."""
         rows, num_experts = x.reshape(-1, x.shape[-1]), self.num_experts
         gates = rows.new_full((len(rows), num_experts), 1 / num_experts, dtype=torch.float32)
         flat = y.reshape(-1, y.shape[-1])
-        A, B = self.initial_A, self.initial_B
-        mixed = gathered_moe_lora(flat, rows, gates, gates > 0, A, B, scaling, None, False, DENSE, self.group)
+        entered = Bucket([InitialFactors(self)]).enter(0, flat.dtype)
+        assert entered is not None
+        mixed = gathered_moe_lora(flat, rows, gates, gates > 0, entered, scaling, None, False, DENSE)
         return mixed.view(y.shape)
 
     def topology(self) -> Tensor:
-        """[ep_size, distance between the ranks of a group]: which experts a rank's optimizer state belongs to.
+        """[ep_size, distance between the ranks of a group, and the way that "auto" took: dispatch, compute].
 
-        It is saved with every expert: DeepSpeed would load the optimizer state of others, of the same size, in silence.
+        It is saved with every expert. The first two say which experts a rank's optimizer state belongs to: DeepSpeed
+        would load that of others, of the same size, in silence. The last two (-1: not settled) make a resumed run go
+        the same way, and so repeat to the bit.
         """
         members = dist.get_process_group_ranks(self.group) if self.is_connected else [0, 1]
-        return torch.tensor([self.ep_size, members[1] - members[0]])
+        way = [-1, -1] if self.way is None else [WAYS.index(name) for name in self.way]
+        return torch.tensor([self.ep_size, members[1] - members[0], *way])
 
     # -- whole tensors ------------------------------------------------------------------------------------------------
 
@@ -243,6 +227,23 @@ class ShardedExperts(MoE):
         return entries
 
 
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
+class InitialFactors:
+    """The factors of a layer's start as a layer of their own, to be gathered."""
+
+    def __init__(self, experts: ShardedExperts) -> None:
+        self.lora_A, self.lora_B, self._experts = experts.initial_A, experts.initial_B, experts
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self._experts.group
+
+
 def _split_experts(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """State-dict hook: one entry per expert and factor."""
     assert isinstance(module, ShardedExperts)
@@ -263,12 +264,15 @@ def _stack_experts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *
     assert isinstance(module, ShardedExperts)
     for key in [k for k in state_dict if k.startswith(prefix + EXPERTS) and k.endswith("." + TOPOLOGY)]:
         saved = state_dict.pop(key).tolist()
-        if saved != module.topology().tolist():
+        if saved[:2] != module.topology().tolist()[:2]:
             raise ValueError(
                 f"this checkpoint was saved with ep_size={saved[0]} and expert-parallel ranks {saved[1]} apart, the "
                 f"run has {module.ep_size} and {module.topology().tolist()[1]}: its optimizer state belongs to other "
-                "experts. Resume in the same topology, or start anew from the saved adapter, which fits any."
+                "experts. Resume in the same topology, from an elastic checkpoint, or anew from the saved adapter."
             )
+        way = Way(*(WAYS[i] for i in saved[2:])) if min(saved[2:], default=-1) >= 0 else None
+        if module.way is None and way in open_ways(module.spec):
+            module.way = way
     for name in module.factor_names:
         experts: dict[int, Tensor] = {}
         for key in [k for k in state_dict if k.startswith(prefix + EXPERTS) and k.endswith("." + name)]:

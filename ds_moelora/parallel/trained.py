@@ -129,7 +129,7 @@ def _is_first_replica(param: Any) -> bool:
 def topology(engine: Any) -> dict[str, Any]:
     """What decides whether DeepSpeed's own files of a checkpoint fit another run."""
     shards = [m for m in engine.module.modules() if isinstance(m, ShardedExperts)]
-    ep_size, distance = shards[0].topology().tolist() if shards else (1, 1)
+    ep_size, distance = shards[0].topology().tolist()[:2] if shards else (1, 1)
     return {
         "world_size": dist.get_world_size(),
         "zero_stage": engine.zero_optimization_stage(),
