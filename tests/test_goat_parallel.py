@@ -17,7 +17,7 @@ from ds_moelora.adapters import svd_init
 from ds_moelora.core.svd import singular_triplets
 
 from .support.expert_parallel import Net, batches, run
-from .support.goat import goat_model, layers
+from .support.goat import base, goat_model, layers
 from .support.ranks import run_on_ranks
 from .support.training import deviation, engine_config, run_engine, run_reference
 
@@ -186,3 +186,58 @@ def largest_gather() -> int:
 
 def test_one_layer_at_a_time_is_gathered() -> None:
     assert run_on_ranks(2, largest_gather) == [12 * 9 + 9] * 2
+
+
+def loaded_on_partitioned(path: str) -> dict[str, Any]:
+    """On every rank: a saved adapter loaded onto a base that is cut up over the ranks, then run by a stage-3 engine."""
+    import deepspeed
+
+    settings = engine_config(3, "GateRiemannianSGD")
+    model = PeftModel.from_pretrained(base(partitioned=settings), path, is_trainable=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=settings)
+    engine.eval()
+    x, target = torch.linspace(-1, 1, 42).view(6, 7), torch.ones(6, 3)
+    with torch.no_grad():
+        result = {"adapted": engine(x, target).item()}
+        with engine.module.disable_adapter():
+            result["base"] = engine(x, target).item()
+    result["folded"] = all(layer.experts("default").residual.folded for layer in layers(engine.module))
+    engine.destroy()
+    return result
+
+
+def test_loads_onto_a_partitioned_base(tmp_path: Any) -> None:
+    model = goat_model()
+    with torch.no_grad():
+        for layer in layers(model):
+            layer.experts("default").lora_B.mul_(-3)
+    model.save_pretrained(tmp_path)
+    x, target = torch.linspace(-1, 1, 42).view(6, 7), torch.ones(6, 3)
+    wanted, original = model.eval()(x, target).item(), base()(x, target).item()
+    assert abs(wanted - original) > 1e-3
+    for found in run_on_ranks(2, loaded_on_partitioned, path=str(tmp_path)):
+        assert found["folded"]
+        assert abs(found["adapted"] - wanted) < 1e-6
+        assert abs(found["base"] - original) < 1e-6
+
+
+def made_inside_zero_init(dtype: torch.dtype) -> list[Tensor]:
+    """On every rank: one adapted layer's starting factors, made inside `zero.Init`, which changes tensors' dtypes."""
+    import deepspeed
+
+    settings = engine_config(3, "GateRiemannianSGD")
+    with deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype):
+        torch.manual_seed(0)
+        model = goat_model(partitioned=settings)
+    experts = layers(model)[0].experts("default")
+    with deepspeed.zero.GatheredParameters(list(experts.factors())):
+        return [factor.detach().clone() for factor in (*experts.factors(), *experts.initial_factors())]
+
+
+def test_inside_zero_init() -> None:
+    wanted = layers(goat_model())[0].experts("default").factors()
+    for A, B, initial_A, initial_B in run_on_ranks(2, made_inside_zero_init, dtype=torch.bfloat16):
+        for found, initial, exact in ((A, initial_A, wanted[0]), (B, initial_B, wanted[1])):
+            assert torch.equal(found.float(), initial.float())
+            assert (found.float() - exact).abs().max() < 2**-8 * exact.abs().max()

@@ -134,9 +134,9 @@ def _start_layer(
     K = experts.num_experts * experts.rank
     dtype = torch.promote_types(lora_A.dtype, torch.float32)
     shapes = ((layer.out_features, K), (K,), (layer.in_features, K))
-    # Not torch.empty, whose dtype and device deepspeed.zero.Init changes.
-    tensors = [torch.zeros(shape, dtype=dtype, device=lora_A.device) for shape in shapes]
-    tensors.append(torch.zeros(HASH_SHAPE, dtype=torch.uint8, device=lora_A.device))
+    # Not torch.zeros, whose dtype and device deepspeed.zero.Init changes.
+    tensors = [lora_A.new_zeros(shape, dtype=dtype) for shape in shapes]
+    tensors.append(lora_A.new_zeros(HASH_SHAPE, dtype=torch.uint8))
     if found is not None:
         for tensor, value in zip(tensors, found, strict=True):
             tensor.copy_(value)
