@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 ALGORITHMS = ("auto", "full", "gram", "krylov")
-# A Krylov space of up to DEPTH + 1 blocks; beyond this part of the whole space the full eigendecomposition is cheaper.
-DEPTH, LARGEST_SPACE = 8, 0.5
+# A Krylov space has DEPTH + 1 blocks. Beyond these shares of the whole space the full eigendecomposition is taken,
+# because it is faster ("auto"), or because rounding would spoil the space ("krylov").
+DEPTH, WORTHWHILE, LARGEST_SPACE = 6, 0.25, 0.5
 # Restarts, and after how many of them the operator is chosen anew.
 MAX_RESTARTS, SHIFTS = 8, 2
 OVERSAMPLING = 8
@@ -67,7 +68,7 @@ def singular_triplets(weight: Tensor, indices: Tensor, algorithm: str = "auto") 
     indices = indices.to(W.device)
     end = _which_end(indices, n)
     if algorithm == "auto":
-        algorithm = "krylov" if end is not None and _fits(len(indices), n) else "gram"
+        algorithm = "krylov" if end is not None and _fits(len(indices), n, WORTHWHILE) else "gram"
     if algorithm == "full":
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         return _fix_signs(Triplets(U[:, indices], S[indices], Vh[indices].T))
@@ -93,9 +94,9 @@ def _which_end(indices: Tensor, n: int) -> str | None:
     return None
 
 
-def _fits(K: int, n: int) -> bool:
-    """Whether a Krylov space of K vectors' blocks is much smaller than the whole space."""
-    return LARGEST_SPACE * n >= (DEPTH + 1) * (K + OVERSAMPLING)
+def _fits(K: int, n: int, share: float) -> bool:
+    """Whether the Krylov space for K vectors is at most this share of the whole space."""
+    return share * n >= (DEPTH + 1) * (K + OVERSAMPLING)
 
 
 def _complete(tall: Tensor, vectors: Tensor) -> Triplets:
@@ -127,7 +128,7 @@ def _extreme_eigenvectors(G: Tensor, K: int, largest: bool) -> Tensor:
     # torch.rand, since deepspeed.zero.Init changes the dtype that torch.randn and its like return.
     drawn = torch.rand(n, block, dtype=G.dtype, generator=torch.Generator().manual_seed(0)) - 0.5
     X, residual = torch.linalg.qr(drawn.to(G)).Q, math.inf
-    for restart in range(MAX_RESTARTS if _fits(K, n) else 0):
+    for restart in range(MAX_RESTARTS if _fits(K, n, LARGEST_SPACE) else 0):
         X, values, images = _ritz_vectors(S, factor, X)
         before, residual = residual, _residual(X[:, :K], images[:, :K], values[:K])
         if residual <= RESIDUAL:
