@@ -378,8 +378,10 @@ def test_meta_device():
         model = get_peft_model(llama(), config(**GOAT))
     assert all(p.is_meta for p in model.parameters())
     model.to_empty(device="cpu")
-    with pytest.raises(ValueError, match=r"q_proj: adapter 'default' starts from .*meta device"):
-        model(**batch())
+    empty_adapter = get_peft_model(llama(), config(**GOAT), low_cpu_mem_usage=True)
+    for without in (model, empty_adapter):
+        with pytest.raises(ValueError, match=r"q_proj: adapter 'default' starts from .*meta device"):
+            without(**batch())
 
 
 # What is refused

@@ -50,7 +50,8 @@ def check_svd_targets(config: MoELoRAConfig, model: nn.Module, matches: Callable
                 f"{config.init_lora_weights!r} cannot read; it takes float weights, bitsandbytes' 4 and 8 bit, and "
                 "modules with a dequantize() method. Use init_lora_weights=True, or exclude_modules."
             )
-        others = [other for other in shared.get(id(base.weight), []) if other != f"{name}.weight"]
+        tied = shared.get(id(getattr(base, "weight", None)), [])
+        others = [other for other in tied if other != f"{name}.weight"]
         if others and can_change(base):
             raise ValueError(
                 f"{name}.weight is the same parameter as {others[0]}: init_lora_weights={config.init_lora_weights!r} "
@@ -70,18 +71,22 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, MoELoRALaye
     }
 
 
+def _on_meta(layer: MoELoRALayer) -> bool:
+    return any(p.is_meta for p in layer.get_base_layer().parameters(recurse=False))
+
+
 def start_from_singular_values(model: nn.Module, adapter_name: str, config: MoELoRAConfig) -> None:
     """Gives every layer of a new adapter its starting factors, and takes their mean from the base weight.
 
     The layers are dealt out to the ranks, round by round; `parallel.ranks` tells the phases. Nothing is computed
-    while a saved adapter is being loaded, which brings its factors, nor on the meta device.
+    while a saved adapter is being loaded, which brings its factors, nor where base or adapter is on the meta device.
 
     Raises:
         ValueError: on every rank, if a decomposition fails on one.
     """
     layers = adapted_layers(model, adapter_name)
-    on_meta = any(p.is_meta for layer in layers.values() for p in layer.get_base_layer().parameters(recurse=False))
-    if _loading.get() or on_meta:
+    empty = any(_on_meta(layer) or layer.experts(adapter_name).factors()[0].is_meta for layer in layers.values())
+    if empty or _loading.get():
         return
     here, names = ranks(), list(layers)
     bar = logging.tqdm(total=len(names), desc="Singular values of the base weights", disable=here.rank != 0, delay=1)
@@ -166,8 +171,7 @@ def check_base_weights(model: nn.Module, adapter_name: str, entries: Mapping[str
     """
     for name, layer in adapted_layers(model, adapter_name).items():
         saved = entries.get(f"{name}.moelora_experts.{adapter_name}.base_hash")
-        on_meta = any(p.is_meta for p in layer.get_base_layer().parameters(recurse=False))
-        if saved is not None and not on_meta and not same_weight(saved, original_hash(layer)):
+        if saved is not None and not _on_meta(layer) and not same_weight(saved, original_hash(layer)):
             raise ValueError(
                 f"{name}: the base weight is not the one that this adapter was trained on, whose singular values it "
                 "started from. Load the adapter onto the original base model, in the dtype of training or in bfloat16."
@@ -193,7 +197,7 @@ def take_over_start(model: nn.Module, adapter_name: str, entries: Mapping[str, T
             continue
         unfold(layer, adapter_name)
         residual.ready = True
-        if not any(p.is_meta for p in layer.get_base_layer().parameters(recurse=False)):
+        if not _on_meta(layer):
             fold(layer, adapter_name, coming[0], coming[1])
 
 
