@@ -103,26 +103,24 @@ def _decompose_own(
     batch: list[tuple[str, MoELoRALayer]], adapter_name: str, config: MoELoRAConfig, here: Ranks
 ) -> list[Tensor] | None:
     """[U, S, V, hash] of this rank's layer of the round; None if there is none for it."""
-    own, error = None, None
-    for owner, (name, layer) in enumerate(batch):
+    name, own = batch[here.rank] if here.rank < len(batch) else ("", None)
+    weight = base_hash = found = error = None
+    for _, layer in batch:
+        # All ranks gather; an error must not lead one out of this loop, nor keep it from telling the others.
         with here.whole(layer.get_base_layer().parameters(recurse=False)):
-            if owner == here.rank:
+            if layer is own:
                 try:
                     weight, base_hash = original_weight(layer)
-                    own = (name, layer.experts(adapter_name), weight.clone(), base_hash)
-                except Exception as e:  # told to all ranks, which would otherwise wait for this one
-                    error = e
-    found = None
-    if own is not None:
-        name, experts, weight, base_hash = own
-        indices = triplet_indices(
-            min(weight.shape), experts.num_experts, experts.rank, str(config.init_lora_weights)
-        ).flatten()
+                    weight = weight.clone()
+                except Exception as e:
+                    error = ValueError(f"{name}: {e}")
+    if own is not None and weight is not None and base_hash is not None:
+        experts = own.experts(adapter_name)
+        variant = str(config.init_lora_weights)
+        indices = triplet_indices(min(weight.shape), experts.num_experts, experts.rank, variant).flatten()
+        decompose = functools.partial(singular_triplets, weight, indices)
         try:
-            triplets = cached_triplets(
-                config.svd_cache_dir, base_hash, indices, lambda: singular_triplets(weight, indices)
-            )
-            found = [*triplets, base_hash]
+            found = [*cached_triplets(config.svd_cache_dir, base_hash, indices, decompose), base_hash]
         except Exception as e:
             error = ValueError(f"{name}: {e}")
     here.agree(error)
