@@ -65,8 +65,11 @@ def test_expert_parallel_equals_one_rank(stage: int, report: Callable[[str, str]
         assert after < TOLERANCE
 
 
-def outputs(path: str, ep_size: int) -> dict[str, float]:
-    """On every rank: the loss of a saved adapter, and of the base model below it, as the engine computes them."""
+def outputs(path: str, ep_size: int) -> dict[str, Any]:
+    """On every rank: the loss of a saved adapter, and of the base model below it, as the engine computes them.
+
+    And the base weight that unloading gives back, or why it does not.
+    """
     import deepspeed
 
     config = MoELoRAConfig.from_pretrained(path)
@@ -82,6 +85,10 @@ def outputs(path: str, ep_size: int) -> dict[str, float]:
         result = {"adapted": engine(x, target)["loss"].item()}
         with engine.module.disable_adapter():
             result["base"] = engine(x, target)["loss"].item()
+        try:
+            result["unloaded"] = engine.module.unload().second.weight.detach()
+        except ValueError as error:
+            result["refused"] = str(error)
     engine.destroy()
     return result
 
@@ -101,6 +108,10 @@ def test_saved_under_one_ep_size_loads_under_any(saved_with: int, tmp_path: Any)
         for found in run_on_ranks(2, outputs, path=str(tmp_path), ep_size=ep_size):
             assert abs(found["adapted"] - wanted) < 1e-6
             assert abs(found["base"] - plain(x, target)["loss"].item()) < 1e-6
+            if ep_size == 1:
+                torch.testing.assert_close(found["unloaded"], plain.second.weight.detach(), rtol=0, atol=1e-7)
+            else:
+                assert "no rank has all starting factors" in found["refused"]
 
 
 def copy_of(model: Net) -> Net:
