@@ -43,6 +43,10 @@ def train(model, inputs, steps=3):
     return model
 
 
+def refuse(*args):
+    raise AssertionError("decomposed a weight")
+
+
 # The start
 
 
@@ -172,7 +176,7 @@ def test_reload_on_the_original_base(builder, low_cpu_mem_usage, tmp_path, monke
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert size < 2 * trained + 64 * len(layers(model))
 
-    monkeypatch.setattr(svd_init, "singular_triplets", None)  # loading decomposes nothing
+    monkeypatch.setattr(svd_init, "singular_triplets", refuse)  # loading decomposes nothing
     for trainable in (False, True):
         loaded = PeftModel.from_pretrained(
             builder(), tmp_path, is_trainable=trainable, low_cpu_mem_usage=low_cpu_mem_usage
@@ -270,7 +274,7 @@ def test_cached_decompositions_are_used_and_depend_on_the_weight(tmp_path, monke
     other = adapted(rho=3.0, **fields)  # computed from the same triplets
     assert sorted((tmp_path / "cache").iterdir()) == files
     again, original = adapted(**fields), svd_init.singular_triplets
-    monkeypatch.setattr(svd_init, "singular_triplets", None)
+    monkeypatch.setattr(svd_init, "singular_triplets", refuse)
     again = adapted(**fields)
     for a, b, c in zip(layers(first), layers(again), layers(other), strict=True):
         assert torch.equal(a.experts("default").lora_A, b.experts("default").lora_A)
@@ -378,8 +382,10 @@ def test_meta_device():
         model = get_peft_model(llama(), config(**GOAT))
     assert all(p.is_meta for p in model.parameters())
     model.to_empty(device="cpu")
-    with pytest.raises(ValueError, match=r"q_proj: adapter 'default' starts from .*meta device"):
-        model(**batch())
+    empty_adapter = get_peft_model(llama(), config(**GOAT), low_cpu_mem_usage=True)
+    for without in (model, empty_adapter):
+        with pytest.raises(ValueError, match=r"q_proj: adapter 'default' starts from .*meta device"):
+            without(**batch())
 
 
 # What is refused

@@ -17,7 +17,7 @@ from ds_moelora.adapters import svd_init
 from ds_moelora.core.svd import singular_triplets
 
 from .support.expert_parallel import Net, batches, run
-from .support.goat import goat_model, layers
+from .support.goat import base, goat_model, layers
 from .support.ranks import run_on_ranks
 from .support.training import deviation, engine_config, run_engine, run_reference
 
@@ -65,8 +65,11 @@ def test_expert_parallel_equals_one_rank(stage: int, report: Callable[[str, str]
         assert after < TOLERANCE
 
 
-def outputs(path: str, ep_size: int) -> dict[str, float]:
-    """On every rank: the loss of a saved adapter, and of the base model below it, as the engine computes them."""
+def outputs(path: str, ep_size: int) -> dict[str, Any]:
+    """On every rank: the loss of a saved adapter, and of the base model below it, as the engine computes them.
+
+    And the base weight that unloading gives back, or why it does not.
+    """
     import deepspeed
 
     config = MoELoRAConfig.from_pretrained(path)
@@ -82,6 +85,10 @@ def outputs(path: str, ep_size: int) -> dict[str, float]:
         result = {"adapted": engine(x, target)["loss"].item()}
         with engine.module.disable_adapter():
             result["base"] = engine(x, target)["loss"].item()
+        try:
+            result["unloaded"] = engine.module.unload().second.weight.detach()
+        except ValueError as error:
+            result["refused"] = str(error)
     engine.destroy()
     return result
 
@@ -101,6 +108,10 @@ def test_saved_under_one_ep_size_loads_under_any(saved_with: int, tmp_path: Any)
         for found in run_on_ranks(2, outputs, path=str(tmp_path), ep_size=ep_size):
             assert abs(found["adapted"] - wanted) < 1e-6
             assert abs(found["base"] - plain(x, target)["loss"].item()) < 1e-6
+            if ep_size == 1:
+                torch.testing.assert_close(found["unloaded"], plain.second.weight.detach(), rtol=0, atol=1e-7)
+            else:
+                assert "no rank has all starting factors" in found["refused"]
 
 
 def copy_of(model: Net) -> Net:
@@ -186,3 +197,75 @@ def largest_gather() -> int:
 
 def test_one_layer_at_a_time_is_gathered() -> None:
     assert run_on_ranks(2, largest_gather) == [12 * 9 + 9] * 2
+
+
+def loaded_on_partitioned(path: str) -> dict[str, Any]:
+    """On every rank: a saved adapter loaded onto a base that is cut up over the ranks, then run by a stage-3 engine."""
+    import deepspeed
+
+    settings = engine_config(3, "GateRiemannianSGD")
+    model = PeftModel.from_pretrained(base(partitioned=settings), path, is_trainable=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=settings)
+    engine.eval()
+    x, target = torch.linspace(-1, 1, 42).view(6, 7), torch.ones(6, 3)
+    with torch.no_grad():
+        result = {"adapted": engine(x, target).item()}
+        with engine.module.disable_adapter():
+            result["base"] = engine(x, target).item()
+    result["folded"] = all(layer.experts("default").residual.folded for layer in layers(engine.module))
+    engine.destroy()
+    return result
+
+
+def test_loads_onto_a_partitioned_base(tmp_path: Any) -> None:
+    model = goat_model()
+    with torch.no_grad():
+        for layer in layers(model):
+            layer.experts("default").lora_B.mul_(-3)
+    model.save_pretrained(tmp_path)
+    x, target = torch.linspace(-1, 1, 42).view(6, 7), torch.ones(6, 3)
+    wanted, original = model.eval()(x, target).item(), base()(x, target).item()
+    assert abs(wanted - original) > 1e-3
+    for found in run_on_ranks(2, loaded_on_partitioned, path=str(tmp_path)):
+        assert found["folded"]
+        assert abs(found["adapted"] - wanted) < 1e-6
+        assert abs(found["base"] - original) < 1e-6
+
+
+def made_inside_zero_init() -> list[Tensor]:
+    """On every rank: one layer's factors and starting factors, made inside `zero.Init`, which cuts them up at once."""
+    import deepspeed
+
+    settings = engine_config(3, "GateRiemannianSGD")
+    with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.float32):
+        model = goat_model(partitioned=settings)
+    experts = layers(model)[0].experts("default")
+    assert all(factor.numel() == 0 for factor in experts.factors())
+    with deepspeed.zero.GatheredParameters(list(experts.factors())):
+        return [factor.detach().clone() for factor in (*experts.factors(), *experts.initial_factors())]
+
+
+def test_adapter_made_inside_zero_init() -> None:
+    wanted = layers(goat_model())[0].experts("default").factors()
+    for found in run_on_ranks(2, made_inside_zero_init):
+        for values, exact in zip(found, (*wanted, *wanted), strict=True):
+            assert torch.equal(values, exact)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bf16(stage: int) -> None:
+    """Half precision: no further from its float64 reference than a plain mixture in half precision is (times 2).
+
+    All experts are chosen (top_k = E): rounding would otherwise send tokens elsewhere, in both.
+    """
+    found = {}
+    for name, fields in {"goat": {}, "plain": {"init_lora_weights": False}}.items():
+        config = engine_config(stage, "GateRiemannianSGD", precision="bf16")
+        config["optimizer"]["params"]["include_scaling"] = True
+        model = functools.partial(goat_model, top_k=3, **fields)
+        results = run_on_ranks(2, run_engine, config=config, model=model)
+        whole = functools.partial(model, gate_scaling="sqrt")
+        reference = run_reference("GateRiemannianSGD", 2, model=whole, precision="bf16", include_scaling=True)
+        found[name] = deviation(results[0]["weights"], reference["weights"])
+    assert found["goat"] < 2 * found["plain"]

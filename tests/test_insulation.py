@@ -31,6 +31,7 @@ ALLOWED = {
     ("parallel/elastic.py", "gradient_accumulation_steps"): "a public method of the engine",
     ("parallel/run_state.py", "gradient_accumulation_steps"): "a public method of the engine",
     ("parallel/trained.py", "module"): "a public attribute of the engine",
+    ("parallel/gathering.py", "_current_graph_task_id"): "torch's, as its own checkpointing asks for it",
     ("adapters/__init__.py", "_remove_adapter_name_from_key"): "PEFT's",
 }
 BY_NAME = ("getattr", "hasattr", "setattr", "delattr", "_read")

@@ -41,7 +41,7 @@ def test_zero3_trains_resumes_and_saves_what_the_original_model_loads(tmp_path: 
     for name, tensor in trained.items():
         assert torch.equal(tensor, again[name]), name
 
-    monkeypatch.setattr(svd_init, "singular_triplets", None)
+    monkeypatch.setattr(svd_init, "singular_triplets", None)  # loading decomposes nothing
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), whole)
     layer = "base_model.model.model.layers.0.mlp.down_proj"
     original = AutoModelForCausalLM.from_pretrained(model).model.layers[0].mlp.down_proj.weight

@@ -202,8 +202,8 @@ class MoELoRAModel(BaseTuner):
             self._refuse_merge(adapter_names)
         merged = (self.active_adapters if adapter_names is None else adapter_names) if merge else []
         for layer in self.model.modules():
-            for name in getattr(layer, "moelora_experts", []) if isinstance(layer, MoELoRALayer) else []:
-                if name not in merged and name not in layer.merged_adapters:
+            if isinstance(layer, MoELoRALayer):
+                for name in set(layer.moelora_experts) - {*merged, *layer.merged_adapters}:
                     unfold(layer, name)
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names

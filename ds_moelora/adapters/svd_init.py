@@ -52,7 +52,8 @@ def check_svd_targets(config: MoELoRAConfig, model: nn.Module, matches: Callable
                 f"{config.init_lora_weights!r} cannot read; it takes float weights, bitsandbytes' 4 and 8 bit, and "
                 "modules with a dequantize() method. Use init_lora_weights=True, or exclude_modules."
             )
-        others = [other for other in shared.get(id(base.weight), []) if other != f"{name}.weight"]
+        tied = shared.get(id(getattr(base, "weight", None)), [])
+        others = [other for other in tied if other != f"{name}.weight"]
         if others and can_change(base):
             raise ValueError(
                 f"{name}.weight is the same parameter as {others[0]}: init_lora_weights={config.init_lora_weights!r} "
@@ -72,18 +73,22 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, MoELoRALaye
     }
 
 
+def _on_meta(layer: MoELoRALayer) -> bool:
+    return any(p.is_meta for p in layer.get_base_layer().parameters(recurse=False))
+
+
 def start_from_singular_values(model: nn.Module, adapter_name: str, config: MoELoRAConfig) -> None:
     """Gives every layer of a new adapter its starting factors, and takes their mean from the base weight.
 
     The layers are dealt out to the ranks, round by round; `parallel.ranks` tells the phases. Nothing is computed
-    while a saved adapter is being loaded, which brings its factors, nor on the meta device.
+    while a saved adapter is being loaded, which brings its factors, nor where base or adapter is on the meta device.
 
     Raises:
         ValueError: on every rank, if a decomposition fails on one.
     """
     layers = adapted_layers(model, adapter_name)
-    on_meta = any(p.is_meta for layer in layers.values() for p in layer.get_base_layer().parameters(recurse=False))
-    if _loading.get() or on_meta:
+    empty = any(_on_meta(layer) or layer.experts(adapter_name).factors()[0].is_meta for layer in layers.values())
+    if empty or _loading.get():
         return
     here, names = ranks(), list(layers)
     bar = logging.tqdm(total=len(names), desc="Singular values of the base weights", disable=here.rank != 0, delay=1)
@@ -100,26 +105,24 @@ def _decompose_own(
     batch: list[tuple[str, MoELoRALayer]], adapter_name: str, config: MoELoRAConfig, here: Ranks
 ) -> list[Tensor] | None:
     """[U, S, V, hash] of this rank's layer of the round; None if there is none for it."""
-    own, error = None, None
-    for owner, (name, layer) in enumerate(batch):
+    name, own = batch[here.rank] if here.rank < len(batch) else ("", None)
+    weight = base_hash = found = error = None
+    for _, layer in batch:
+        # All ranks gather; an error must not lead one out of this loop, nor keep it from telling the others.
         with here.whole(layer.get_base_layer().parameters(recurse=False)):
-            if owner == here.rank:
+            if layer is own:
                 try:
                     weight, base_hash = original_weight(layer)
-                    own = (name, layer.experts(adapter_name), weight.clone(), base_hash)
-                except Exception as e:  # told to all ranks, which would otherwise wait for this one
-                    error = e
-    found = None
-    if own is not None:
-        name, experts, weight, base_hash = own
-        indices = triplet_indices(
-            min(weight.shape), experts.num_experts, experts.rank, str(config.init_lora_weights)
-        ).flatten()
+                    weight = weight.clone()
+                except Exception as e:
+                    error = ValueError(f"{name}: {e}")
+    if own is not None and weight is not None and base_hash is not None:
+        experts = own.experts(adapter_name)
+        variant = str(config.init_lora_weights)
+        indices = triplet_indices(min(weight.shape), experts.num_experts, experts.rank, variant).flatten()
+        decompose = functools.partial(singular_triplets, weight, indices)
         try:
-            triplets = cached_triplets(
-                config.svd_cache_dir, base_hash, indices, lambda: singular_triplets(weight, indices)
-            )
-            found = [*triplets, base_hash]
+            found = [*cached_triplets(config.svd_cache_dir, base_hash, indices, decompose), base_hash]
         except Exception as e:
             error = ValueError(f"{name}: {e}")
     here.agree(error)
@@ -136,9 +139,9 @@ def _start_layer(
     K = experts.num_experts * experts.rank
     dtype = torch.promote_types(lora_A.dtype, torch.float32)
     shapes = ((layer.out_features, K), (K,), (layer.in_features, K))
-    # Not torch.empty, whose dtype and device deepspeed.zero.Init changes.
-    tensors = [torch.zeros(shape, dtype=dtype, device=lora_A.device) for shape in shapes]
-    tensors.append(torch.zeros(HASH_SHAPE, dtype=torch.uint8, device=lora_A.device))
+    # Not torch.zeros, whose dtype and device deepspeed.zero.Init changes.
+    tensors = [lora_A.new_zeros(shape, dtype=dtype) for shape in shapes]
+    tensors.append(lora_A.new_zeros(HASH_SHAPE, dtype=torch.uint8))
     if found is not None:
         for tensor, value in zip(tensors, found, strict=True):
             tensor.copy_(value)
@@ -168,8 +171,7 @@ def check_base_weights(model: nn.Module, adapter_name: str, entries: Mapping[str
     """
     for name, layer in adapted_layers(model, adapter_name).items():
         saved = entries.get(f"{name}.moelora_experts.{adapter_name}.base_hash")
-        on_meta = any(p.is_meta for p in layer.get_base_layer().parameters(recurse=False))
-        if saved is not None and not on_meta and not same_weight(saved, original_hash(layer)):
+        if saved is not None and not _on_meta(layer) and not same_weight(saved, original_hash(layer)):
             raise ValueError(
                 f"{name}: the base weight is not the one that this adapter was trained on, whose singular values it "
                 "started from. Load the adapter onto the original base model, in the dtype of training or in bfloat16."
@@ -195,7 +197,7 @@ def take_over_start(model: nn.Module, adapter_name: str, entries: Mapping[str, T
             continue
         unfold(layer, adapter_name)
         residual.ready = True
-        if not any(p.is_meta for p in layer.get_base_layer().parameters(recurse=False)):
+        if not _on_meta(layer):
             fold(layer, adapter_name, coming[0], coming[1])
 
 

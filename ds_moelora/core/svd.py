@@ -4,8 +4,8 @@ Three algorithms, `benchmarks/bench_svd.py` measures them:
 
     full     torch.linalg.svd of W. The yardstick.
     gram     eigenvectors of the float64 Gram matrix of the smaller side (W^T W or W W^T), all of them.
-    krylov   for one end of the spectrum: block Krylov subspaces of that Gram matrix (largest) or of its inverse by
-             Cholesky factorisation (smallest), with Rayleigh-Ritz steps and restarts until the residual is small.
+    krylov   for one end of the spectrum: block Krylov subspaces of that Gram matrix, or of its shifted inverse by
+             Cholesky factorisation, with Rayleigh-Ritz steps and restarts until the residual is small.
 
 From eigenvectors v the rest follows without a square root of an eigenvalue: S = |W v|, u = W v / S, which keeps small
 singular values accurate. A Gram matrix squares the condition number, but in float64 of weights that were rounded to
@@ -17,6 +17,7 @@ left vector is positive.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,9 +25,11 @@ import torch
 from torch import Tensor
 
 ALGORITHMS = ("auto", "full", "gram", "krylov")
-# A Krylov space of up to DEPTH + 1 blocks; beyond this part of the whole space the full eigendecomposition is cheaper.
-DEPTH, LARGEST_SPACE = 8, 0.5
-MAX_RESTARTS = 8
+# A Krylov space has DEPTH + 1 blocks. Beyond these shares of the whole space the full eigendecomposition is taken,
+# because it is faster ("auto"), or because rounding would spoil the space ("krylov").
+DEPTH, WORTHWHILE, LARGEST_SPACE = 6, 0.25, 0.5
+# Restarts, and after how many of them the operator is chosen anew.
+MAX_RESTARTS, SHIFTS = 8, 2
 OVERSAMPLING = 8
 # |G v - lambda v| / |G|, or the same of the inverse. Eigenvalues are then accurate to its square over the gap.
 RESIDUAL = 1e-10
@@ -65,7 +68,7 @@ def singular_triplets(weight: Tensor, indices: Tensor, algorithm: str = "auto") 
     indices = indices.to(W.device)
     end = _which_end(indices, n)
     if algorithm == "auto":
-        algorithm = "krylov" if end is not None and _fits(len(indices), n) else "gram"
+        algorithm = "krylov" if end is not None and _fits(len(indices), n, WORTHWHILE) else "gram"
     if algorithm == "full":
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         return _fix_signs(Triplets(U[:, indices], S[indices], Vh[indices].T))
@@ -91,9 +94,9 @@ def _which_end(indices: Tensor, n: int) -> str | None:
     return None
 
 
-def _fits(K: int, n: int) -> bool:
-    """Whether a Krylov space of K vectors' blocks is much smaller than the whole space."""
-    return LARGEST_SPACE * n >= (DEPTH + 1) * (K + OVERSAMPLING)
+def _fits(K: int, n: int, share: float) -> bool:
+    """Whether the Krylov space for K vectors is at most this share of the whole space."""
+    return share * n >= (DEPTH + 1) * (K + OVERSAMPLING)
 
 
 def _complete(tall: Tensor, vectors: Tensor) -> Triplets:
@@ -111,39 +114,69 @@ def _fix_signs(triplets: Triplets) -> Triplets:
 
 
 def _extreme_eigenvectors(G: Tensor, K: int, largest: bool) -> Tensor:
-    """(n, K) eigenvectors of the K largest or smallest eigenvalues of G (n, n), those of larger ones first."""
-    n, factor = len(G), None
-    if not largest:
-        # The shift keeps a singular G positive definite, and moves no eigenvector.
-        shift = 8 * n * torch.finfo(G.dtype).eps * G.diagonal().sum() / n
-        factor, failed = torch.linalg.cholesky_ex(G + shift * torch.eye(n, dtype=G.dtype, device=G.device))
-        if failed:
-            return torch.linalg.eigh(G).eigenvectors[:, :K].flip(1)
+    """(n, K) eigenvectors of the K largest or smallest eigenvalues of G (n, n), those of larger ones first.
 
-    def apply(X: Tensor) -> Tensor:
-        return G @ X if factor is None else torch.cholesky_solve(X, factor)
-
+    The first Krylov space is that of G (largest) or of G^-1 (smallest); if that was not enough, those of (m I - S)^-1,
+    S = G or -G, with m just above the largest eigenvalue of S, which the first space has told: it pulls apart what is
+    crowded at the edge.
+    """
+    n, S = len(G), G if largest else -G
     block = min(K + OVERSAMPLING, n)
+    # The shift keeps a singular G positive definite, and moves no eigenvector.
+    factor = None if largest else _factor(S, 8 * torch.finfo(G.dtype).eps * G.diagonal().sum())
     # A fixed stream, drawn on the CPU: equal on every rank and device, and nobody else's random numbers change.
-    drawn = torch.randn(n, block, dtype=G.dtype, generator=torch.Generator().manual_seed(0))
-    X = torch.linalg.qr(drawn.to(G.device)).Q
-    residual, restarts = torch.inf, MAX_RESTARTS if _fits(K, n) else 0
-    while restarts > 0:
-        Q, applied = _krylov_space(apply, X)
-        values, mixing = torch.linalg.eigh(_symmetric(Q.T @ applied))
-        mixing = mixing.flip(1)[:, :block]
-        X, ahead = Q @ mixing, applied @ mixing
-        values = values.flip(0)[:block]
-        before, residual = residual, _residual(X[:, :K], ahead[:, :K], values[:K])
+    # torch.rand, since deepspeed.zero.Init changes the dtype that torch.randn and its like return.
+    drawn = torch.rand(n, block, dtype=G.dtype, generator=torch.Generator().manual_seed(0)) - 0.5
+    X, residual = torch.linalg.qr(drawn.to(G)).Q, math.inf
+    for restart in range(MAX_RESTARTS if _fits(K, n, LARGEST_SPACE) else 0):
+        X, values, images = _ritz_vectors(S, factor, X)
+        before, residual = residual, _residual(X[:, :K], images[:, :K], values[:K])
         if residual <= RESIDUAL:
             return X[:, :K] if largest else X[:, :K].flip(1)
-        restarts -= 1
-        # At the rate of this restart, would the rest be enough?
-        if residual * min(residual / before, 1.0) ** restarts > RESIDUAL and before < torch.inf:
-            break
         X = torch.linalg.qr(X).Q
-    eigenvectors = torch.linalg.eigh(G).eigenvectors  # no gap at the edge: the space would have to be too large
+        if restart < SHIFTS:
+            factor = _factor_at_the_edge(S, X[:, :K]) or factor
+        elif residual * min(residual / before, 1.0) ** (MAX_RESTARTS - 1 - restart) > RESIDUAL:
+            break  # at the rate of this restart, the rest would not be enough
+    eigenvectors = torch.linalg.eigh(G).eigenvectors
     return eigenvectors[:, -K:].flip(1) if largest else eigenvectors[:, :K].flip(1)
+
+
+def _factor(S: Tensor, m: Tensor | float) -> tuple[Tensor, ...] | None:
+    """The Cholesky factor of m I - S, as the only element; None if that is not positive definite."""
+    shifted = -S
+    shifted.diagonal().add_(m)
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    return None if failed else (factor,)
+
+
+def _factor_at_the_edge(S: Tensor, X: Tensor) -> tuple[Tensor, ...] | None:
+    """`_factor` with m above the largest eigenvalue of S, as far as the leading ones, of X (n, K), lie apart."""
+    quotients = (X * (S @ X)).sum(0)
+    edge = quotients.max()
+    distance = (edge - quotients.min()) / X.shape[1]
+    for _ in range(4):
+        factor = _factor(S, edge + distance)
+        if factor is not None:
+            return factor
+        distance = 4 * distance
+    return None
+
+
+def _ritz_vectors(S: Tensor, factor: tuple[Tensor, ...] | None, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading Ritz vectors Y (as many as X has), values and H Y, in the Krylov space of X.
+
+    H is S, or the inverse that `factor` belongs to.
+    """
+
+    def apply(vectors: Tensor) -> Tensor:
+        return S @ vectors if factor is None else torch.cholesky_solve(vectors, factor[0])
+
+    Q, images = _krylov_space(apply, X)
+    H = Q.T @ images
+    values, mixing = torch.linalg.eigh((H + H.T) / 2)
+    mixing = mixing.flip(1)[:, : X.shape[1]]
+    return Q @ mixing, values.flip(0)[: X.shape[1]], images @ mixing
 
 
 def _residual(X: Tensor, images: Tensor, values: Tensor) -> float:
@@ -163,7 +196,3 @@ def _krylov_space(apply: Callable[[Tensor], Tensor], X: Tensor) -> tuple[Tensor,
         last = apply(last)
         images = torch.cat([images, last], 1)
     return basis, images
-
-
-def _symmetric(H: Tensor) -> Tensor:
-    return (H + H.T) / 2

@@ -102,7 +102,7 @@ class Bucket:
     def __init__(self, layers: Sequence[ShardedLayer]) -> None:
         self.layers = layers
         self._gather: _Gather | None = None
-        self._current: _Pass | None = None
+        self.current: _Pass | None = None
         self._has_graph = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,31 +122,31 @@ class Bucket:
         if _inside_backward():  # gradient checkpointing runs the layer again
             if len(self.layers) > 1 and not self._has_graph:
                 return None  # reentrant: this graph ends where the checkpoint does, perhaps within the bucket
-            self._current = None
-            self._fetch(dtype)
+            self.current = None
+            self.fetch(dtype)
             return Entered(self, self._new_pass(index, index + 1), index, dtype)
         if index == 0:
-            self._drop()  # what an unfinished pass has left may be older than the last step
-            self._current, self._has_graph = self._new_pass(0, len(self.layers)), torch.is_grad_enabled()
-            self._fetch(dtype)
-        if self._current is None or index not in self._current.ahead:
+            self.drop()  # what an unfinished pass has left may be older than the last step
+            self.current, self._has_graph = self._new_pass(0, len(self.layers)), torch.is_grad_enabled()
+            self.fetch(dtype)
+        if self.current is None or index not in self.current.ahead:
             return None
         if self._gather is None or self._gather.dtype != dtype:
             return None
-        return Entered(self, self._current, index, dtype)
+        return Entered(self, self.current, index, dtype)
 
     def _new_pass(self, start: int, stop: int) -> _Pass:
         layers = {i: self.layers[i] for i in range(start, stop)}
         return _Pass({i: (layer.lora_A, layer.lora_B) for i, layer in layers.items()}, self.layers[0].group)
 
-    def _fetch(self, dtype: torch.dtype) -> _Gather:
+    def fetch(self, dtype: torch.dtype) -> _Gather:
         if self._gather is None or self._gather.dtype != dtype:
-            self._drop()
+            self.drop()
             factors = [p for layer in self.layers for p in (layer.lora_A, layer.lora_B)]
             self._gather = _Gather(factors, dtype, self.layers[0].group)
         return self._gather
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
         if self._gather is not None:
             self._gather.work.wait()
             self._gather = None
@@ -172,24 +172,24 @@ class Entered(NamedTuple):
         """The layer needs nothing (more) in its forward pass."""
         bucket, ahead = self.bucket, self.pass_.ahead
         ahead.discard(self.layer)
-        if bucket._current is self.pass_:
+        if bucket.current is self.pass_:
             if not ahead:
-                bucket._current = None
-                bucket._drop()
+                bucket.current = None
+                bucket.drop()
         elif self.layer == len(bucket.layers) - 1:  # run again, and the last to be
-            bucket._drop()
+            bucket.drop()
 
     def backward(self) -> tuple[Tensor, Tensor]:
         """The same for its backward pass."""
-        self.bucket._current = None
+        self.bucket.current = None
         A, B = self._factors()
         self.pass_.behind.discard(self.layer)
         if not self.pass_.behind:
-            self.bucket._drop()
+            self.bucket.drop()
         return A, B
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        gather = self.bucket._fetch(self.dtype)
+        gather = self.bucket.fetch(self.dtype)
         return gather.whole(2 * self.layer), gather.whole(2 * self.layer + 1)
 
 
