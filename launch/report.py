@@ -59,6 +59,7 @@ def summarize(
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "eval": {key: value for key, value in eval_metrics.items() if isinstance(value, int | float)},
+        "log": [entry for entry in history if "loss" in entry],
         "adapter": str(output_dir),
         "checkpoints": sorted(str(path) for path in output_dir.glob("checkpoint-*")),
         "tensorboard": f"tensorboard --logdir {output_dir}" if "tensorboard" in trainer.args.report_to else None,
