@@ -32,5 +32,8 @@ setup(
         "ninja",
         "setuptools",
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14"]},
+    extras_require={
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14"],
+        "bench": ["matplotlib>=3.7"],
+    },
 )
