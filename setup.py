@@ -20,7 +20,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.16.9",
-        "transformers>=4.56",
+        "transformers>=5.20",
         "peft>=0.21",
         "accelerate>=1.6",
         "datasets>=3.0",
@@ -28,6 +28,7 @@ setup(
         "tensorboard>=2.15",
         "mpi4py>=4.0",
         "safetensors>=0.4.3",
+        "pillow",
         # DeepSpeed compiles its CPU collectives with these on first use.
         "ninja",
         "setuptools",

@@ -5,6 +5,7 @@ Importing the package registers the optimizers with DeepSpeed and the tuner with
 
 from .adapters import MoELoRAConfig, MoELoRAModel, gather_experts, tag_lora_pairs
 from .optim import GateRiemannianAdamW, GateRiemannianSGD
+from .parallel.elastic import load_elastic, save_elastic
 from .plugin import register
 
 __version__ = "0.1.0"
@@ -16,7 +17,9 @@ __all__ = [
     "MoELoRAModel",
     "__version__",
     "gather_experts",
+    "load_elastic",
     "register",
+    "save_elastic",
     "tag_lora_pairs",
 ]
 

@@ -2,7 +2,7 @@
 
 Flags are the fields of three dataclasses: `RunArguments` (what to train on what), `AdapterArguments` (the mixture) and
 the training arguments of the task, which are TRL's `SFTConfig` (causal-lm) or transformers' `TrainingArguments`
-(sequence-classification). `--config recipe.yaml` sets any of them by name; the command line wins.
+(classification). `--config recipe.yaml` sets any of them by name; the command line wins.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trl import SFTConfig, TrlParser
 
 from launch.errors import UsageError, UserError
 
-TASKS = ("causal-lm", "sequence-classification")
+TASKS = ("causal-lm", "sequence-classification", "image-classification")
 DEFAULT_OPTIM = "adamw_torch"
 
 
@@ -42,7 +42,8 @@ class RunArguments:
     """Which model is trained on which data for which task."""
 
     task: str = field(
-        default="causal-lm", metadata={"help": "causal-lm or sequence-classification.", "choices": list(TASKS)}
+        default="causal-lm",
+        metadata={"help": "causal-lm, sequence-classification or image-classification.", "choices": list(TASKS)},
     )
     model_name_or_path: str | None = _flag(None, "Model: a folder or a hub id. Without model and dataset: the demo.")
     revision: str = _flag("main", "Branch, tag or commit of a model from the hub.")
@@ -63,9 +64,11 @@ class RunArguments:
         },
     )
     text_column: str | None = _flag(None, "Classification: the column with the text. Default: see docs/launcher.md.")
+    text_pair_column: str | None = _flag(None, "Classification: the second of two texts; needs --text_column.")
     text_pattern: str | None = _flag(
         None, "Classification: a regular expression; its first group in each text is what the model reads."
     )
+    image_column: str | None = _flag(None, "Images: the column with the pictures. Default: image, img or picture.")
     label_column: str | None = _flag(None, "Classification: the column with the label. Default: label or answer.")
     overwrite_output_dir: bool = _flag(False, "Accept a non-empty output_dir; its old checkpoints are removed.")
     show_traceback: bool = _flag(False, "Show the traceback of errors that are otherwise one message.")
@@ -142,8 +145,8 @@ class CausalConfig(_Deferred, SFTConfig):
 
 
 @dataclass
-class ClassificationConfig(_Deferred, TrainingArguments):
-    """transformers' `TrainingArguments` with this launcher's defaults."""
+class HeadConfig(_Deferred, TrainingArguments):
+    """transformers' `TrainingArguments` with this launcher's defaults, for models with a classification head."""
 
     output_dir: str = _flag("outputs/run", "Folder for the adapter, checkpoints, TensorBoard logs and the summary.")
     optim: str | None = _flag(None, "Only without an optimizer block in the DeepSpeed config: a transformers name.")
@@ -152,11 +155,24 @@ class ClassificationConfig(_Deferred, TrainingArguments):
     include_num_input_tokens_seen: str = _flag("non_padding", "Count tokens: no, all or non_padding.")
     logging_steps: float = _flag(10, "Log every so many steps.")
     bf16: bool | None = _flag(None, "bf16 training. Default: where an accelerator supports it.")
-    max_length: int = _flag(256, "Longest input in tokens; longer texts are cut.")
     trust_remote_code: bool = _flag(False, "Run code that a model's repository brings. Off unless you trust it.")
 
     def __post_init__(self) -> None:
         """Left to `start()`."""
+
+
+@dataclass
+class ClassificationConfig(HeadConfig):
+    """For sequence-classification."""
+
+    max_length: int = _flag(256, "Longest input in tokens; longer texts are cut.")
+
+
+@dataclass
+class ImageConfig(HeadConfig):
+    """For image-classification."""
+
+    remove_unused_columns: bool = field(default=False, init=False)  # pictures are processed after columns are read
 
 
 @dataclass
@@ -166,14 +182,17 @@ class Arguments:
     Args:
         run: model, data and task.
         adapter: the mixture.
-        training: `CausalConfig` or `ClassificationConfig`, not started yet.
+        training: `CausalConfig`, `ClassificationConfig` or `ImageConfig`, not started yet.
         demo: no model and no dataset was named: the embedded default runs.
     """
 
     run: RunArguments
     adapter: AdapterArguments
-    training: CausalConfig | ClassificationConfig
+    training: CausalConfig | ClassificationConfig | ImageConfig
     demo: bool
+
+
+TRAINING_CLASSES = dict(zip(TASKS, (CausalConfig, ClassificationConfig, ImageConfig), strict=True))
 
 
 class _Parser(TrlParser):
@@ -201,7 +220,7 @@ def parse_arguments(argv: Sequence[str], demo_defaults: dict[str, Any]) -> Argum
         raise UsageError(f"--task {task} is unknown; choose one of: {', '.join(TASKS)}.")
     demo = _wants_demo(task, chosen)
 
-    training_class = CausalConfig if task == "causal-lm" else ClassificationConfig
+    training_class = TRAINING_CLASSES[task]
     parser = _Parser((RunArguments, AdapterArguments, training_class), prog="launch/train.py", allow_abbrev=False)
     known = {action.dest for action in parser._actions} - {"help"} | {"config", "env"}
     _refuse_unknown(recipe, known, "recipe key")

@@ -17,12 +17,21 @@ from transformers.trainer_utils import get_last_checkpoint
 from ds_moelora.core.expert_parallel import check_ep_size
 from ds_moelora.core.pairs import GATE_SCALINGS
 from ds_moelora.parallel.checkpoint import check_checkpoint
-from launch.arguments import Arguments
+from ds_moelora.parallel.elastic import read_manifest
+from launch.arguments import Arguments, RunArguments
 from launch.errors import UserError, process_rank
 from launch.extensions import check_build_lock
 
 # The keys that transformers fills in; "auto" anywhere else would reach the optimizer as a string.
 AUTO_KEYS = ("lr", "betas", "eps", "weight_decay")
+TASK_FLAGS = {
+    "prompt_template": ("causal-lm",),
+    "text_column": ("sequence-classification",),
+    "text_pair_column": ("sequence-classification",),
+    "text_pattern": ("sequence-classification",),
+    "image_column": ("image-classification",),
+    "label_column": ("sequence-classification", "image-classification"),
+}
 OURS = ("GateRiemannianAdamW", "GateRiemannianSGD")
 
 
@@ -150,13 +159,20 @@ def check_output_dir(arguments: Arguments) -> None:
 
 
 def check_resumed_topology(arguments: Arguments) -> None:
-    """Finds a checkpoint whose experts lay on other ranks: their optimizer state cannot be moved.
+    """Finds a checkpoint without elastic part whose experts lay on other ranks: their state cannot be moved.
 
     Raises:
-        UserError: the checkpoint was saved with another `ep_size`.
+        UserError: the checkpoint was saved with another `ep_size`, or its elastic part is incomplete.
     """
     folder, wanted = arguments.training.resume_from_checkpoint, arguments.adapter.ep_size
     if folder is None:
+        return
+    elastic = Path(folder) / "elastic"
+    if elastic.is_dir():
+        try:
+            read_manifest(elastic)
+        except ValueError as error:
+            raise UserError(f"--resume_from_checkpoint: {error}") from error
         return
     files = sorted(Path(folder).glob("global_step*/layer_*_expert_*_model_states.pt"))
     saved = 1
@@ -165,8 +181,9 @@ def check_resumed_topology(arguments: Arguments) -> None:
         saved = next((int(t[0]) for name, t in tensors.items() if name.endswith(".topology")), 0)
     if saved != wanted:
         raise UserError(
-            f"--resume_from_checkpoint {folder} was saved with --ep_size {saved}, this run has {wanted}. Resume with "
-            f"--ep_size {saved}; the adapter in that folder can be loaded under any ep_size, without optimizer state."
+            f"--resume_from_checkpoint {folder} was saved with --ep_size {saved}, this run has {wanted}, and it has no "
+            f"elastic part. Resume with --ep_size {saved}; the adapter in that folder can be loaded under any ep_size, "
+            "without optimizer state."
         )
 
 
@@ -218,6 +235,18 @@ def check_numbers(arguments: Arguments) -> None:
         raise UserError("--eval_strategy needs an evaluation set: --eval_dataset_name, or --eval_fraction.")
 
 
+def check_task(arguments: Arguments) -> None:
+    """Refuses flags that mean nothing to the task.
+
+    Raises:
+        UserError: naming the flag and the tasks it is for.
+    """
+    run = arguments.run
+    for name, tasks in TASK_FLAGS.items():
+        if run.task not in tasks and getattr(run, name) != getattr(RunArguments, name):
+            raise UserError(f"--{name} has no effect with --task {run.task}; it is for {' and '.join(tasks)}.")
+
+
 def check_loss(arguments: Arguments) -> None:
     """Refuses losses that are not the model's own, of which the routers' load-balancing loss is a part.
 
@@ -262,6 +291,7 @@ def preflight(arguments: Arguments) -> str:
     """All checks of this module; returns the optimizer's name."""
     check_build_lock()
     check_numbers(arguments)
+    check_task(arguments)
     check_loss(arguments)
     check_expert_parallel(arguments)
     name = check_optimizer(arguments)

@@ -14,10 +14,18 @@ from launch.arguments import RunArguments
 from launch.errors import UserError
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 EVAL_SPLITS = ("validation", "test", "dev", "train")
 
 
-def load_rows(name: str, flag: str, split: str | None, config: str | None = None, limit: int | None = None) -> Dataset:
+def load_rows(
+    name: str,
+    flag: str,
+    split: str | None,
+    config: str | None = None,
+    limit: int | None = None,
+    pictures: bool = False,
+) -> Dataset:
     """Rows of a local file, a local folder or a dataset on the hub.
 
     Args:
@@ -26,11 +34,12 @@ def load_rows(name: str, flag: str, split: str | None, config: str | None = None
         split: split to take; None: the first of validation, test, dev, train that there is.
         config: configuration of a hub dataset.
         limit: take the first `limit` rows only.
+        pictures: a folder with pictures in it is read as such: one folder per class, or a metadata file.
 
     Raises:
         UserError: nothing there, unreadable, no such split, or no rows.
     """
-    found = _load(name, flag, config)
+    found = _load(name, flag, config, pictures)
     if split is None:
         split = next((s for s in EVAL_SPLITS if s in found), None)
     if split not in found:
@@ -41,13 +50,13 @@ def load_rows(name: str, flag: str, split: str | None, config: str | None = None
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
-def _load(name: str, flag: str, config: str | None) -> DatasetDict:
+def _load(name: str, flag: str, config: str | None, pictures: bool) -> DatasetDict:
     """Every split of a dataset, wherever it is."""
     path = Path(name).expanduser()
     if path.is_file():
         return _load_files({"train": [path]}, flag, name)
     if path.is_dir():
-        return _load_folder(path, flag)
+        return _load_folder(path, flag, pictures)
     if path.suffix in BUILDERS or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise UserError(f"{flag} {name}: there is no such file or folder (working directory: {Path.cwd()}).")
     try:
@@ -59,9 +68,14 @@ def _load(name: str, flag: str, config: str | None) -> DatasetDict:
         ) from error
 
 
-def _load_folder(folder: Path, flag: str) -> DatasetDict:
+def _load_folder(folder: Path, flag: str, pictures: bool) -> DatasetDict:
     """Data files of a folder; a file belongs to the split in its name (`boolq.test.jsonl`), else to train."""
     files = sorted(p for p in folder.rglob("*") if p.suffix in BUILDERS and p.is_file())
+    if pictures and any(p.suffix.lower() in PICTURES for p in folder.rglob("*")):
+        try:
+            return datasets.load_dataset("imagefolder", data_dir=str(folder.absolute()))
+        except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+            raise UserError(f"{flag} {folder} holds no pictures that can be read: {_first_line(error)}") from error
     if not files:
         raise UserError(f"{flag} {folder}: the folder has no {', '.join(BUILDERS)} file.")
     splits: dict[str, list[Path]] = {}
@@ -93,7 +107,10 @@ def _load_files(splits: dict[str, list[Path]], flag: str, name: str) -> DatasetD
 
 def load_splits(run: RunArguments, seed: int) -> tuple[Dataset, Dataset | None]:
     """The training rows, and the evaluation rows if there are any."""
-    train = load_rows(run.dataset_name, "--dataset_name", run.dataset_split, run.dataset_config, run.max_train_samples)
+    pictures = run.task == "image-classification"
+    train = load_rows(
+        run.dataset_name, "--dataset_name", run.dataset_split, run.dataset_config, run.max_train_samples, pictures
+    )
     if run.eval_dataset_name is not None:
         evaluation = load_rows(
             run.eval_dataset_name,
@@ -101,6 +118,7 @@ def load_splits(run: RunArguments, seed: int) -> tuple[Dataset, Dataset | None]:
             run.eval_dataset_split,
             run.dataset_config if run.eval_dataset_name == run.dataset_name else None,
             run.max_eval_samples,
+            pictures,
         )
         return train, evaluation
     if not run.eval_fraction:

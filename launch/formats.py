@@ -26,6 +26,14 @@ ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 TEXT_COLUMNS = ("instruction", "text", "sentence", "question")
+# Two texts that belong together, as GLUE's and BoolQ's files have them; the model reads both.
+TEXT_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("question", "passage"),
+)
 LABEL_COLUMNS = ("label", "answer")
 USABLE = "instruction + output (and input), prompt + completion, or messages"
 
@@ -102,19 +110,24 @@ def _prompt(template: str, instruction: str, context: str) -> str:
 
 
 def classification_texts(rows: Dataset, run: RunArguments, flag: str) -> Dataset:
-    """`rows` as `text` and `label`, the label still as stored.
+    """`rows` as `text` (and `text_pair`, if there are two) and `label`, the label still as stored.
 
     Raises:
         UserError: no text or label column, a missing value, or a text that `--text_pattern` does not match.
     """
-    text = _choose(rows, run.text_column, TEXT_COLUMNS, "--text_column", flag)
-    label = _choose(rows, run.label_column, LABEL_COLUMNS, "--label_column", flag)
-    if rows.features[text] not in (Value("string"), Value("large_string")):
-        raise UserError(f"{flag}: column {text!r} holds {rows.features[text]}, not text. Choose with --text_column.")
-    _refuse_missing(rows, (text, label), flag)
+    text, pair = _text_columns(rows, run, flag)
+    label = choose_column(rows, run.label_column, LABEL_COLUMNS, "--label_column", flag)
+    texts = (text, pair) if pair else (text,)
+    for name in texts:
+        if rows.features[name] not in (Value("string"), Value("large_string")):
+            raise UserError(
+                f"{flag}: column {name!r} holds {rows.features[name]}, not text. Choose with --text_column."
+            )
+    _refuse_missing(rows, (*texts, label), flag)
     pattern = _compile(run.text_pattern)
     # Alpaca rows keep part of the text in a second column; a column chosen by name is taken alone.
-    second = "input" if run.text_column is None and text == "instruction" and "input" in rows.column_names else None
+    alpaca = run.text_column is None and pair is None and text == "instruction"
+    second = "input" if alpaca and "input" in rows.column_names else None
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         joined = f"{row[text]}\n{row[second]}" if second and row[second] else row[text]
@@ -123,12 +136,27 @@ def classification_texts(rows: Dataset, run: RunArguments, flag: str) -> Dataset
             if match is None:
                 raise UserError(f"{flag}: --text_pattern {run.text_pattern!r} does not match {joined[:200]!r}.")
             joined = match.group(1)
-        return {"text": joined, "label": row[label]}
+        return {"text": joined, **({"text_pair": row[pair]} if pair else {}), "label": row[label]}
 
-    plain = rows.remove_columns([c for c in rows.column_names if c not in (text, label, second)])
+    plain = rows.remove_columns([c for c in rows.column_names if c not in (text, pair, label, second)])
     names = rows.features[label].names if isinstance(rows.features[label], ClassLabel) else None
-    made = plain.map(convert, remove_columns=[c for c in plain.column_names if c not in ("text", "label")])
+    kept = ("text", "text_pair", "label")
+    made = plain.map(convert, remove_columns=[c for c in plain.column_names if c not in kept])
     return made.cast_column("label", ClassLabel(names=names)) if names else made
+
+
+def _text_columns(rows: Dataset, run: RunArguments, flag: str) -> tuple[str, str | None]:
+    """The column of the text, and that of the second text if there are two."""
+    if run.text_pair_column is not None:
+        if run.text_column is None:
+            raise UserError(f"--text_pair_column {run.text_pair_column} needs --text_column, the first of the two.")
+        first = choose_column(rows, run.text_column, (), "--text_column", flag)
+        return first, choose_column(rows, run.text_pair_column, (), "--text_pair_column", flag)
+    if run.text_column is None and run.text_pattern is None and "instruction" not in rows.column_names:
+        for first, second in TEXT_PAIRS:
+            if first in rows.column_names and second in rows.column_names:
+                return first, second
+    return choose_column(rows, run.text_column, TEXT_COLUMNS, "--text_column", flag), None
 
 
 def label_names(rows: Dataset, flag: str) -> list[str]:
@@ -164,7 +192,12 @@ def number_labels(rows: Dataset, names: list[str], flag: str) -> Dataset:
     return rows.remove_columns("label").add_column("labels", [ids[name] for name in stored])
 
 
-def _choose(rows: Dataset, wish: str | None, usual: tuple[str, ...], choose_with: str, flag: str) -> str:
+def choose_column(rows: Dataset, wish: str | None, usual: tuple[str, ...], choose_with: str, flag: str) -> str:
+    """The column called `wish`, or the first of the usual names that is there.
+
+    Raises:
+        UserError: there is none; names those that there are.
+    """
     if wish is not None and wish not in rows.column_names:
         raise UserError(f"{choose_with} {wish}: {flag} has no such column. It has: {_names(rows)}.")
     found = wish or next((name for name in usual if name in rows.column_names), None)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -22,10 +23,20 @@ from transformers.pytorch_utils import Conv1D
 import ds_moelora
 from launch.arguments import AdapterArguments, Arguments
 from launch.errors import UserError
+from launch.images import head_name
 
-AUTO_CLASSES = {"causal-lm": AutoModelForCausalLM, "sequence-classification": AutoModelForSequenceClassification}
+AUTO_CLASSES = {
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+    "image-classification": AutoModelForImageClassification,
+}
+# PEFT's wrappers for a task expect text; a model of pictures is wrapped as it is.
+TASK_TYPES = {
+    "causal-lm": TaskType.CAUSAL_LM,
+    "sequence-classification": TaskType.SEQ_CLS,
+    "image-classification": None,
+}
 PATTERNS = ("rank_pattern", "alpha_pattern", "num_experts_pattern", "top_k_pattern")
-TASK_TYPES = {"causal-lm": TaskType.CAUSAL_LM, "sequence-classification": TaskType.SEQ_CLS}
 SHOWN_NAMES = 12
 
 
@@ -104,11 +115,15 @@ def _read_pattern(flag: str, value: Any) -> Any:
 def check_model(arguments: Arguments, config: Any, model_options: dict[str, Any]) -> None:
     """Builds the model without weights and puts the adapter on it, so that a wrong target shows within a second.
 
+    For pictures it completes `config` by the classification layer.
+
     Raises:
         UserError: the model's config cannot be read, or the adapter does not fit the model.
     """
     skeleton = _build_on_meta(arguments, model_options)
     names = linear_names(skeleton)
+    if arguments.run.task == "image-classification":
+        _train_head(config, head_name(skeleton))
     try:
         get_peft_model(skeleton, config)
     except (ValueError, NotImplementedError) as error:
@@ -117,6 +132,13 @@ def check_model(arguments: Arguments, config: Any, model_options: dict[str, Any]
             f"--target_modules {' '.join(arguments.adapter.target_modules)}: {error} "
             f"Linear layers of this model are called: {shown}."
         ) from error
+
+
+def _train_head(config: Any, head: str) -> None:
+    """The new classification layer is trained and saved whole, not adapted; PEFT does the same for text by itself."""
+    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), head]))
+    if config.target_modules == "all-linear":
+        config.exclude_modules = rf"(.*\.)?{head}(\..*)?"
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -138,7 +160,7 @@ def _build_on_meta(arguments: Arguments, model_options: dict[str, Any]) -> PreTr
 
 
 def load_model(
-    arguments: Arguments, config: Any, model_options: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+    arguments: Arguments, config: Any, model_options: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
 ) -> PeftModel:
     """The model with its weights and a fresh adapter. Call it after `training.start()`: ZeRO-3 shards while loading."""
     run, training = arguments.run, arguments.training
@@ -151,6 +173,6 @@ def load_model(
         dtype=dtype,
         **model_options,
     )
-    if model.config.pad_token_id is None:
+    if tokenizer is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return get_peft_model(model, config)

@@ -29,11 +29,11 @@ import datasets
 import deepspeed
 import transformers
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import set_seed
 
 import ds_moelora  # noqa: F401  (registers the optimizers and the tuner)
-from launch import checks, demo, formats, modeling, report, trainers
+from launch import checks, demo, formats, images, modeling, report, trainers
 from launch.arguments import Arguments, parse_arguments
 from launch.data import load_splits
 from launch.errors import UserError, process_rank, run_guarded
@@ -58,17 +58,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = modeling.adapter_config(arguments.adapter, arguments.run.task)
     if arguments.demo:
         arguments.run.model_name_or_path = str(demo.base_model())
-    tokenizer = modeling.load_tokenizer(arguments)
-    train, evaluation, model_options = load_data(arguments, tokenizer)
+    pictures = arguments.run.task == "image-classification"
+    processor = images.load_image_processor(arguments) if pictures else modeling.load_tokenizer(arguments)
+    train, evaluation, model_options = load_data(arguments, processor)
     modeling.check_model(arguments, config, model_options)
 
     start(arguments)
     set_seed(arguments.training.seed)
-    model = modeling.load_model(arguments, config, model_options, tokenizer)
+    model = modeling.load_model(arguments, config, model_options, None if pictures else processor)
     callbacks: list[TrainerCallback] = [trainers.OptimizerGuard(optimizer)]
     if arguments.demo:
-        callbacks.append(demo.ExactMatch(tokenizer))
-    trainer = trainers.build_trainer(arguments, model, tokenizer, train, evaluation, callbacks)
+        callbacks.append(demo.ExactMatch(processor))
+    trainer = trainers.build_trainer(arguments, model, processor, train, evaluation, callbacks)
     return run(trainer, arguments, optimizer, callbacks)
 
 
@@ -81,7 +82,7 @@ def quieten() -> None:
 
 
 def load_data(
-    arguments: Arguments, tokenizer: PreTrainedTokenizerBase
+    arguments: Arguments, processor: PreTrainedTokenizerBase | BaseImageProcessor
 ) -> tuple[Dataset, Dataset | None, dict[str, Any]]:
     """Training rows, evaluation rows, and what the model's config must know about them (the classes)."""
     run = arguments.run
@@ -91,14 +92,15 @@ def load_data(
     flags = f"--dataset_name {run.dataset_name}", f"--eval_dataset_name {run.eval_dataset_name or run.dataset_name}"
     if run.task == "causal-lm":
         # --chat_template_path gives the tokenizer its template later, in the trainer.
-        chat = bool(tokenizer.chat_template or arguments.training.chat_template_path)
+        chat = bool(processor.chat_template or arguments.training.chat_template_path)
         train = formats.causal_rows(train, run, flags[0], chat)
         return train, evaluation and formats.causal_rows(evaluation, run, flags[1], chat), {}
-    train = formats.classification_texts(train, run, flags[0])
+    columns = images.labelled_images if run.task == "image-classification" else formats.classification_texts
+    train = columns(train, run, flags[0])
     names = formats.label_names(train, flags[0])
     train = formats.number_labels(train, names, flags[0])
     if evaluation is not None:
-        evaluation = formats.number_labels(formats.classification_texts(evaluation, run, flags[1]), names, flags[1])
+        evaluation = formats.number_labels(columns(evaluation, run, flags[1]), names, flags[1])
     ids = dict(enumerate(names))
     return train, evaluation, {"num_labels": len(names), "id2label": ids, "label2id": {n: i for i, n in ids.items()}}
 
@@ -143,10 +145,10 @@ def run(trainer: Trainer, arguments: Arguments, optimizer: str, callbacks: list[
     # Gathers what ZeRO-3 has sharded; PEFT then writes the adapter alone.
     trainer.save_model(training.output_dir)
     extra: dict[str, Any] = {}
-    if arguments.run.task == "sequence-classification":
+    if arguments.run.task != "causal-lm":
         extra["classes"] = [name for _, name in sorted(trainer.model.config.id2label.items())]
         if trainer.eval_dataset is not None:
-            counts = Counter(trainer.eval_dataset["labels"])
+            counts = Counter(trainer.eval_dataset.with_format(None)["labels"])
             eval_metrics["eval_majority_class_accuracy"] = max(counts.values()) / counts.total()
     exact_match = next((callback for callback in callbacks if isinstance(callback, demo.ExactMatch)), None)
     if exact_match is not None:

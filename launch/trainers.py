@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import (
+    BaseImageProcessor,
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedTokenizerBase,
@@ -18,26 +21,77 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from trl import SFTTrainer
 
-from ds_moelora import gather_experts
+from ds_moelora import gather_experts, load_elastic, save_elastic
 from ds_moelora.adapters import sharded_experts
+from ds_moelora.parallel.elastic import read_manifest, topology_changes, why_not_elastic
+from launch import images
 from launch.arguments import Arguments
 from launch.errors import UserError
 
+ELASTIC = "elastic"  # folder of a checkpoint
+
 
 class GatheringTrainer(Trainer):
-    """A Trainer that saves whole experts when they are spread over ranks (`ep_size > 1`).
+    """A Trainer that saves whole experts when they are spread over ranks (`ep_size > 1`), and resumes anywhere.
 
     transformers calls `_save` on every rank, but `save_pretrained`, which would gather them, on one. So they are
     gathered before it, one layer at a time, and join the state dict under the names that they have without sharding.
+
+    Every checkpoint has an elastic part (`ELASTIC`) beside DeepSpeed's own files. In the same topology those are
+    resumed, equal to the bit; in another, which DeepSpeed cannot do, the elastic part.
     """
+
+    saves_elastic = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
         if state_dict is not None and sharded_experts(model):
             state_dict = {**state_dict, **gather_experts(model)}
         super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.saves_elastic:
+            save_elastic(self.deepspeed, Path(output_dir) / ELASTIC)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[Any, Any]:
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # the engine exists from here on
+        obstacle = why_not_elastic(self.deepspeed)
+        self.saves_elastic = obstacle is None
+        if obstacle and self.is_world_process_zero():
+            print(f"Checkpoints will fit this topology alone: {obstacle}", flush=True)
+        if resume_from_checkpoint is not None:
+            self._load_training_state(resume_from_checkpoint)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        return prepared
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:  # it may be older than a change of topology
+            self._load_training_state(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _load_training_state(self, checkpoint: str) -> None:
+        """Weights and optimizer state: DeepSpeed's own files if they fit the topology, otherwise the elastic part."""
+        elastic = Path(checkpoint) / ELASTIC
+        changes = topology_changes(self.deepspeed, elastic) if elastic.is_dir() else []
+        if not changes:
+            deepspeed_load_checkpoint(self.deepspeed, checkpoint, load_module_strict=False)
+            return
+        batches = read_manifest(elastic)["train_batch_size"], self.deepspeed.train_batch_size()
+        if batches[0] != batches[1]:
+            changes.append(f"samples per step {batches[0]} -> {batches[1]}")
+        if self.is_world_process_zero():
+            print(f"{checkpoint}: the topology has changed, {', '.join(changes)}. Resuming from {elastic}.", flush=True)
+        load_elastic(self.deepspeed, elastic)
 
 
 class MixtureSFTTrainer(GatheringTrainer, SFTTrainer):
@@ -92,11 +146,12 @@ class OptimizerGuard(TrainerCallback):
 
 
 def tokenize_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """`text` as token ids, cut at `max_length`."""
+    """`text` (and `text_pair`) as token ids, cut at `max_length`."""
+    columns = [name for name in ("text", "text_pair") if name in rows.column_names]
     return rows.map(
-        lambda batch: tokenizer(batch["text"], truncation=True, max_length=max_length),
+        lambda batch: tokenizer(*(batch[name] for name in columns), truncation=True, max_length=max_length),
         batched=True,
-        remove_columns=["text"],
+        remove_columns=columns,
         desc="Tokenizing",
     )
 
@@ -110,18 +165,18 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def build_trainer(
     arguments: Arguments,
     model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: PreTrainedTokenizerBase | BaseImageProcessor,
     train: Dataset,
     evaluation: Dataset | None,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
-    """The trainer of the task.
+    """The trainer of the task. `processor` is the tokenizer, or what prepares pictures.
 
     Raises:
         UserError: no training row has an answer within `max_length`.
     """
     training = arguments.training
-    common = {"model": model, "args": training, "processing_class": tokenizer, "callbacks": callbacks}
+    common = {"model": model, "args": training, "processing_class": processor, "callbacks": callbacks}
     if arguments.run.task == "causal-lm":
         training.completion_only_loss = True
         trainer: Trainer = MixtureSFTTrainer(train_dataset=train, eval_dataset=evaluation, **common)
@@ -130,10 +185,15 @@ def build_trainer(
                 f"no training row has an answer within --max_length {training.max_length} tokens; raise it."
             )
     else:
+        if arguments.run.task == "image-classification":
+            prepare, collator = partial(images.as_inputs, processor=processor), images.collate
+        else:
+            prepare = partial(tokenize_texts, tokenizer=processor, max_length=training.max_length)
+            collator = DataCollatorWithPadding(processor)
         trainer = GatheringTrainer(
-            train_dataset=tokenize_texts(train, tokenizer, training.max_length),
-            eval_dataset=None if evaluation is None else tokenize_texts(evaluation, tokenizer, training.max_length),
-            data_collator=DataCollatorWithPadding(tokenizer),
+            train_dataset=prepare(train),
+            eval_dataset=None if evaluation is None else prepare(evaluation),
+            data_collator=collator,
             compute_metrics=accuracy,
             **common,
         )

@@ -117,9 +117,35 @@ def test_expert_parallel(model: Path, alpaca: Path, tmp_path: Path, ranks: int):
         assert torch.equal(tensor, adapter_of(resumed)[name]), name
 
     if ranks == 2:
-        finished = launch(arguments(model, alpaca, "zero2_ep", resumed, *again, "--ep_size", "1"), ranks)
-        assert finished.code != 0
-        assert "was saved with --ep_size 2, this run has 1" in finished.output
+        resume_elsewhere(model, alpaca, spread, tmp_path / "elsewhere", *again)
+
+
+def losses_of(checkpoint: Path) -> list[float]:
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def resume_elsewhere(model: Path, alpaca: Path, trained: Path, resumed: Path, *more: str):
+    """What two ranks with --ep_size 2 began, one rank under ZeRO-3 brings to the same end, and says how."""
+    shutil.copytree(trained / "checkpoint-2", resumed / "checkpoint-2")
+    finished = launch(
+        arguments(model, alpaca, "zero3", resumed, *more, "--gradient_accumulation_steps", "2"), ranks=1, timeout=400
+    )
+    assert finished.code == 0, finished.output[-4000:]
+    assert "topology has changed, world_size 2 -> 1, zero_stage 2 -> 3, ep_size 2 -> 1" in finished.output
+    expected, got = adapter_of(trained), adapter_of(resumed)
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert (got[name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, name
+    losses = [losses_of(path / "checkpoint-4") for path in (trained, resumed)]
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+    shutil.rmtree(resumed / "checkpoint-2" / "elastic")
+    shutil.rmtree(resumed / "checkpoint-4")
+    finished = launch(arguments(model, alpaca, "zero2_ep", resumed, *more, "--ep_size", "1"), ranks=2)
+    assert finished.code != 0
+    assert "was saved with --ep_size 2, this run has 1, and it has no elastic part" in finished.output
 
 
 def test_stages_save_the_same_adapter(model: Path, alpaca: Path, tmp_path: Path):

@@ -63,6 +63,8 @@ def test_public_names() -> None:
         "MoELoRAModel",
         "__version__",
         "gather_experts",
+        "load_elastic",
+        "save_elastic",
         "register",
         "tag_lora_pairs",
     }

@@ -45,6 +45,9 @@ class Storage(Protocol):
     def units(self, param_groups: Sequence[ParamGroup]) -> set[Hashable]:
         """What the running call of `optimizer.step()` updates, given the groups it sees."""
 
+    def held(self, unit: Hashable) -> Any:
+        """The optimizer's own local tensor of a unit, under which it keeps its state."""
+
     def flat(self, unit: Hashable) -> Flat:
         """The local flat weights of a unit and their gradient."""
 
@@ -103,17 +106,20 @@ class WholeStorage:
 
     def __init__(self, params: list[Any], held: list[Any]) -> None:
         self.numels = [p.numel() for p in params]
-        self.held = held
+        self._held = held
 
     def placement(self, index: int) -> Placement:
         return Placement(numel=self.numels[index], unit=index, partition=max(self.numels[index], 1))
 
     def units(self, param_groups: Sequence[ParamGroup]) -> set[Hashable]:
-        return set(range(len(self.held)))
+        return set(range(len(self._held)))
+
+    def held(self, unit: Hashable) -> Any:
+        assert isinstance(unit, int)
+        return self._held[unit]
 
     def flat(self, unit: Hashable) -> Flat:
-        assert isinstance(unit, int)
-        p = self.held[unit]
+        p = self.held(unit)
         if not p.is_contiguous():
             # Rows must be consecutive, and torch's fused step wants weight and gradient in the same order.
             p.data = p.data.contiguous()
@@ -157,7 +163,7 @@ class ZeroPartitionStorage:
 
     def placement(self, index: int) -> Placement:
         param, unit = self.params[index], self.groups[index]
-        partition = self._partition(unit).numel()
+        partition = self.held(unit).numel()
         group = _read(param, "_dp_group")
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         if param.untyped_storage().nbytes() < partition * world * param.element_size():
@@ -177,7 +183,8 @@ class ZeroPartitionStorage:
             group=group,
         )
 
-    def _partition(self, unit: int) -> Any:
+    def held(self, unit: Hashable) -> Any:
+        assert isinstance(unit, int)
         params = self.known_groups[unit]["params"]
         if len(params) != 1:
             raise _unknown(f"parameter group {unit} holds {len(params)} tensors, where ZeRO keeps one flat partition")
@@ -187,8 +194,7 @@ class ZeroPartitionStorage:
         return {group[GROUP_KEY] for group in param_groups if group["params"]}
 
     def flat(self, unit: Hashable) -> Flat:
-        assert isinstance(unit, int)
-        partition = self._partition(unit)
+        partition = self.held(unit)
         return partition.detach(), partition.grad
 
 
@@ -234,7 +240,10 @@ class ZeroStage3Storage:
         stepped = {id(p) for group in param_groups for p in group["params"]}
         return {i for i, partition in enumerate(self.partitions) if id(partition) in stepped}
 
-    def flat(self, unit: Hashable) -> Flat:
+    def held(self, unit: Hashable) -> Any:
         assert isinstance(unit, int)
-        partition = self.partitions[unit]
+        return self.partitions[unit]
+
+    def flat(self, unit: Hashable) -> Flat:
+        partition = self.held(unit)
         return partition.detach(), partition.grad

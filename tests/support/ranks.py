@@ -84,6 +84,12 @@ def run_on_ranks(world: int, function: Callable[..., Any], timeout: float = 300,
     return _pools[world].run(function, kwargs, timeout)
 
 
+def close_pool(world: int) -> None:
+    """Ends the processes of a pool that later tests do not need."""
+    if world in _pools:
+        _pools[world].close()
+
+
 @atexit.register
 def close_pools() -> None:
     for pool in list(_pools.values()):
