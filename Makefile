@@ -15,7 +15,7 @@ ifneq ($(DEEPSPEED),)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 endif
 
-.PHONY: demo test conformance lint format clean
+.PHONY: demo test conformance bench bench-gpu lint format clean
 
 demo: $(VENV)/.ready
 	OMP_NUM_THREADS=1 deepspeed --num_gpus $(RANKS) launch/train.py --deepspeed configs/zero2.json --overwrite_output_dir
@@ -25,6 +25,14 @@ test: $(VENV)/.ready
 
 conformance: $(VENV)/.ready
 	python -m pytest tests/conformance tests/test_zero_exactness.py $(PYTEST_ARGS)
+
+# A short form of every benchmark, under 10 minutes, and which ratios moved from benchmarks/results/.
+bench: $(VENV)/.ready
+	OMP_NUM_THREADS=1 python -m benchmarks.compare
+
+# Needs torch, peft and a CUDA device; neither network nor DeepSpeed, and no virtual environment of its own.
+bench-gpu:
+	$(PYTHON) -m benchmarks.bench_gpu
 
 lint: $(VENV)/.ready
 	ruff check .

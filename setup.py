@@ -37,6 +37,6 @@ setup(
     extras_require={
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14"],
         # The tables and plots of benchmarks/.
-        "bench": ["rich>=13", "matplotlib>=3.8"],
+        "bench": ["matplotlib>=3.8"],
     },
 )

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .placement import Placement, expert_blocks, split_slice
 
+# A product over this many elements is long enough to hide what a call costs, and its operands still fit in a cache.
+MERGED_NUMEL = 1 << 18
+
 
 @dataclass(frozen=True, kw_only=True)
 class Factor:
@@ -32,7 +35,10 @@ class Factor:
 
 
 class Block(NamedTuple):
-    """`rows` whole rows of each of `experts` consecutive experts, in the flat tensor of `source`."""
+    """`rows` whole rows of each of `experts` consecutive experts, in the flat tensor of `source`.
+
+    The experts may be those of several factors that lie one behind the other.
+    """
 
     source: Hashable
     offset: int
@@ -40,13 +46,20 @@ class Block(NamedTuple):
     rows: int
     rank: int
     transposed: bool
-    matrix: int  # of the first expert's Gram matrix (to add to, or whose inverse to apply) among those of equal rank
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.experts * self.rows * self.rank
 
     def view(self, flat: Tensor) -> Tensor:
-        piece = flat[self.offset : self.offset + self.experts * self.rows * self.rank]
-        if self.transposed:
-            return piece.view(self.rank, self.rows).T.unsqueeze(0)
-        return piece.view(self.experts, self.rows, self.rank)
+        r, rows = self.rank, self.rows
+        strides = (1, 1, rows) if self.transposed else (rows * r, r, 1)
+        return flat.as_strided((self.experts, rows, r), strides, flat.storage_offset() + self.offset)
+
+    def continued_by(self, other: Block) -> bool:
+        """True if `other` lies directly behind, looks the same, and both together are not too many for the caches."""
+        same = (self.source, self.rows, self.rank, self.transposed) == (*other[:1], *other[3:])
+        return same and not self.transposed and self.end == other.offset and other.end - self.offset <= MERGED_NUMEL
 
 
 class Index(list[int]):
@@ -58,6 +71,31 @@ class Index(list[int]):
         if self.tensor is None or self.tensor.device != device:
             self.tensor = torch.tensor(self, dtype=torch.long, device=device)
         return self.tensor
+
+
+class Blocks:
+    """All blocks of equal rank, as few as possible, and the Gram matrix of every expert in them.
+
+    Args:
+        rank: r of all of them.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.blocks: list[Block] = []
+        self.matrix = Index()  # (to add to, or whose inverse to apply) among those of equal rank
+
+    def add(self, block: Block, matrix: int) -> None:
+        """Puts a block behind the others; `matrix` is that of its first expert."""
+        self.matrix.extend(range(matrix, matrix + block.experts))
+        if self.blocks and self.blocks[-1].continued_by(block):
+            last = self.blocks.pop()
+            block = last._replace(experts=last.experts + block.experts)
+        self.blocks.append(block)
+
+    @property
+    def counts(self) -> list[int]:
+        return [block.experts for block in self.blocks]
 
 
 @dataclass
@@ -106,9 +144,8 @@ class Plan:
             self.numel += self.num_due_matrices(rank) * rank * rank
 
         self.assembled = [i for i in sorted({*due, *active}) if factors[i].rank_first and factors[i].placement.is_cut]
-        self.gram_blocks, self.late_gram_blocks = self._blocks(due, own=True)
-        early, late = self._blocks(active, own=False)
-        self.apply_blocks = early + late
+        self.gram_blocks, self.late_gram_blocks = self._blocks(due, True, False), self._blocks(due, True, True)
+        self.apply_blocks = self._blocks(active, False, False) + self._blocks(active, False, True)
         self.weight_rows, self.weight_copies = self._cut_rows(due, own=True)
         self.grad_rows, self.grad_copies = self._cut_rows(active, own=False)
 
@@ -119,23 +156,26 @@ class Plan:
         """Index of the first Gram matrix of factor i (own), or of the one whose inverse preconditions it."""
         return self.matrix_of[i if own else self.factors[i].partner]
 
-    def _blocks(self, indices: list[int], own: bool) -> tuple[list[Block], list[Block]]:
-        """Blocks of the whole rows that this rank owns, and those of assembled factors, which every rank owns."""
-        local, assembled = [], []
+    def _blocks(self, indices: list[int], own: bool, assembled: bool) -> list[Blocks]:
+        """Blocks of the whole rows that this rank owns, or those of assembled factors, which every rank owns."""
+        found: dict[int, Blocks] = {}
         for i in indices:
             f = self.factors[i]
             p, matrix = f.placement, self.matrix(i, own)
-            if i in self.assembled:
-                assembled.append(Block(("assembled", i), 0, 1, f.rows_per_expert, f.rank, True, matrix))
+            if (i in self.assembled) != assembled:
+                continue
+            blocks = found.setdefault(f.rank, Blocks(f.rank))
+            if assembled:
+                blocks.add(Block(("assembled", i), 0, 1, f.rows_per_expert, f.rank, True), matrix)
             elif f.rank_first:
                 if p.start < p.stop:
-                    local.append(Block(p.unit, p.local_offset, 1, f.rows_per_expert, f.rank, True, matrix))
+                    blocks.add(Block(p.unit, p.local_offset, 1, f.rows_per_expert, f.rank, True), matrix)
             else:
                 _, first_row, num_rows = split_slice(p.start, p.stop, f.rank)
                 base = p.local_offset + first_row * f.rank - p.start
                 for expert, count, row, rows in expert_blocks(first_row, num_rows, f.rows_per_expert):
-                    local.append(Block(p.unit, base + row * f.rank, count, rows, f.rank, False, matrix + expert))
-        return local, assembled
+                    blocks.add(Block(p.unit, base + row * f.rank, count, rows, f.rank, False), matrix + expert)
+        return [blocks for blocks in found.values() if blocks.blocks]
 
     def _cut_rows(self, indices: list[int], own: bool) -> tuple[list[CutRows], dict[Hashable, Copies]]:
         """Slots in the exchange buffer for every cut row of the group, and this rank's pieces of them."""

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.preconditioner import algebra_dtype, damped_inverse, gram, precondition_
-from .plan import Block, Factor, Plan
+from .plan import Blocks, Factor, Plan
 
 Flat = tuple[Tensor, Tensor | None]  # a unit's local flat weights and their gradient
 
@@ -99,7 +99,7 @@ class ShardedPreconditioner:
 
         buffer = torch.zeros(plan.numel, dtype=dtype, device=device)
         grams = {r: self._due_grams(plan, buffer, r) for r in plan.num_matrices}
-        self._add_grams(plan.gram_blocks, flats, grams)
+        self._add_grams(plan.gram_blocks, flats, grams, device)
         for copies, which in ((plan.weight_copies, 0), (plan.grad_copies, 1)):
             for unit, c in copies.items():
                 source = flats[unit][which]
@@ -107,7 +107,7 @@ class ShardedPreconditioner:
                     buffer.index_copy_(0, c.buffer.on(device), source[c.local.on(device)].to(dtype))
         buffer = self._all_reduce(buffer, group)
         grams = {r: self._due_grams(plan, buffer, r) for r in plan.num_matrices}
-        self._add_grams(plan.late_gram_blocks, flats, grams)
+        self._add_grams(plan.late_gram_blocks, flats, grams, device)
         for rows in plan.weight_rows:
             cut = rows.view(buffer)
             grams[rows.rank].index_add_(0, rows.matrix.on(device), cut[:, :, None] * cut[:, None, :])
@@ -121,10 +121,13 @@ class ShardedPreconditioner:
         return buffer[offset : offset + count * rank * rank].view(count, rank, rank)
 
     @staticmethod
-    def _add_grams(blocks: list[Block], flats: dict[Hashable, Flat], grams: dict[int, Tensor]) -> None:
-        for b in blocks:
-            target = grams[b.rank]
-            target[b.matrix : b.matrix + b.experts] += gram(b.view(flats[b.source][0]), target.dtype)
+    def _add_grams(
+        equal: list[Blocks], flats: dict[Hashable, Flat], grams: dict[int, Tensor], device: torch.device
+    ) -> None:
+        for blocks in equal:
+            target = grams[blocks.rank]
+            sums = [gram(b.view(flats[b.source][0]), target.dtype) for b in blocks.blocks]
+            target.index_add_(0, blocks.matrix.on(device), torch.cat(sums))
 
     def _invert(
         self,
@@ -162,10 +165,12 @@ class ShardedPreconditioner:
 
     @staticmethod
     def _apply(plan: Plan, flats: dict[Hashable, Flat], buffer: Tensor, inverses: dict[int, Tensor]) -> None:
-        for b in plan.apply_blocks:
-            grad = flats[b.source][1]
-            if grad is not None:
-                precondition_(b.view(grad), inverses[b.rank][b.matrix : b.matrix + b.experts])
+        for blocks in plan.apply_blocks:
+            ordered = inverses[blocks.rank][blocks.matrix.on(buffer.device)]
+            for b, matrices in zip(blocks.blocks, ordered.split(blocks.counts), strict=True):
+                grad = flats[b.source][1]
+                if grad is not None:
+                    precondition_(b.view(grad), matrices)
         for rows in plan.grad_rows:
             cut = rows.view(buffer)
             matrices = inverses[rows.rank][rows.matrix.on(buffer.device)]
