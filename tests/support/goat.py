@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ds_moelora import MoELoRAConfig
 from ds_moelora.adapters import MoELoRALayer
 
+from ..adapter_support import train_step
+
 
 class Regression(nn.Module):
     """7 -> 12 -> 9 -> 3 on (tokens, 7); returns the loss."""
@@ -58,3 +60,28 @@ def goat_model(gate_scaling: str = "none", partitioned: dict[str, Any] | None = 
 
 def layers(model: nn.Module) -> list[MoELoRALayer]:
     return [module for module in model.modules() if isinstance(module, MoELoRALayer)]
+
+
+# For models of transformers, which are called with keywords.
+
+
+GOAT: dict[str, Any] = {"init_lora_weights": "goat", "scaling": "goat"}
+
+
+def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+def largest(a: Tensor, b: Tensor) -> float:
+    """The largest deviation."""
+    return (a - b).abs().max().item()
+
+
+def train(model: Any, inputs: dict[str, Tensor], steps: int = 3) -> Any:
+    """The model, after some steps of plain SGD."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(steps):
+        train_step(model, inputs)
+        optimizer.step()
+    return model
