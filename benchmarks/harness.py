@@ -124,6 +124,13 @@ def wall_time(step: Step, calls: int) -> float:
     return time.perf_counter() - start
 
 
+def ratio(samples: Mapping[str, Sequence[float]], name: str, peer: str) -> tuple[float, float, float]:
+    """Median and quartiles (low, median, high) over the rounds of the time of `name` by that of `peer`."""
+    ratios = [s / p for s, p in zip(samples[name], samples[peer], strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return low, median, high
+
+
 # Memory
 
 
@@ -282,9 +289,8 @@ class Results:
         """
         rows = []
         for name, seconds in samples.items():
-            ratios = [s / p for s, p in zip(seconds, samples[peer], strict=True)]
-            low, ratio, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-            times = (peer, f"{ratio:.4f}", f"{low:.4f}", f"{high:.4f}", f"{statistics.median(seconds) * 1e3:.4f}")
+            low, middle, high = ratio(samples, name, peer)
+            times = (peer, f"{middle:.4f}", f"{low:.4f}", f"{high:.4f}", f"{statistics.median(seconds) * 1e3:.4f}")
             row = {**case, "contender": name, **dict(zip(TIMES, (*times, len(seconds)), strict=True))}
             rows.append({**row, **(extras or {}).get(name, {}), **self.environment})
             print("  ".join(f"{key}={row[key]}" for key in (*self.case_columns, "contender", "ratio", "median_ms")))
