@@ -133,14 +133,19 @@ class MoELoRAExperts(nn.Module):
         if self.is_sharded:
             self.experts_shard().prefetch(x)
 
+    def see_input_of_base(self) -> bool:
+        """Whether the experts' input is the base layer's, so that one buffer can take the gradients of both."""
+        return not self.is_sharded and not (self.training and self.dropout.p > 0)
+
     # Compiled code may not read the collector or the gate settings at trace time: both change between calls.
     @torch.compiler.disable
-    def forward(self, x: Tensor, base_out: Tensor, inplace: bool = False) -> Tensor:
+    def forward(self, x: Tensor, base_out: Tensor, inplace: bool = False, base_weight: Tensor | None = None) -> Tensor:
         """base_out + s * sum_{i in topk} g_i(x) B_i A_i x, and + s * B A x of the shared expert.
 
         Args:
             x: (..., I). base_out: (..., O).
             inplace: `base_out` belongs to the caller alone and may be overwritten.
+            base_weight: see `core.moe_lora`; only where `see_input_of_base()`.
 
         Returns:
             (..., O) in the dtype of `base_out`.
@@ -167,13 +172,24 @@ class MoELoRAExperts(nn.Module):
         inplace = inplace and not base_TO._is_view()
         x_TI, (gates, chosen), gate = self.dropout(x_TI), routing, self.pair.gate
         if self.shared is not None:
-            base_TO = self.shared(x_TI, base_TO, inplace)
+            base_TO = self.shared(x_TI, base_TO, inplace, base_weight)
+            base_weight = None
             inplace = not base_TO._is_view()  # this sum is nobody else's
         if self.is_sharded:
             y = self.experts_shard().mix(base_TO, x_TI, gates, chosen, self.scaling, gate, inplace)
         else:
             y = moe_lora(
-                base_TO, x_TI, gates, chosen, self.lora_A, self.lora_B, self.scaling, gate, inplace, self.compute
+                base_TO,
+                x_TI,
+                gates,
+                chosen,
+                self.lora_A,
+                self.lora_B,
+                self.scaling,
+                gate,
+                inplace,
+                self.compute,
+                base_weight,
             )
         return y if base_out.dim() == 2 else y.view(base_out.shape)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -88,17 +89,26 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         for name in active:
             self.experts(name).prefetch(x)
-        owned = self._owns_base_output()
+        if not self._owns_base_output():
+            y = self.base_layer(x, *args, **kwargs)
+            for name in active:
+                y = self.moelora_experts[name](x, y)
+            return y
         # nn.Linear's output is a view unless its input is a matrix.
-        y = self.base_layer(x.reshape(-1, x.shape[-1]) if owned else x, *args, **kwargs)
+        x_TI = x.reshape(-1, x.shape[-1])
+        # The first adapter computes the frozen layer's share of dx together with its own.
+        base_weight = self.base_layer.weight if self.experts(active[0]).see_input_of_base() else None
+        with torch.no_grad() if base_weight is not None else nullcontext():
+            y = self.base_layer(x_TI, *args, **kwargs)
         for name in active:
-            y = self.moelora_experts[name](x, y, inplace=owned)
-        return y.view(*x.shape[:-1], y.shape[-1]) if owned else y
+            y = self.moelora_experts[name](x, y, inplace=True, base_weight=base_weight)
+            base_weight = None
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _owns_base_output(self) -> bool:
-        """Whether nothing but this layer can hold the base layer's output, so that it may be overwritten.
+        """Whether the base layer's output is x W^T + b with frozen W and b, and nothing but this layer can hold it.
 
-        True for a plain nn.Linear without forward hooks: its backward pass needs its input and weight alone.
+        True for a plain nn.Linear without hooks. Its output may be overwritten, and its backward pass done elsewhere.
         """
         base = self.base_layer
         return (
@@ -107,6 +117,9 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
             and "forward" not in base.__dict__  # e.g. replaced by accelerate
             and not base._forward_hooks
             and not base._forward_pre_hooks
+            and not base._backward_hooks
+            and not base._backward_pre_hooks
+            and not any(parameter.requires_grad for parameter in base.parameters())
         )
 
     # Merging: exact for one expert, whose gate is always 1.

@@ -85,6 +85,7 @@ def _backward(
     scaling: float,
     settings: GateSettings,
     needs: Needs,
+    onto: Tensor | None = None,
 ) -> MixtureGrads:
     s, dtype, pairs = scaling, p.dtype, _pairs(chosen)
     dx = dgates = dA = dB = None
@@ -99,7 +100,8 @@ def _backward(
     if needs.x:
         factor = h if settings.scale_input_grad else pairs.of(gates * s).to(dtype)
         dx_N = _per_expert(q * factor, lora_A.to(dtype).transpose(1, 2), pairs.counts_of(lora_A))
-        dx = dy.new_zeros(len(dy), lora_A.shape[1]).index_add_(0, pairs.token, dx_N)
+        dx = dy.new_zeros(len(dy), lora_A.shape[1]) if onto is None else onto
+        dx.index_add_(0, pairs.token, dx_N)
     if needs.A:
         assert x is not None
         dA = _outer(x[pairs.token], q * h, pairs.counts_of(lora_A))

@@ -5,7 +5,7 @@ Shape suffixes: T tokens, S sequences, N tokens per sequence, E experts.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,10 +47,26 @@ def route(logits_TE: Tensor, top_k: int, top_p: float | None = None) -> Routing:
         return Routing(wide_TE.masked_fill(~chosen, -torch.inf).softmax(-1), chosen)
     if top_k == logits_TE.shape[-1]:
         return Routing(wide_TE.softmax(-1), torch.ones_like(wide_TE, dtype=torch.bool))
-    top_logits, top_index = wide_TE.topk(top_k, dim=-1)
-    gates = torch.zeros_like(wide_TE).scatter(-1, top_index, top_logits.softmax(-1))
-    chosen = torch.zeros_like(wide_TE, dtype=torch.bool).scatter(-1, top_index, True)
-    return Routing(gates, chosen)
+    return Routing(*_TopK.apply(wide_TE, top_k))
+
+
+class _TopK(torch.autograd.Function):
+    """(T, E), k -> gates and choice (T, E). Saved for backward: the gates, which the mixture saves anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        top_logits, top_index = logits_TE.topk(top_k, dim=-1, sorted=False)
+        gates = torch.zeros_like(logits_TE).scatter_(-1, top_index, top_logits.softmax(-1))
+        chosen = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(-1, top_index, True)
+        ctx.mark_non_differentiable(chosen)
+        ctx.save_for_backward(gates)
+        return gates, chosen
+
+    @staticmethod
+    def backward(ctx: Any, dgates: Tensor, _: Any) -> tuple[Tensor, None]:
+        (gates,) = ctx.saved_tensors
+        weighted = gates * dgates
+        return torch.addcmul(weighted, gates, weighted.sum(-1, keepdim=True), value=-1), None
 
 
 def _nucleus(probabilities_TE: Tensor, top_k: int, top_p: float) -> Tensor:
