@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import MoELoRAConfig
 from .experts import MoELoRAExperts
+from .router import has_no_hooks
 
 _MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -114,11 +115,7 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
         return (
             type(base) is nn.Linear
             and type(base.weight) is nn.Parameter
-            and "forward" not in base.__dict__  # e.g. replaced by accelerate
-            and not base._forward_hooks
-            and not base._forward_pre_hooks
-            and not base._backward_hooks
-            and not base._backward_pre_hooks
+            and has_no_hooks(base)
             and not any(parameter.requires_grad for parameter in base.parameters())
         )
 

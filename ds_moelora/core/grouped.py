@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .moe_lora import ExpertCompute, MixtureGrads, Needs, gate_factor
+from .moe_lora import ExpertCompute, MixtureGrads, Needs, RouterStep, gate_factor
 from .pairs import GateSettings
 
 
@@ -86,9 +86,10 @@ def _backward(
     settings: GateSettings,
     needs: Needs,
     onto: Tensor | None = None,
+    router: RouterStep | None = None,
 ) -> MixtureGrads:
     s, dtype, pairs = scaling, p.dtype, _pairs(chosen)
-    dx = dgates = dA = dB = None
+    dx = dgates = dA = dB = drouter = None
     h_TE = gate_factor(settings.gate_scaling, gates, chosen) * s
     h = pairs.of(h_TE).to(dtype)
     dy_N = dy[pairs.token]
@@ -107,7 +108,11 @@ def _backward(
         dA = _outer(x[pairs.token], q * h, pairs.counts_of(lora_A))
     if needs.B:
         dB = _outer(dy_N, p * h, pairs.counts)
-    return MixtureGrads(dx, dgates, dA, dB)
+    if router is not None and dgates is not None:
+        dlogits = router.backward(dgates).to(dtype)
+        dx = None if dx is None else dx.addmm_(dlogits, router.weight.to(dtype))
+        drouter = None if x is None else dlogits.t() @ x
+    return MixtureGrads(dx, dgates, dA, dB, drouter)
 
 
 GROUPED = ExpertCompute("grouped", _forward, _backward)

@@ -131,6 +131,11 @@ def _scale(projection: Tensor, factor: Tensor, rank: int) -> Tensor:
     return (_expert_rows(projection, rank) * factor).flatten(0, 1)
 
 
+def _token_rows(rows: Tensor) -> Tensor:
+    """(N, T) -> (T, N), copied: a product with a transposed view takes up to three times as long in bfloat16."""
+    return rows.t().contiguous()
+
+
 def _sum_shared(gradient: Tensor, num_A: int, rank: int) -> Tensor:
     """(E*R, T), the gradient of each expert's projection -> (num_A*R, T), that of the projections by `num_A` As."""
     if len(gradient) == num_A * rank:
@@ -148,7 +153,8 @@ class Needs(NamedTuple):
 
 
 class MixtureGrads(NamedTuple):
-    """Gradients of one mixture: dx (T, I), dA like lora_A, dB (E, O, R) in the compute dtype, dgates (T, E).
+    """Gradients of one mixture: dx (T, I), dA like lora_A, dB (E, O, R) in the compute dtype, dgates (T, E), and
+    drouter (E, I) with a `RouterStep`.
 
     None where not needed. dA and dB need not be contiguous. dgates is right where an expert was chosen; elsewhere it
     is never read, since those gates are constants.
@@ -158,6 +164,18 @@ class MixtureGrads(NamedTuple):
     dgates: Tensor | None
     dA: Tensor | None
     dB: Tensor | None
+    drouter: Tensor | None = None
+
+
+class RouterStep(NamedTuple):
+    """The router, where a backward pass is to do its part, too.
+
+    Args:
+        weight: (E, I). backward: (T, E) gradient of the gates -> that of the logits, computed from W x.
+    """
+
+    weight: Tensor
+    backward: Callable[[Tensor], Tensor]
 
 
 class ExpertCompute(NamedTuple):
@@ -167,8 +185,10 @@ class ExpertCompute(NamedTuple):
         name: "dense" or "grouped".
         forward: (base_out, x, gates, chosen, lora_A, lora_B, scaling, inplace) -> (y, p). x has the dtype of base_out;
             p is whatever `backward` wants back, one tensor.
-        backward: (dy, x, p, gates, chosen, lora_A, lora_B, scaling, settings, needs, onto=None) -> `MixtureGrads`. x
-            may be None unless `needs.A`. dx is added in place onto `onto`, if there is one.
+        backward: (dy, x, p, gates, chosen, lora_A, lora_B, scaling, settings, needs, onto=None, router=None) ->
+            `MixtureGrads`. x may be None unless `needs.A`. dx is added in place onto `onto`, if there is one. With
+            `router`, a `RouterStep`, `needs.gates` is set; dx then has the router's share, and `needs.A` covers its
+            weight.
     """
 
     name: str
@@ -188,7 +208,8 @@ def _dense_forward(
 ) -> tuple[Tensor, Tensor]:
     dtype = base_out.dtype
     p = _stack(lora_A, dtype) @ x.t()
-    weighted, B = _scale(p, _by_expert(gates * scaling, dtype), lora_B.shape[2]).t(), _stack(lora_B, dtype)
+    weighted = _token_rows(_scale(p, _by_expert(gates * scaling, dtype), lora_B.shape[2]))
+    B = _stack(lora_B, dtype)
     y = base_out.addmm_(weighted, B) if inplace else torch.addmm(base_out, weighted, B)
     return y, p
 
@@ -205,26 +226,36 @@ def _dense_backward(
     settings: GateSettings,
     needs: Needs,
     onto: Tensor | None = None,
+    router: RouterStep | None = None,
 ) -> MixtureGrads:
     s, dtype, (num_A, _, R) = scaling, p.dtype, lora_A.shape
-    dx = dgates = dA = dB = None
+    dx = dgates = dA = dB = drouter = None
     h = _by_expert(gate_factor(settings.gate_scaling, gates, chosen) * s, dtype)
     if needs.x or needs.gates or needs.A:
         q = _stack(lora_B, dtype) @ dy.t()
     if needs.gates:
         # Summed in float32: it is the router's whole signal, and a difference of nearly equal terms.
         dgates = ((_expert_rows(q, R) * _expert_rows(p, R).to(gates.dtype)).sum(1) * s).t()
+    # The logits are E more projections of x: their gradient and the router's weight join the experts' products.
+    below, weight_below = [], []
+    if router is not None and dgates is not None:
+        below, weight_below = [router.backward(dgates).t().to(dtype)], [router.weight.to(dtype)]
+
+    def projections(factor: Tensor) -> Tensor:
+        return torch.cat([_sum_shared(_scale(q, factor, R), num_A, R), *below])
+
+    same = settings.gate_scaling == "none" or settings.scale_input_grad
     if needs.x:
-        exact = settings.gate_scaling != "none" and not settings.scale_input_grad
-        factor = _by_expert(gates * s, dtype) if exact else h
-        dp, A = _sum_shared(_scale(q, factor, R), num_A, R).t(), _stack(lora_A, dtype)
-        dx = dp @ A if onto is None else onto.addmm_(dp, A)
+        exact = projections(h if same else _by_expert(gates * s, dtype))
+        weights = torch.cat([_stack(lora_A, dtype), *weight_below])
+        dx = _token_rows(exact) @ weights if onto is None else onto.addmm_(_token_rows(exact), weights)
     if needs.A:
         assert x is not None
-        dA = _unstack(_sum_shared(_scale(q, h, R), num_A, R) @ x, R)
+        gradients = (exact if same and needs.x else projections(h)) @ x
+        dA, drouter = _unstack(gradients[: num_A * R], R), gradients[num_A * R :] if below else None
     if needs.B:
         dB = _unstack(_scale(p, h, R) @ dy, R)
-    return MixtureGrads(dx, dgates, dA, dB)
+    return MixtureGrads(dx, dgates, dA, dB, drouter)
 
 
 DENSE = ExpertCompute("dense", _dense_forward, _dense_backward)

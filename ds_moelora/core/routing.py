@@ -65,8 +65,13 @@ class _TopK(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dgates: Tensor, _: Any) -> tuple[Tensor, None]:
         (gates,) = ctx.saved_tensors
-        weighted = gates * dgates
-        return torch.addcmul(weighted, gates, weighted.sum(-1, keepdim=True), value=-1), None
+        return gates_backward(gates, dgates), None
+
+
+def gates_backward(gates_TE: Tensor, dgates_TE: Tensor) -> Tensor:
+    """The gradient of the logits, dz_i = g_i (dg_i - sum_j g_j dg_j), from that of the gates; both (T, E)."""
+    weighted = gates_TE * dgates_TE
+    return torch.addcmul(weighted, gates_TE, weighted.sum(-1, keepdim=True), value=-1)
 
 
 def _nucleus(probabilities_TE: Tensor, top_k: int, top_p: float) -> Tensor:
