@@ -89,7 +89,7 @@ def _clock(device: torch.device) -> Callable[[Step, int], float]:
 
 def measure(
     contenders: Mapping[str, Step],
-    rounds: int = 9,
+    rounds: int | tuple[int, int, float] = 9,
     sample_s: float = 0.02,
     device: str | torch.device = "cpu",
     run: Callable[[Step, int], float] | None = None,
@@ -98,7 +98,7 @@ def measure(
 
     Args:
         contenders: name -> one step.
-        rounds: after two calls of each to warm up.
+        rounds: after two calls of each to warm up; or (fewest, most, seconds): until that time is spent.
         sample_s: a step shorter than this is called several times per round.
         device: "cpu": CPU time of this process; "cuda": time between two CUDA events.
         run: (step, calls) -> seconds, for another clock (wall time where other processes do the work).
@@ -109,8 +109,11 @@ def measure(
         run(step, 1)
         calls[name] = max(1, round(sample_s / max(run(step, 1), 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for i in range(rounds):
+    names, start = list(contenders), time.monotonic()
+    fewest, most, seconds = (rounds, rounds, 0.0) if isinstance(rounds, int) else rounds
+    for i in range(most):
+        if i >= fewest and time.monotonic() - start > seconds:
+            break
         for name in names[i % len(names) :] + names[: i % len(names)]:
             samples[name].append(run(contenders[name], calls[name]) / calls[name])
     return samples

@@ -130,7 +130,8 @@ def training_step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]
 
 
 def decoding_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
-    """Forward alone, without autograd."""
+    """Forward alone, without autograd, of a layer whose adapter is frozen as PEFT loads it for inference."""
+    layer.eval().requires_grad_(False)
 
     def step() -> None:
         with torch.no_grad():

@@ -130,9 +130,8 @@ class MoELoRAExperts(nn.Module):
 
     @torch.compiler.disable
     def prefetch(self, x: Tensor) -> None:
-        """Before the base layer runs: starts the communication that can run beside it."""
-        if self.is_sharded:
-            self.experts_shard().prefetch(x)
+        """Before the base layer runs, with `is_sharded`: starts the communication that can run beside it."""
+        self.experts_shard().prefetch(x)
 
     def see_input_of_base(self) -> bool:
         """Whether the experts' input is the base layer's, so that one buffer can take the gradients of both."""
@@ -156,11 +155,14 @@ class MoELoRAExperts(nn.Module):
         base_TO = base_out if base_out.dim() == 2 else base_out.reshape(-1, base_out.shape[-1])
         # ZeRO-3's hooks hand this module a view, which may not be changed in place.
         inplace = inplace and not base_TO._is_view()
+        dropped_TI = self.dropout(x_TI) if self.training else x_TI
         if self.shared is not None:
-            base_TO = self.shared(self.dropout(x_TI), base_TO, inplace, base_weight)
+            base_TO = self.shared(dropped_TI, base_TO, inplace, base_weight)
             base_weight, inplace = None, not base_TO._is_view()  # this sum is nobody else's
-        mix = self._mix_with_router if self._sees_what_router_sees() else self._mix_after_router
-        y, logits, chosen = mix(x_TI, base_TO, inplace, base_weight)
+        if self._sees_what_router_sees():
+            y, logits, chosen = self._mix_with_router(x_TI, base_TO, inplace, base_weight)
+        else:
+            y, logits, chosen = self._mix_after_router(x_TI, dropped_TI, base_TO, inplace, base_weight)
         collector, coefs = active_collector(), AuxLosses(self.aux_loss_coef, self.z_loss_coef)
         if collector is not None and self.training and any(coefs):
             collector.records.append(
@@ -200,11 +202,11 @@ class MoELoRAExperts(nn.Module):
         )
 
     def _mix_after_router(
-        self, x: Tensor, base_out: Tensor, inplace: bool, base_weight: Tensor | None
+        self, router_x: Tensor, x: Tensor, base_out: Tensor, inplace: bool, base_weight: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self.router(x)
+        logits = self.router(router_x)
         gates, chosen = route(logits, self.top_k, self.top_p)
-        x, s, gate = self.dropout(x), self.scaling, self.pair.gate
+        s, gate = self.scaling, self.pair.gate
         if self.is_sharded:
             y = self.experts_shard().mix(base_out, x, gates, chosen, s, gate, inplace)
         else:

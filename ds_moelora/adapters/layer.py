@@ -89,7 +89,8 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         for name in active:
-            self.experts(name).prefetch(x)
+            if self.experts(name).is_sharded:
+                self.experts(name).prefetch(x)
         if not self._owns_base_output():
             y = self.base_layer(x, *args, **kwargs)
             for name in active:
@@ -98,7 +99,8 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
         # nn.Linear's output is a view unless its input is a matrix.
         x_TI = x.reshape(-1, x.shape[-1])
         # The first adapter computes the frozen layer's share of dx together with its own.
-        base_weight = self.base_layer.weight if self.experts(active[0]).see_input_of_base() else None
+        together = torch.is_grad_enabled() and self.experts(active[0]).see_input_of_base()
+        base_weight = self.base_layer.weight if together else None
         with torch.no_grad() if base_weight is not None else nullcontext():
             y = self.base_layer(x_TI, *args, **kwargs)
         for name in active:
@@ -116,7 +118,8 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
             type(base) is nn.Linear
             and type(base.weight) is nn.Parameter
             and has_no_hooks(base)
-            and not any(parameter.requires_grad for parameter in base.parameters())
+            and not base.weight.requires_grad
+            and (base.bias is None or not base.bias.requires_grad)
         )
 
     # Merging: exact for one expert, whose gate is always 1.

@@ -30,7 +30,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .pairs import GATE_SCALINGS, GateSettings
 
@@ -97,18 +98,35 @@ def gate_factor(gate_scaling: str, gates: Tensor, chosen: Tensor) -> Tensor:
     raise ValueError(f"gate_scaling={gate_scaling!r} is unknown; use one of {', '.join(GATE_SCALINGS)}.")
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Switches autocast off inside: its rules are for torch's own functions."""
     # The dtypes are chosen here, once; autocast would cast the float32 parts of the gates again.
     device = tensor.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+    return _NOTHING
+
+
+# The stacked copies of frozen factors: all that decoding one token would do with them is copy them again.
+_of_frozen = WeakTensorKeyDictionary()
 
 
 def _stack(factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """(E, F, R) -> (E*R, F): one small copy per use, which the cast to the compute dtype makes anyway."""
-    return factors.to(dtype).transpose(1, 2).reshape(-1, factors.shape[1])
+    """(E, F, R) -> (E*R, F): one small copy per use, which the cast to the compute dtype makes anyway.
+
+    Of a Parameter without `requires_grad`, as PEFT loads adapters for inference, the copy is kept. Of one that is
+    trained it is not: optimizers write to `.data` without any trace.
+    """
+    if factors.requires_grad or not isinstance(factors, nn.Parameter) or factors.is_inference():
+        return factors.to(dtype).transpose(1, 2).reshape(-1, factors.shape[1])
+    state = (factors._version, factors.data_ptr(), factors.shape, dtype)
+    kept = _of_frozen.get(factors)
+    if kept is None or kept[0] != state:
+        kept = _of_frozen[factors] = (state, factors.detach().to(dtype).transpose(1, 2).flatten(0, 1).contiguous())
+    return kept[1]
 
 
 def _unstack(stacked: Tensor, rank: int) -> Tensor:

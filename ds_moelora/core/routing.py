@@ -47,17 +47,23 @@ def route(logits_TE: Tensor, top_k: int, top_p: float | None = None) -> Routing:
         return Routing(wide_TE.masked_fill(~chosen, -torch.inf).softmax(-1), chosen)
     if top_k == logits_TE.shape[-1]:
         return Routing(wide_TE.softmax(-1), torch.ones_like(wide_TE, dtype=torch.bool))
-    return Routing(*_TopK.apply(wide_TE, top_k))
+    if not (torch.is_grad_enabled() and wide_TE.requires_grad):
+        return _top_k_gates(wide_TE, top_k)
+    return Routing(*_TopKGates.apply(wide_TE, top_k))
 
 
-class _TopK(torch.autograd.Function):
-    """(T, E), k -> gates and choice (T, E). Saved for backward: the gates, which the mixture saves anyway."""
+def _top_k_gates(logits_TE: Tensor, top_k: int) -> Routing:
+    top_logits, top_index = logits_TE.topk(top_k, dim=-1, sorted=False)
+    gates = torch.zeros_like(logits_TE).scatter_(-1, top_index, top_logits.softmax(-1))
+    return Routing(gates, torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(-1, top_index, True))
+
+
+class _TopKGates(torch.autograd.Function):
+    """Saved for backward: the gates alone, which the mixture saves anyway."""
 
     @staticmethod
     def forward(ctx: Any, logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        top_logits, top_index = logits_TE.topk(top_k, dim=-1, sorted=False)
-        gates = torch.zeros_like(logits_TE).scatter_(-1, top_index, top_logits.softmax(-1))
-        chosen = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(-1, top_index, True)
+        gates, chosen = _top_k_gates(logits_TE, top_k)
         ctx.mark_non_differentiable(chosen)
         ctx.save_for_backward(gates)
         return gates, chosen
