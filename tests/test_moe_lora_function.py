@@ -194,7 +194,7 @@ def test_saves_no_token_by_output_tensor_and_no_copy_of_a_parameter():
     assert y.requires_grad
     assert sum(t is A or t is B for t in saved) == 2
     shapes = sorted(tuple(t.shape) for t in saved if t is not A and t is not B)
-    assert shapes == sorted([(T, I), (T, E * r), (T, E), (T, E)])
+    assert shapes == sorted([(T, I), (E * r, T), (T, E), (T, E)])
 
 
 def test_parameters_may_be_released_between_forward_and_backward():

@@ -13,12 +13,13 @@ from ..core.grouped import GROUPED, choose_compute
 from ..core.initialization import draw_uniform_
 from ..core.moe_lora import DENSE, moe_lora
 from ..core.pairs import GateSettings, LoraPair, tag_pair
+from ..core.routed import routed_moe_lora
 from ..core.routing import route
 from .balance import AuxLosses, RouterRecord, active_collector
 from .base_weight import HASH_SHAPE
 from .config import MoELoRAConfig
 from .residual import Residual
-from .router import Router
+from .router import Router, has_no_hooks
 from .shared_expert import SharedExpert
 
 
@@ -165,25 +166,39 @@ class MoELoRAExperts(nn.Module):
 
     @torch.compiler.disable
     def prefetch(self, x: Tensor) -> None:
-        """Before the base layer runs: starts the communication that can run beside it."""
-        if self.is_sharded:
-            self.experts_shard().prefetch(x)
+        """Before the base layer runs, with `is_sharded`: starts the communication that can run beside it."""
+        self.experts_shard().prefetch(x)
+
+    def see_input_of_base(self) -> bool:
+        """Whether the experts' input is the base layer's, so that one buffer can take the gradients of both."""
+        return not self.is_sharded and not (self.training and self.dropout.p > 0)
 
     # Compiled code may not read the collector or the gate settings at trace time: both change between calls.
     @torch.compiler.disable
-    def forward(self, x: Tensor, base_out: Tensor, inplace: bool = False) -> Tensor:
+    def forward(self, x: Tensor, base_out: Tensor, inplace: bool = False, base_weight: Tensor | None = None) -> Tensor:
         """base_out + s * sum_{i in topk} g_i(x) B_i A_i x, and + s * B A x of the shared expert.
 
         Args:
             x: (..., I). base_out: (..., O).
             inplace: `base_out` belongs to the caller alone and may be overwritten.
+            base_weight: see `core.moe_lora`; only where `see_input_of_base()`.
 
         Returns:
             (..., O) in the dtype of `base_out`.
         """
         x_TI = x.reshape(-1, x.shape[-1])
-        logits = self.router(x_TI)
-        routing = route(logits, self.top_k, self.top_p)
+        # A reshape to the same shape would be a view, onto which nothing may be added in place.
+        base_TO = base_out if base_out.dim() == 2 else base_out.reshape(-1, base_out.shape[-1])
+        # ZeRO-3's hooks hand this module a view, which may not be changed in place.
+        inplace = inplace and not base_TO._is_view()
+        dropped_TI = self.dropout(x_TI) if self.training else x_TI
+        if self.shared is not None:
+            base_TO = self.shared(dropped_TI, base_TO, inplace, base_weight)
+            base_weight, inplace = None, not base_TO._is_view()  # this sum is nobody else's
+        if self._sees_what_router_sees():
+            y, logits, chosen = self._mix_with_router(x_TI, base_TO, inplace, base_weight)
+        else:
+            y, logits, chosen = self._mix_after_router(x_TI, dropped_TI, base_TO, inplace, base_weight)
         collector, coefs = active_collector(), AuxLosses(self.aux_loss_coef, self.z_loss_coef)
         if collector is not None and self.training and any(coefs):
             collector.records.append(
@@ -193,25 +208,47 @@ class MoELoRAExperts(nn.Module):
                     layer=self.pair.name,
                     lead=tuple(x.shape[:-1]),
                     logits=logits,
-                    chosen=routing.chosen,
+                    chosen=chosen,
                     grad_enabled=torch.is_grad_enabled(),
                 )
             )
-        # A reshape to the same shape would be a view, onto which nothing may be added in place.
-        base_TO = base_out if base_out.dim() == 2 else base_out.reshape(-1, base_out.shape[-1])
-        # ZeRO-3's hooks hand this module a view, which may not be changed in place.
-        inplace = inplace and not base_TO._is_view()
-        x_TI, (gates, chosen), gate = self.dropout(x_TI), routing, self.pair.gate
-        if self.shared is not None:
-            base_TO = self.shared(x_TI, base_TO, inplace)
-            inplace = not base_TO._is_view()  # this sum is nobody else's
-        if self.is_sharded:
-            y = self.experts_shard().mix(base_TO, x_TI, gates, chosen, self.scaling, gate, inplace)
-        else:
-            y = moe_lora(
-                base_TO, x_TI, gates, chosen, self.lora_A, self.lora_B, self.scaling, gate, inplace, self.compute
-            )
         return y if base_out.dim() == 2 else y.view(base_out.shape)
+
+    def _sees_what_router_sees(self) -> bool:
+        """Whether router and experts get the same input, here, and nobody wants the router to be called."""
+        return self.see_input_of_base() and not (self.training and self.router.jitter) and has_no_hooks(self.router)
+
+    def _mix_with_router(
+        self, x: Tensor, base_out: Tensor, inplace: bool, base_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return routed_moe_lora(
+            base_out,
+            x,
+            self.router.weight,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            self.top_k,
+            self.top_p,
+            self.router.temperature,
+            self.pair.gate,
+            inplace,
+            self.compute,
+            base_weight,
+        )
+
+    def _mix_after_router(
+        self, router_x: Tensor, x: Tensor, base_out: Tensor, inplace: bool, base_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.router(router_x)
+        gates, chosen = route(logits, self.top_k, self.top_p)
+        s, gate = self.scaling, self.pair.gate
+        if self.is_sharded:
+            y = self.experts_shard().mix(base_out, x, gates, chosen, s, gate, inplace)
+        else:
+            A, B = self.lora_A, self.lora_B
+            y = moe_lora(base_out, x, gates, chosen, A, B, s, gate, inplace, self.compute, base_weight)
+        return y, logits, chosen
 
     def extra_repr(self) -> str:
         top_p = "" if self.top_p is None else f", top_p={self.top_p:g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..core.goat import mean_product
 from .config import MoELoRAConfig
 from .experts import MoELoRAExperts
 from .residual import correct, unfold
+from .router import has_no_hooks
 
 _MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -91,27 +93,38 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged or not active:
             return correct(self, x, self.base_layer(x, *args, **kwargs), [])
         for name in active:
-            self.experts(name).prefetch(x)
-        owned = self._owns_base_output()
+            if self.experts(name).is_sharded:
+                self.experts(name).prefetch(x)
+        if not self._owns_base_output():
+            y = self.base_layer(x, *args, **kwargs)
+            for name in active:
+                y = self.moelora_experts[name](x, y)
+            return correct(self, x, y, active)
         # nn.Linear's output is a view unless its input is a matrix.
-        y = self.base_layer(x.reshape(-1, x.shape[-1]) if owned else x, *args, **kwargs)
+        x_TI = x.reshape(-1, x.shape[-1])
+        # The first adapter computes the frozen layer's share of dx together with its own.
+        together = torch.is_grad_enabled() and self.experts(active[0]).see_input_of_base()
+        base_weight = self.base_layer.weight if together else None
+        with torch.no_grad() if base_weight is not None else nullcontext():
+            y = self.base_layer(x_TI, *args, **kwargs)
         for name in active:
-            y = self.moelora_experts[name](x, y, inplace=owned)
-        y = correct(self, x.reshape(-1, x.shape[-1]) if owned else x, y, active)
-        return y.view(*x.shape[:-1], y.shape[-1]) if owned else y
+            y = self.moelora_experts[name](x, y, inplace=True, base_weight=base_weight)
+            base_weight = None
+        y = correct(self, x_TI, y, active)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _owns_base_output(self) -> bool:
-        """Whether nothing but this layer can hold the base layer's output, so that it may be overwritten.
+        """Whether the base layer's output is x W^T + b with frozen W and b, and nothing but this layer can hold it.
 
-        True for a plain nn.Linear without forward hooks: its backward pass needs its input and weight alone.
+        True for a plain nn.Linear without hooks. Its output may be overwritten, and its backward pass done elsewhere.
         """
         base = self.base_layer
         return (
             type(base) is nn.Linear
             and type(base.weight) is nn.Parameter
-            and "forward" not in base.__dict__  # e.g. replaced by accelerate
-            and not base._forward_hooks
-            and not base._forward_pre_hooks
+            and has_no_hooks(base)
+            and not base.weight.requires_grad
+            and (base.bias is None or not base.bias.requires_grad)
         )
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -42,3 +42,10 @@ class Router(nn.Linear):
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
         logits = F.linear(x, self.weight.to(x.dtype))
         return logits if self.temperature == 1 else logits / self.temperature
+
+
+def has_no_hooks(module: nn.Module) -> bool:
+    """Whether a call of this module is its class's `forward` and nothing else, so that it may be done elsewhere."""
+    return "forward" not in module.__dict__ and not (  # e.g. replaced by accelerate
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

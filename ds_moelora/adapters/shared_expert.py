@@ -45,8 +45,18 @@ class SharedExpert(nn.Module):
         self.pair.name = f"{layer_name}.shared"
         tag_pair(self.pair, self.lora_A, self.lora_B)
 
-    def forward(self, x: Tensor, base_out: Tensor, inplace: bool) -> Tensor:
-        """(T, I), (T, O) -> (T, O); `inplace`: `base_out` may be overwritten."""
+    def forward(self, x: Tensor, base_out: Tensor, inplace: bool, base_weight: Tensor | None = None) -> Tensor:
+        """(T, I), (T, O) -> (T, O); `inplace`: `base_out` may be overwritten; `base_weight`: see `core.moe_lora`."""
         gates = torch.ones(len(x), 1, dtype=torch.promote_types(base_out.dtype, torch.float32), device=x.device)
         # No gate settings: a gate of 1 has the same factor under every gate scaling.
-        return moe_lora(base_out, x, gates, gates.bool(), self.lora_A, self.lora_B, self.scaling, inplace=inplace)
+        return moe_lora(
+            base_out,
+            x,
+            gates,
+            gates.bool(),
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            inplace=inplace,
+            base_weight=base_weight,
+        )

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .moe_lora import ExpertCompute, MixtureGrads, Needs, gate_factor
+from .moe_lora import ExpertCompute, MixtureGrads, Needs, RouterStep, gate_factor
 from .pairs import GateSettings
 
 
@@ -85,9 +85,11 @@ def _backward(
     scaling: float,
     settings: GateSettings,
     needs: Needs,
+    onto: Tensor | None = None,
+    router: RouterStep | None = None,
 ) -> MixtureGrads:
     s, dtype, pairs = scaling, p.dtype, _pairs(chosen)
-    dx = dgates = dA = dB = None
+    dx = dgates = dA = dB = drouter = None
     h_TE = gate_factor(settings.gate_scaling, gates, chosen) * s
     h = pairs.of(h_TE).to(dtype)
     dy_N = dy[pairs.token]
@@ -99,13 +101,18 @@ def _backward(
     if needs.x:
         factor = h if settings.scale_input_grad else pairs.of(gates * s).to(dtype)
         dx_N = _per_expert(q * factor, lora_A.to(dtype).transpose(1, 2), pairs.counts_of(lora_A))
-        dx = dy.new_zeros(len(dy), lora_A.shape[1]).index_add_(0, pairs.token, dx_N)
+        dx = dy.new_zeros(len(dy), lora_A.shape[1]) if onto is None else onto
+        dx.index_add_(0, pairs.token, dx_N)
     if needs.A:
         assert x is not None
         dA = _outer(x[pairs.token], q * h, pairs.counts_of(lora_A))
     if needs.B:
         dB = _outer(dy_N, p * h, pairs.counts)
-    return MixtureGrads(dx, dgates, dA, dB)
+    if router is not None and dgates is not None:
+        dlogits = router.backward(dgates).to(dtype)
+        dx = None if dx is None else dx.addmm_(dlogits, router.weight.to(dtype))
+        drouter = None if x is None else dlogits.t() @ x
+    return MixtureGrads(dx, dgates, dA, dB, drouter)
 
 
 GROUPED = ExpertCompute("grouped", _forward, _backward)

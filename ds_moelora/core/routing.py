@@ -5,7 +5,7 @@ Shape suffixes: T tokens, S sequences, N tokens per sequence, E experts.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,10 +47,37 @@ def route(logits_TE: Tensor, top_k: int, top_p: float | None = None) -> Routing:
         return Routing(wide_TE.masked_fill(~chosen, -torch.inf).softmax(-1), chosen)
     if top_k == logits_TE.shape[-1]:
         return Routing(wide_TE.softmax(-1), torch.ones_like(wide_TE, dtype=torch.bool))
-    top_logits, top_index = wide_TE.topk(top_k, dim=-1)
-    gates = torch.zeros_like(wide_TE).scatter(-1, top_index, top_logits.softmax(-1))
-    chosen = torch.zeros_like(wide_TE, dtype=torch.bool).scatter(-1, top_index, True)
-    return Routing(gates, chosen)
+    if not (torch.is_grad_enabled() and wide_TE.requires_grad):
+        return _top_k_gates(wide_TE, top_k)
+    return Routing(*_TopKGates.apply(wide_TE, top_k))
+
+
+def _top_k_gates(logits_TE: Tensor, top_k: int) -> Routing:
+    top_logits, top_index = logits_TE.topk(top_k, dim=-1, sorted=False)
+    gates = torch.zeros_like(logits_TE).scatter_(-1, top_index, top_logits.softmax(-1))
+    return Routing(gates, torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(-1, top_index, True))
+
+
+class _TopKGates(torch.autograd.Function):
+    """Saved for backward: the gates alone, which the mixture saves anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        gates, chosen = _top_k_gates(logits_TE, top_k)
+        ctx.mark_non_differentiable(chosen)
+        ctx.save_for_backward(gates)
+        return gates, chosen
+
+    @staticmethod
+    def backward(ctx: Any, dgates: Tensor, _: Any) -> tuple[Tensor, None]:
+        (gates,) = ctx.saved_tensors
+        return gates_backward(gates, dgates), None
+
+
+def gates_backward(gates_TE: Tensor, dgates_TE: Tensor) -> Tensor:
+    """The gradient of the logits, dz_i = g_i (dg_i - sum_j g_j dg_j), from that of the gates; both (T, E)."""
+    weighted = gates_TE * dgates_TE
+    return torch.addcmul(weighted, gates_TE, weighted.sum(-1, keepdim=True), value=-1)
 
 
 def _nucleus(probabilities_TE: Tensor, top_k: int, top_p: float) -> Tensor:
