@@ -27,6 +27,7 @@ if __package__ in (None, ""):
 
 import datasets
 import deepspeed
+import torch.distributed as dist
 import transformers
 from datasets import Dataset
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -70,7 +71,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if arguments.demo:
         callbacks.append(demo.ExactMatch(processor))
     trainer = trainers.build_trainer(arguments, model, processor, train, evaluation, callbacks)
-    return run(trainer, arguments, optimizer, callbacks)
+    summary = run(trainer, arguments, optimizer, callbacks)
+    if dist.is_initialized():
+        # Left to the interpreter's end, a rank that is late finds its peers' sockets gone, and aborts.
+        dist.barrier()
+        dist.destroy_process_group()
+    return summary
 
 
 def quieten() -> None:
