@@ -24,8 +24,8 @@ from transformers import (
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from trl import SFTTrainer
 
-from ds_moelora import gather_experts, load_elastic, save_elastic
-from ds_moelora.adapters import sharded_experts
+from ds_moelora import load_elastic, save_elastic
+from ds_moelora.adapters import append_experts, sharded_experts, without_experts
 from ds_moelora.parallel.elastic import read_manifest, topology_changes, why_not_elastic
 from launch import images
 from launch.arguments import Arguments
@@ -37,8 +37,8 @@ ELASTIC = "elastic"  # folder of a checkpoint
 class GatheringTrainer(Trainer):
     """A Trainer that saves whole experts when they are spread over ranks (`ep_size > 1`), and resumes anywhere.
 
-    transformers calls `_save` on every rank, but `save_pretrained`, which would gather them, on one. So they are
-    gathered before it, one layer at a time, and join the state dict under the names that they have without sharding.
+    transformers calls `_save` on every rank, but `save_pretrained`, which would gather them, on one. So it saves the
+    rest, and the experts are gathered and added to the file afterwards, one factor of one layer at a time.
 
     Every checkpoint has an elastic part (`ELASTIC`) beside DeepSpeed's own files. In the same topology those are
     resumed, equal to the bit; in another, which DeepSpeed cannot do, the elastic part.
@@ -48,9 +48,12 @@ class GatheringTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        if state_dict is not None and sharded_experts(model):
-            state_dict = {**state_dict, **gather_experts(model)}
-        super()._save(output_dir, state_dict)
+        if state_dict is None or not sharded_experts(model):
+            super()._save(output_dir, state_dict)
+            return
+        with without_experts():
+            super()._save(output_dir, state_dict)
+        append_experts(model, output_dir if output_dir is not None else self.args.output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

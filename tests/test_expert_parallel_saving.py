@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,59 @@ def test_loads_in_one_process_without_deepspeed(saved: tuple[Path, dict[str, Any
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY, env=environment)
     assert done.stdout.strip() == "True 8", done.stderr
+
+
+def watched_save(folder: str, broken: bool = False) -> tuple[int, int, str]:
+    """On every rank: most bytes of gathered factors alive at once, those of all, and the error if there is one."""
+    import deepspeed
+
+    from ds_moelora.core import tensor_file
+    from ds_moelora.parallel.expert_shard import ShardedExperts
+
+    model = adapted(ep_size=2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    deepspeed.initialize(model=model, model_parameters=trained, config=dict(CONFIG))
+    alive: list[Any] = []
+    peak = total = 0
+    original, sync = ShardedExperts.gather, tensor_file.os.fsync
+
+    def gather(self: Any, name: str) -> Any:
+        nonlocal peak, total
+        whole = original(self, name)
+        if whole is not None:
+            alive.append(weakref.ref(whole.untyped_storage()))
+            total += whole.nbytes
+            peak = max(peak, sum(s.nbytes() for s in (ref() for ref in alive) if s is not None))
+        return whole
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    ShardedExperts.gather = gather  # type: ignore[method-assign]
+    tensor_file.os.fsync = full if broken else sync
+    try:
+        model.save_pretrained(folder)
+    except ValueError as error:
+        return peak, total, str(error)
+    finally:
+        ShardedExperts.gather = original  # type: ignore[method-assign]
+        tensor_file.os.fsync = sync
+    return peak, total, ""
+
+
+def test_saving_holds_one_factor_at_a_time(tmp_path: Path) -> None:
+    peak, total, error = run_on_ranks(2, watched_save, folder=str(tmp_path))[0]
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    sizes = [t.nbytes for name, t in saved.items() if name.endswith(("lora_A", "lora_B"))]
+    assert error == ""
+    assert total == sum(sizes)
+    assert max(sizes) <= peak < 2 * max(sizes) < total
+
+
+def test_a_full_disk_is_told_to_every_rank(tmp_path: Path) -> None:
+    for _, _, error in run_on_ranks(2, watched_save, folder=str(tmp_path), broken=True):
+        assert "rank 0: OSError: [Errno 28] No space left on device" in error
+    assert not list(tmp_path.glob(".*partial"))
 
 
 def load_adapter(path: str, ep_size: int, **options: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from .conversion import save_without_residual
 from .experts import MoELoRAExperts
 from .layer import MoELoRALayer
 from .model import PREFIX, MoELoRAModel
-from .saving import gather_experts, let_first_rank_write, sharded_experts
+from .saving import append_experts, gather_experts, let_first_rank_write, sharded_experts, without_experts
 from .svd_init import load_without_decomposing
 from .tagging import tag_lora_pairs
 
@@ -23,11 +23,13 @@ __all__ = [
     "MoELoRAExperts",
     "MoELoRALayer",
     "MoELoRAModel",
+    "append_experts",
     "gather_experts",
     "register_with_peft",
     "save_without_residual",
     "sharded_experts",
     "tag_lora_pairs",
+    "without_experts",
 ]
 
 
