@@ -23,8 +23,8 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from ..core.expert_parallel import ShardSpec, check_ep_size
-from ..core.grouped import GROUPED, choose_compute
-from ..core.moe_lora import DENSE, ExpertCompute
+from ..core.grouped import choose_compute
+from ..core.moe_lora import ExpertCompute
 from ..core.pairs import GateSettings
 from .dispatch import PendingGather, bytes_moved, exchanged_moe_lora, gathered_moe_lora
 from .engine_hooks import adapt_engine, create_groups, expert_group
@@ -172,7 +172,7 @@ class ShardedExperts(MoE):
         here = spec.num_experts if dispatch == "weights" else self.num_local_experts
         # A received row has chosen k / ranks of the experts here, and at least one.
         top_k = spec.top_k if dispatch == "weights" else max(1, spec.top_k // self.ep_size)
-        return GROUPED if choose_compute(spec.compute, here, top_k, spec.rank) == "grouped" else DENSE
+        return choose_compute(spec.compute, here, top_k, spec.rank)
 
     def mix(
         self,
