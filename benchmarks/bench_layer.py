@@ -17,6 +17,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def run(mode: str, dtype: str, size: Size) -> tuple[dict[str, list[float]], dict
         steps = {name: decoding_step(layer, x) for name, layer in layers.items()}
     samples = measure(steps, rounds=(5, 15, 4.0))
     added = {name: statistics.median(seconds) - statistics.median(samples["base"]) for name, seconds in samples.items()}
-    auto = choose_compute("auto", size.experts, size.top_k, size.rank)
+    auto = choose_compute("auto", size.experts, size.top_k, size.rank, DTYPES[dtype]).name
     extras: dict[str, dict[str, Any]] = {}
     for name, layer in layers.items():
         extras[name] = {
@@ -80,7 +81,7 @@ def run(mode: str, dtype: str, size: Size) -> tuple[dict[str, list[float]], dict
             "auto": "yes" if name == auto else "",
         }
         if mode == "train":
-            saved = saved_bytes(lambda layer=layer: layer(x), [x, *layer.parameters()])
+            saved = saved_bytes(partial(layer, x), [x, *layer.parameters()])
             extras[name]["saved_mb"] = f"{saved / 1e6:.4f}"
             extras[name]["peak_mb"] = f"{peak_bytes(steps[name]) / 1e6:.3f}"
     return samples, extras

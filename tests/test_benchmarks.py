@@ -46,3 +46,14 @@ def test_memory() -> None:
     assert saved_bytes(lambda: (x @ w).exp()) == (100 * 20 + 100 * 50 + 50 * 20) * 4
     assert peak_bytes(lambda: (torch.ones(1000), torch.ones(1000))) == 8000
     assert peak_bytes(lambda: [torch.ones(1000).sum() for _ in range(2)]) == 4004 + 4
+
+
+def test_the_gpu_script_runs_on_a_cpu(tmp_path, capsys) -> None:
+    from benchmarks import bench_gpu
+
+    path = tmp_path / "gpu.csv"
+    bench_gpu.main(["--device", "cpu", "--tiny", "--output", str(path)])
+    assert capsys.readouterr().out.count("from float64") == 3
+    rows = read_rows(path)
+    assert {row["contender"] for row in rows} >= {"base", "peft", "dense", "fused AdamW", "GateRiemannianAdamW"}
+    assert all(float(row["ratio"]) > 0 for row in rows)

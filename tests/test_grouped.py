@@ -54,16 +54,18 @@ def test_grouped_in_a_model() -> None:
         (("auto", 64, 8, 16), "grouped"),
         (("dense", 640, 1, 64), "dense"),
         (("grouped", 2, 2, 1), "grouped"),
+        (("auto", 64, 2, 16, torch.bfloat16), "dense"),
+        (("auto", 128, 2, 16, torch.bfloat16), "grouped"),
     ],
 )
-def test_auto_goes_by_size(arguments: tuple[str, int, int, int], expected: str) -> None:
-    assert choose_compute(*arguments) == expected
+def test_auto_goes_by_size(arguments: tuple, expected: str) -> None:
+    assert choose_compute(*arguments).name == expected
 
 
 def test_auto_never_waits_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda *_: True)
-    assert choose_compute("auto", 128, 2, 16) == "dense"
-    assert choose_compute("grouped", 128, 2, 16) == "grouped"
+    assert choose_compute("auto", 128, 2, 16).name == "dense"
+    assert choose_compute("grouped", 128, 2, 16).name == "grouped"
 
 
 def test_starting_values_belong_to_the_expert() -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.expert_parallel import FACTORS, INITIAL_FACTORS, ExpertShard, ShardSpec, build_shard, check_ep_size
-from ..core.grouped import GROUPED, choose_compute
+from ..core.grouped import choose_compute
 from ..core.initialization import draw_uniform_
-from ..core.moe_lora import DENSE, moe_lora
+from ..core.moe_lora import ExpertCompute, moe_lora
 from ..core.pairs import GateSettings, LoraPair, tag_pair
 from ..core.routed import routed_moe_lora
 from ..core.routing import route
@@ -55,7 +55,7 @@ class MoELoRAExperts(nn.Module):
         self.dropout = nn.Dropout(config.lora_dropout)
         names = (layer_name, adapter_name)
         self.router = Router(in_features, config.num_experts, names, config.router_temperature, config.router_jitter)
-        self.compute = DENSE
+        self.expert_compute = config.expert_compute
         self.is_sharded = config.ep_size > 1
         if self.is_sharded:
             check_ep_size(config.ep_size, config.num_experts)  # again: fields can be set after the config was checked
@@ -64,8 +64,6 @@ class MoELoRAExperts(nn.Module):
             num_A = 1 if config.shared_A else config.num_experts
             self.lora_A = nn.Parameter(torch.empty(num_A, in_features, config.r))
             self.lora_B = nn.Parameter(torch.empty(config.num_experts, out_features, config.r))
-            if choose_compute(config.expert_compute, config.num_experts, config.top_k, config.r) == "grouped":
-                self.compute = GROUPED
         self.residual = Residual() if config.from_svd else None
         if config.from_svd:
             self.register_buffer("base_hash", torch.zeros(HASH_SHAPE, dtype=torch.uint8))
@@ -169,6 +167,10 @@ class MoELoRAExperts(nn.Module):
         """Before the base layer runs, with `is_sharded`: starts the communication that can run beside it."""
         self.experts_shard().prefetch(x)
 
+    def compute(self, dtype: torch.dtype) -> ExpertCompute:
+        """How products in this dtype are done."""
+        return choose_compute(self.expert_compute, self.num_experts, self.top_k, self.rank, dtype)
+
     def see_input_of_base(self) -> bool:
         """Whether the experts' input is the base layer's, so that one buffer can take the gradients of both."""
         return not self.is_sharded and not (self.training and self.dropout.p > 0)
@@ -233,7 +235,7 @@ class MoELoRAExperts(nn.Module):
             self.router.temperature,
             self.pair.gate,
             inplace,
-            self.compute,
+            self.compute(base_out.dtype),
             base_weight,
         )
 
@@ -247,7 +249,8 @@ class MoELoRAExperts(nn.Module):
             y = self.experts_shard().mix(base_out, x, gates, chosen, s, gate, inplace)
         else:
             A, B = self.lora_A, self.lora_B
-            y = moe_lora(base_out, x, gates, chosen, A, B, s, gate, inplace, self.compute, base_weight)
+            compute = self.compute(base_out.dtype)
+            y = moe_lora(base_out, x, gates, chosen, A, B, s, gate, inplace, compute, base_weight)
         return y, logits, chosen
 
     def extra_repr(self) -> str:

@@ -9,51 +9,40 @@ top-p routing. With e, t the expert and the token of pair n:
 
 A `lora_A` that all experts share, (1, I, R), is one matrix for all N rows.
 
-FLOPs fall by E/k against the dense form; copies of N rows of x, y and dy are the price, and a loop of small products,
-one per expert. The rows per expert are read on the host: one synchronisation per pass on a GPU. The sum over a token's
-experts is an `index_add_`, whose order is not fixed on GPUs: results there are equal up to rounding, not to the bit.
+FLOPs fall by E/k against the dense form; the price is a loop over experts, each of which gathers its rows of x, y and
+dy and scatters them again. A token occurs at most once among an expert's rows, so sums are in the order of the experts:
+the same on every run. The rows per expert are read on the host: one synchronisation per pass on a GPU.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .moe_lora import ExpertCompute, MixtureGrads, Needs, RouterStep, gate_factor
+from .moe_lora import DENSE, ExpertCompute, MixtureGrads, Needs, RouterStep, gate_factor
 from .pairs import GateSettings
 
 
-class _Pairs(NamedTuple):
-    expert: Tensor  # (N,)
-    token: Tensor  # (N,)
-    counts: list[int]  # per expert
-
-    def of(self, values_TE: Tensor) -> Tensor:
-        """(T, E) -> (N, 1)."""
-        return values_TE[self.token, self.expert].unsqueeze(-1)
-
-    def counts_of(self, weights: Tensor) -> list[int]:
-        """Rows for each matrix: those of each expert, or all, for a lora_A (1, I, R) that the experts share."""
-        return self.counts if len(weights) == len(self.counts) else [len(self.token)]
+def _rows(chosen: Tensor) -> Iterator[tuple[int, Tensor, slice]]:
+    """(expert, its tokens, its place among the N pairs) for every expert that was chosen at all."""
+    token, start = chosen.t().nonzero(as_tuple=True)[1], 0
+    for expert, count in enumerate(chosen.sum(0).tolist()):
+        if count:
+            rows = slice(start, start + count)
+            yield expert, token[rows], rows
+            start += count
 
 
-def _pairs(chosen: Tensor) -> _Pairs:
-    expert, token = chosen.t().nonzero(as_tuple=True)
-    return _Pairs(expert, token, chosen.sum(0).tolist())
+def _add_product(target: Tensor, tokens: Tensor, left: Tensor, right: Tensor) -> None:
+    """target[tokens] += left @ right, for distinct tokens."""
+    target.index_copy_(0, tokens, target[tokens].addmm_(left, right))
 
 
-def _per_expert(rows_N: Tensor, weights_E: Tensor, counts: list[int]) -> Tensor:
-    """(N, a), (E, a, b) -> (N, b): every expert's rows times its own matrix."""
-    parts = [rows @ w for rows, w in zip(rows_N.split(counts), weights_E, strict=True) if len(rows)]
-    return torch.cat(parts) if parts else rows_N.new_zeros(0, weights_E.shape[2])
-
-
-def _outer(left_N: Tensor, right_N: Tensor, counts: list[int]) -> Tensor:
-    """(N, a), (N, b) -> (E, a, b): sum over every expert's rows of left^T right; zero without rows."""
-    products = [a.t() @ b for a, b in zip(left_N.split(counts), right_N.split(counts), strict=True)]
-    return torch.stack(products)
+def _of(weights: Tensor, expert: int) -> Tensor:
+    """The matrix of an expert; a lora_A (1, I, R) is every expert's."""
+    return weights[expert if len(weights) > 1 else 0]
 
 
 def _forward(
@@ -66,12 +55,14 @@ def _forward(
     scaling: float,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
-    dtype, pairs = base_out.dtype, _pairs(chosen)
-    p = _per_expert(x[pairs.token], lora_A.to(dtype), pairs.counts_of(lora_A))
-    weighted = p * (pairs.of(gates) * scaling).to(dtype)
-    y_N = _per_expert(weighted, lora_B.to(dtype).transpose(1, 2), pairs.counts)
-    y = base_out if inplace else base_out.clone()
-    return y.index_add_(0, pairs.token, y_N), p
+    dtype = base_out.dtype
+    A, B, factor = lora_A.to(dtype), lora_B.to(dtype), (gates * scaling).to(dtype)
+    y, parts = base_out if inplace else base_out.clone(), []
+    for i, tokens, _ in _rows(chosen):
+        p = x[tokens] @ _of(A, i)
+        _add_product(y, tokens, p * factor[tokens, i, None], B[i].t())
+        parts.append(p)
+    return y, torch.cat(parts) if parts else x.new_empty(0, lora_A.shape[2])
 
 
 def _backward(
@@ -88,26 +79,26 @@ def _backward(
     onto: Tensor | None = None,
     router: RouterStep | None = None,
 ) -> MixtureGrads:
-    s, dtype, pairs = scaling, p.dtype, _pairs(chosen)
-    dx = dgates = dA = dB = drouter = None
-    h_TE = gate_factor(settings.gate_scaling, gates, chosen) * s
-    h = pairs.of(h_TE).to(dtype)
-    dy_N = dy[pairs.token]
-    if needs.x or needs.gates or needs.A:
-        q = _per_expert(dy_N, lora_B.to(dtype), pairs.counts)
-    if needs.gates:
-        dgates = torch.zeros_like(gates)
-        dgates[pairs.token, pairs.expert] = (q * p.to(gates.dtype)).sum(-1) * s
-    if needs.x:
-        factor = h if settings.scale_input_grad else pairs.of(gates * s).to(dtype)
-        dx_N = _per_expert(q * factor, lora_A.to(dtype).transpose(1, 2), pairs.counts_of(lora_A))
-        dx = dy.new_zeros(len(dy), lora_A.shape[1]) if onto is None else onto
-        dx.index_add_(0, pairs.token, dx_N)
-    if needs.A:
-        assert x is not None
-        dA = _outer(x[pairs.token], q * h, pairs.counts_of(lora_A))
-    if needs.B:
-        dB = _outer(dy_N, p * h, pairs.counts)
+    s, dtype = scaling, p.dtype
+    A, B = lora_A.to(dtype), lora_B.to(dtype)
+    h = (gate_factor(settings.gate_scaling, gates, chosen) * s).to(dtype)
+    exact = h if settings.scale_input_grad else (gates * s).to(dtype)
+    dx = (dy.new_zeros(len(dy), lora_A.shape[1]) if onto is None else onto) if needs.x else None
+    dgates = torch.zeros_like(gates) if needs.gates else None
+    dA, dB = torch.zeros_like(A) if needs.A else None, torch.zeros_like(B) if needs.B else None
+    for i, tokens, rows in _rows(chosen):
+        dy_i, p_i = dy[tokens], p[rows]
+        q_i, h_i = dy_i @ B[i], h[tokens, i, None]
+        if dgates is not None:
+            dgates[tokens, i] = (q_i * p_i.to(gates.dtype)).sum(-1) * s
+        if dx is not None:
+            _add_product(dx, tokens, q_i * exact[tokens, i, None], _of(A, i).t())
+        if dA is not None:
+            assert x is not None
+            _of(dA, i).addmm_(x[tokens].t(), q_i * h_i)
+        if dB is not None:
+            torch.mm(dy_i.t(), p_i * h_i, out=dB[i])
+    drouter = None
     if router is not None and dgates is not None:
         dlogits = router.backward(dgates).to(dtype)
         dx = None if dx is None else dx.addmm_(dlogits, router.weight.to(dtype))
@@ -118,24 +109,30 @@ def _backward(
 GROUPED = ExpertCompute("grouped", _forward, _backward)
 
 
-# Dense costs E*r columns whether chosen or not; grouped copies and multiplies k rows per token, a cost that hardly
-# depends on r. One CPU core, 768 -> 768, 1,024 tokens: they cross at E*r of about 128 k (docs/expert_parallelism.md).
+# Dense costs E*r columns whether chosen or not; grouped gathers and scatters k rows per token, a cost that hardly
+# depends on r. They cross where E*r is so many times k (benchmarks/README.md): where the processor multiplies
+# half-precision matrices far faster than it copies rows, much later.
 GROUPED_FROM_COLUMNS = 256
 GROUPED_FROM_COLUMNS_PER_CHOICE = 128
+GROUPED_FROM_COLUMNS_PER_CHOICE_IN_HALF = 1024
 
 
-def choose_compute(wish: str, num_experts: int, top_k: int, rank: int) -> str:
-    """The wish, or for "auto": "grouped" on CPUs if E*r >= max(256, 128 k), else "dense".
+def choose_compute(
+    wish: str, num_experts: int, top_k: int, rank: int, dtype: torch.dtype = torch.float32
+) -> ExpertCompute:
+    """The wish, or for "auto": grouped on CPUs if E*r >= max(256, 128 k), in 16 bits 1024 k; else dense.
 
     With an accelerator "auto" is dense: grouped has to know on the host how many rows each expert gets, one
     synchronisation per pass, and where it would still win there has not been measured.
 
     Args:
         wish: "dense", "grouped" or "auto". num_experts: of those that one product would cover.
+        dtype: of the products.
     """
-    if wish != "auto":
-        return wish
-    if torch.accelerator.is_available():
-        return "dense"
-    bound = max(GROUPED_FROM_COLUMNS, GROUPED_FROM_COLUMNS_PER_CHOICE * top_k)
-    return "grouped" if num_experts * rank >= bound else "dense"
+    if wish == "auto":
+        per_choice = GROUPED_FROM_COLUMNS_PER_CHOICE
+        if dtype.itemsize == 2:
+            per_choice = GROUPED_FROM_COLUMNS_PER_CHOICE_IN_HALF
+        enough = num_experts * rank >= max(GROUPED_FROM_COLUMNS, per_choice * top_k)
+        return GROUPED if enough and not torch.accelerator.is_available() else DENSE
+    return GROUPED if wish == "grouped" else DENSE

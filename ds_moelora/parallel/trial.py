@@ -66,7 +66,7 @@ def way_by_rule(spec: ShardSpec, dispatch: str) -> Way:
     here = spec.num_experts if dispatch == "weights" else spec.num_experts // spec.ep_size
     # A received row has chosen k / ranks of the experts here, and at least one.
     top_k = spec.top_k if dispatch == "weights" else max(1, spec.top_k // spec.ep_size)
-    return Way(dispatch, choose_compute(spec.compute, here, top_k, spec.rank))
+    return Way(dispatch, choose_compute(spec.compute, here, top_k, spec.rank).name)
 
 
 def open_ways(spec: ShardSpec) -> list[Way]:

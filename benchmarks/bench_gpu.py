@@ -1,0 +1,187 @@
+"""The layer and the optimizer on one GPU: `make bench-gpu`. Needs torch and peft; neither network nor DeepSpeed.
+
+    python -m benchmarks.bench_gpu [--device cuda] [--tiny]
+
+First both are compared with float64 on the device, and a deviation that is too large ends the run. Then two ceilings
+are measured, a large copy (bytes read and written) and a large bfloat16 GEMM; `of_gemm` is (FLOPs that the layer must
+do) / time / (rate of the GEMM), `of_copy` the same for the bytes that an AdamW step must move. Times lie between CUDA
+events, after warm-up; otherwise columns are those of bench_layer.py.
+
+`--device cpu --tiny` runs every line in seconds, for a test; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_moelora import GateRiemannianAdamW, GateRiemannianSGD
+from ds_moelora.core.layer_reference import max_relative_error, reference_layer
+from ds_moelora.core.pairs import GateSettings, LoraPair, tag_pair
+from ds_moelora.core.reference import ReferenceSGD
+from ds_moelora.core.routed import routed_moe_lora
+
+from .harness import Results, Step, arguments, measure, peak_bytes, ratio, saved_bytes
+from .layers import Size, contenders, training_step
+
+CASE = ("part", "dtype", "experts", "top_k", "rank", "in_features", "out_features", "tokens", "modules")
+EXTRAS = ("bound", "over_peft", "of_gemm", "of_copy", "saved_mb", "peak_mb", "gemm_tflops", "copy_gb_per_s")
+MIXTURES = ((20, 10, 4), (8, 2, 4), (64, 4, 8), (64, 2, 16))
+# float32: sums of a few thousand products in another order. bfloat16: 8 bits, and p and q are rounded in between.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+def layer_sizes(tiny: bool) -> Iterator[Size]:
+    """The layer's cases: d 4096 and 8192, tokens up to 32k."""
+    for features in (64,) if tiny else (4096, 8192):
+        for tokens in (32,) if tiny else (2048, 8192, 32768):
+            yield from (Size(*mixture, features, features, tokens) for mixture in MIXTURES)
+
+
+def layer_deviation(device: str, dtype: torch.dtype) -> float:
+    """The largest relative error of output and gradients against the per-expert formula in float64."""
+    generator = torch.Generator().manual_seed(1)
+    T, I, O, E, k, r = 256, 512, 384, 20, 10, 4
+    sizes = [((T, O), 1.0), ((T, I), 1.0), ((E, I), I**-0.5), ((E, I, r), I**-0.5), ((E, O, r), r**-0.5)]
+
+    def draw(size: tuple[int, ...], std: float) -> Tensor:
+        return (torch.randn(size, generator=generator, dtype=torch.float64) * std).to(device, dtype)
+
+    leaves = [draw(size, std).requires_grad_() for size, std in sizes]
+    dy = draw((T, O), 1.0)
+    base, x, router, A, B = leaves
+    y, _, chosen = routed_moe_lora(base, x, router, A, B, 1.5, k, settings=GateSettings("sqrt"))
+    y.backward(dy)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    base, x, router, A, B = wide
+    expected = reference_layer(x, base, A, B, router, k, 1.5, "sqrt", False, chosen)
+    expected.backward(dy.double())
+    pairs = [(y, expected), *((leaf.grad, exact.grad) for leaf, exact in zip(leaves, wide, strict=True))]
+    return max(max_relative_error(actual, exact) for actual, exact in pairs)  # type: ignore[arg-type]
+
+
+def tagged_factors(modules: int, size: Size, device: str, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    """A and B of so many mixtures, with the tags that the optimizer looks for, and with gradients."""
+    torch.manual_seed(0)
+    params = []
+    for i in range(modules):
+        shapes = [(size.experts, features, size.rank) for features in (size.in_features, size.out_features)]
+        A, B = (nn.Parameter(torch.randn(shape, device=device, dtype=dtype) / 8) for shape in shapes)
+        tag_pair(LoraPair(f"layer {i}", size.experts, size.rank, gate=GateSettings()), A, B)
+        params += [A, B]
+    for param in params:
+        param.grad = torch.randn_like(param) / 8
+    return params
+
+
+def optimizer_deviation(device: str) -> float:
+    """The largest relative deviation of one float32 step from the whole-matrix reference in float64."""
+    size = Size(4, 2, 4, 96, 64, 0)
+    params = tagged_factors(3, size, device)
+    exact = tagged_factors(3, size, device)
+    for param, twin in zip(params, exact, strict=True):
+        twin.data, twin.grad = param.data.double(), param.grad.double()  # type: ignore[union-attr]
+    before = [param.detach().clone() for param in params]
+    GateRiemannianSGD(params, lr=0.1).step()
+    ReferenceSGD(exact, lr=0.1).step()
+    steps = zip(before, params, exact, strict=True)
+    return max(max_relative_error(p - start, twin - start.double()) for start, p, twin in steps)
+
+
+def check(device: str) -> None:
+    """Ends the run if anything deviates from float64 by more than rounding."""
+    deviations = {f"layer {dtype}": (layer_deviation(device, dtype), bound) for dtype, bound in TOLERANCE.items()}
+    deviations["optimizer"] = (optimizer_deviation(device), 1e-3)  # inverses of Gram matrices amplify 6e-8
+    for name, (deviation, bound) in deviations.items():
+        print(f"{name}: {deviation:.1e} from float64 (bound {bound:.0e})")
+        if not deviation < bound:
+            raise SystemExit(f"{name} is wrong on {device}: no timing")
+
+
+def ceilings(device: str, tiny: bool) -> tuple[float, float]:
+    """Measured (bytes/s of a copy, FLOP/s of a bfloat16 GEMM)."""
+    n, numel = (128, 1 << 16) if tiny else (8192, 1 << 29)
+    a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    source = torch.randn(numel, device=device).to(torch.bfloat16)
+    target = torch.empty_like(source)
+    steps: dict[str, Step] = {"gemm": lambda: torch.mm(a, b, out=out), "copy": lambda: target.copy_(source)}
+    medians = {name: statistics.median(seconds) for name, seconds in measure(steps, 9, device=device).items()}
+    return 2 * source.nbytes / medians["copy"], 2 * n**3 / medians["gemm"]
+
+
+def run_layers(results: Results, device: str, tiny: bool, copy_rate: float, gemm_rate: float) -> None:
+    """Forward and backward of every size, bfloat16."""
+    for size in layer_sizes(tiny):
+        case = {"part": "layer", "dtype": "bfloat16", **vars(size), "modules": 1}
+        if results.has(case):
+            continue
+        layers = contenders(size, torch.bfloat16, device, loop=False)
+        x = torch.randn(1, size.tokens, size.in_features, device=device).bfloat16().requires_grad_()
+        dy = torch.randn(1, size.tokens, size.out_features, device=device).bfloat16()
+        steps = {name: training_step(layer, x, dy) for name, layer in layers.items()}
+        samples = measure(steps, rounds=9, device=device)
+        extras: dict[str, dict[str, Any]] = {}
+        for name, layer in layers.items():
+            flops = size.base_flops * (1 if name == "base" else size.bound)
+            saved = saved_bytes(partial(layer, x), [x, *layer.parameters()])
+            extras[name] = {
+                "bound": f"{size.bound:.4f}",
+                "over_peft": f"{ratio(samples, name, 'peft')[1]:.4f}",
+                "of_gemm": f"{flops / statistics.median(samples[name]) / gemm_rate:.3f}",
+                "saved_mb": f"{saved / 1e6:.3f}",
+                "peak_mb": f"{peak_bytes(steps[name], device) / 1e6:.1f}",
+                "gemm_tflops": f"{gemm_rate / 1e12:.1f}",
+                "copy_gb_per_s": f"{copy_rate / 1e9:.0f}",
+            }
+        results.add(case, "base", samples, extras)
+
+
+def run_optimizer(results: Results, device: str, tiny: bool, copy_rate: float, gemm_rate: float) -> None:
+    """One step on float32 factors, against torch's fused AdamW on the same tensors."""
+    for modules, features in ((2, 64),) if tiny else ((112, 4096), (112, 8192)):
+        size = Size(20, 10, 4, features, features, 0)
+        case = {"part": "optimizer", "dtype": "float32", **vars(size), "modules": modules}
+        if results.has(case):
+            continue
+        plain, riemannian = (tagged_factors(modules, size, device) for _ in range(2))
+        steps: dict[str, Step] = {
+            "fused AdamW": torch.optim.AdamW(plain, lr=1e-5, fused=True).step,
+            "GateRiemannianAdamW": GateRiemannianAdamW(riemannian, lr=1e-5).step,
+        }
+        samples = measure(steps, rounds=9, device=device)
+        moved = 7 * sum(param.nbytes for param in plain)  # weight and two moments read and written, gradient read
+        extras = {
+            name: {
+                "of_copy": f"{moved / statistics.median(samples[name]) / copy_rate:.3f}",
+                "peak_mb": f"{peak_bytes(steps[name], device) / 1e6:.1f}",
+                "gemm_tflops": f"{gemm_rate / 1e12:.1f}",
+                "copy_gb_per_s": f"{copy_rate / 1e9:.0f}",
+            }
+            for name in steps
+        }
+        results.add(case, "fused AdamW", samples, extras)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = arguments(__doc__, "gpu")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="sizes for a test")
+    args = parser.parse_args(argv)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device here; --device cpu --tiny runs the same code without one")
+    check(args.device)
+    copy_rate, gemm_rate = ceilings(args.device, args.tiny)
+    print(f"ceilings: copy {copy_rate / 1e9:.0f} GB/s, bfloat16 GEMM {gemm_rate / 1e12:.1f} TFLOP/s")
+    results = Results(args.output, CASE, EXTRAS, args.fresh, args.device)
+    run_layers(results, args.device, args.tiny, copy_rate, gemm_rate)
+    run_optimizer(results, args.device, args.tiny, copy_rate, gemm_rate)
+
+
+if __name__ == "__main__":
+    main()

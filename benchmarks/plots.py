@@ -1,0 +1,62 @@
+"""Draws how the layer's time grows, from benchmarks/results/layer.csv, into docs/images/. Needs matplotlib.
+
+    pip install -e '.[bench]'; python -m benchmarks.plots
+
+Log-log: time of forward and backward over tokens, over experts and over the rank, 1024 x 1024, float32. Dashed: the
+straight line that theory gives through the dense form's largest case; over tokens time is proportional to them, over
+experts and ranks what is *added* to the base layer is proportional to E r.
+"""
+
+from __future__ import annotations
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from .harness import RESULTS, ROOT, Row, read_rows
+
+IMAGES = ROOT.parent / "docs" / "images"
+STYLES = {"base": "k.-", "peft": "C0.-", "dense": "C1.-", "grouped": "C2.-", "loop": "C3.-"}
+
+
+def draw(axes: Axes, rows: list[Row], axis: str, fixed: dict[str, str], added: bool) -> None:
+    """One panel: times of all contenders in the cases with the columns `fixed`, over the column `axis`."""
+    common = {"mode": "train", "dtype": "float32", "heap": "default", "in_features": "1024", "out_features": "1024"}
+    rows = [row for row in rows if all(row[name] == value for name, value in {**common, **fixed}.items())]
+    base = {float(row[axis]): float(row["median_ms"]) for row in rows if row["contender"] == "base"}
+    for name, style in STYLES.items():
+        points = sorted((float(row[axis]), float(row["median_ms"])) for row in rows if row["contender"] == name)
+        if added:
+            points = [(at, ms - base[at]) for at, ms in points if ms > base[at]]
+        if not points:
+            continue
+        axes.loglog(*zip(*points, strict=True), style, label=name)
+        if name == "dense":
+            xs = [at for at, _ in points]
+            axes.loglog(xs, [points[-1][1] * at / xs[-1] for at in xs], "C1--", linewidth=1, label="proportional")
+    axes.set_xlabel(axis.replace("_", " "))
+    axes.set_ylabel("ms added to the base layer" if added else "ms, forward and backward")
+    axes.set_title(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fixed.items()), fontsize=8)
+    axes.legend(fontsize=7)
+
+
+def main() -> None:
+    rows = read_rows(RESULTS / "layer.csv")
+    panels: list[tuple[str, dict[str, str], bool]] = [
+        ("tokens", {"experts": "20", "top_k": "10", "rank": "4"}, False),
+        ("experts", {"top_k": "2", "rank": "4", "tokens": "2048"}, True),
+        ("rank", {"experts": "8", "top_k": "2", "tokens": "2048"}, True),
+    ]
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(13, 4), layout="constrained")
+    for axes, (axis, fixed, added) in zip(all_axes, panels, strict=True):
+        draw(axes, rows, axis, fixed, added)
+    figure.suptitle(f"One layer, 1024 x 1024, float32; {rows[0]['hardware']}; {rows[0]['date']}", fontsize=8)
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(IMAGES / "layer_scaling.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Writes the layer's tables into benchmarks/README.md, between its markers, from benchmarks/results/layer.csv.
+
+python -m benchmarks.tables
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .harness import RESULTS, ROOT, Row, case_of, read_rows
+
+MARKERS = ("<!-- layer: begin -->", "<!-- layer: end -->")
+NAMES = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+@dataclass
+class Case:
+    """All contenders of one case."""
+
+    rows: dict[str, Row]
+
+    def __getitem__(self, column: str) -> str:
+        return self.rows["base"][column]
+
+    @property
+    def auto(self) -> str:
+        """The compute that "auto" takes: "dense" or "grouped"."""
+        return next(name for name in ("dense", "grouped") if self.rows[name]["auto"])
+
+    def ratio(self, name: str, peer: str = "base") -> float:
+        """Time of one contender by another's. To PEFT, and to the base: paired in each round; else of two medians."""
+        column = {"base": "ratio", "peft": "over_peft"}.get(peer)
+        if column is None:
+            return float(self.rows[name]["ratio"]) / float(self.rows[peer]["ratio"])
+        return float(self.rows[name][column])
+
+    def over_peft(self, column: str) -> float:
+        """What "auto" takes of something, by what PEFT takes."""
+        return float(self.rows[self.auto][column]) / float(self.rows["peft"][column])
+
+    @property
+    def over_best(self) -> float:
+        """Time of "auto" by that of the better compute."""
+        return self.ratio(self.auto) / min(self.ratio("dense"), self.ratio("grouped"))
+
+    @property
+    def name(self) -> str:
+        """For a table's first column."""
+        size = f"{self['experts']}, {self['top_k']}, {self['rank']}; {self['in_features']} x {self['out_features']}"
+        return f"{NAMES[self['dtype']]}; {size}" + ("" if self["mode"] == "decode" else f"; {self['tokens']}")
+
+
+def cases(rows: list[Row]) -> list[Case]:
+    """The rows of a file, case by case."""
+    found: dict[object, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(case_of(row), {})[row["contender"]] = row
+    return [Case(contenders) for contenders in found.values()]
+
+
+def training_table(chosen: list[Case]) -> Iterator[str]:
+    yield (
+        "| dtype; E, k, r; in x out; tokens | bound | PEFT | dense | grouped | auto: which | / PEFT | / better one |"
+        + (" loop / auto | saved / PEFT | peak / PEFT |")
+    )
+    yield "|---" * 11 + "|"
+    for case in chosen:
+        figures = [float(case["bound"]), case.ratio("peft"), case.ratio("dense"), case.ratio("grouped")]
+        loop = f"{case.ratio('loop', case.auto):.1f}" if "loop" in case.rows else ""
+        memory = [f"{case.over_peft('saved_mb'):.2f}", f"{case.over_peft('peak_mb'):.2f}"]
+        auto = [case.auto, f"**{case.ratio(case.auto, 'peft'):.2f}**", f"{case.over_best:.2f}"]
+        yield "| " + " | ".join([case.name, *(f"{f:.2f}" for f in figures), *auto, loop, *memory]) + " |"
+
+
+def decoding_table(chosen: list[Case]) -> Iterator[str]:
+    yield "| dtype; E, k, r; in x out | base, µs | PEFT | dense | grouped | auto: which | added / PEFT's |"
+    yield "|---" * 7 + "|"
+    for case in chosen:
+        base, added = float(case["median_ms"]) * 1e3, float(case.rows[case.auto]["added"])
+        ratios = " | ".join(f"{case.ratio(name):.2f}" for name in ("peft", "dense", "grouped"))
+        yield f"| {case.name} | {base:.0f} | {ratios} | {case.auto} | **{added:.2f}** |"
+
+
+def goal(title: str, bound: float, chosen: list[Case], figure: Callable[[Case], float], least: bool = False) -> str:
+    """A row: in how many of the cases a figure keeps its bound, and the worst."""
+    figures = {case.name: figure(case) for case in chosen}
+    kept = sum(f >= bound if least else f <= bound for f in figures.values())
+    worst = (min if least else max)(figures, key=lambda name: figures[name])
+    sign = ">=" if least else "<="
+    verdict = "met" if kept == len(figures) else f"met in {kept} of {len(figures)}"
+    return f"| {title} | {sign} {bound:g} | {verdict} | {figures[worst]:.2f} ({worst}) |"
+
+
+def goals(trained: list[Case], kept: list[Case], decoded: list[Case]) -> Iterator[str]:
+    yield "| goal | bound | result | worst |"
+    yield "|---|---|---|---|"
+    dense = [case for case in trained if case.auto == "dense"]
+    for dtype in ("float32", "bfloat16"):
+        some = [case for case in dense if case["dtype"] == dtype]
+        title = f"time / PEFT LoRA of rank E r, where auto is dense, {NAMES[dtype]}"
+        yield goal(title, 1.0, some, lambda case: case.ratio("dense", "peft"))
+    for dtype in ("float32", "bfloat16"):
+        some = [case for case in dense if case["dtype"] == dtype and int(case["in_features"]) >= 3072]
+        title = f"time / FLOP bound, 3072² and above, where auto is dense, {NAMES[dtype]}"
+        yield goal(title, 1.15, some, lambda case: case.ratio("dense") / float(case["bound"]))
+    yield goal("auto / the better of dense and grouped", 1.1, trained, lambda case: case.over_best)
+    yield goal("saved for backward / PEFT's", 1.6, trained, lambda case: case.over_peft("saved_mb"))
+    yield goal("peak / PEFT's", 1.0, trained, lambda case: case.over_peft("peak_mb"))
+    for heap, some in (("default", trained), ("kept", kept)):
+        large = [c for c in some if (c["experts"], c["in_features"], c["tokens"]) == ("20", "1024", "8192")]
+        yield goal(f"loop / auto, heap {heap}", 6.0, large, lambda case: case.ratio("loop", case.auto), least=True)
+    yield goal("latency added to one token / PEFT's", 1.5, decoded, lambda case: float(case.rows[case.auto]["added"]))
+
+
+def report(rows: list[Row]) -> str:
+    """Everything between the markers."""
+    every = cases(rows)
+    default = [case for case in every if case["heap"] == "default"]
+    trained, decoded = ([case for case in default if case["mode"] == mode] for mode in ("train", "decode"))
+    kept = [case for case in every if case["heap"] == "kept" and case["mode"] == "train"]
+    grid = [case for case in trained if case["tokens"] in ("512", "2048", "8192") and _in_grid(case)]
+    swept = [case for case in trained if case not in grid]
+    first = rows[0]
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    parts = [
+        [f"Measured {first['date']} on {first['hardware']}; {first['versions']}; commit {commits}."],
+        goals(grid, kept, decoded),
+        ["Training, forward and backward, as multiples of the frozen base layer's time:"],
+        training_table(grid),
+        ["The same with glibc's heap kept:"],
+        training_table(kept),
+        ["Sweeps over tokens, experts and ranks (plotted below):"],
+        training_table(swept),
+        ["Decoding one token with a frozen adapter, forward alone, as multiples of the base layer's time:"],
+        decoding_table(decoded),
+    ]
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _in_grid(case: Case) -> bool:
+    return (case["experts"], case["top_k"], case["rank"]) in {
+        ("20", "10", "4"),
+        ("8", "2", "4"),
+        ("64", "4", "8"),
+        ("64", "2", "16"),
+    }
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    before, _, rest = path.read_text().partition(MARKERS[0])
+    after = rest.partition(MARKERS[1])[2]
+    text = report(read_rows(RESULTS / "layer.csv"))
+    path.write_text(f"{before}{MARKERS[0]}\n\n{text}\n\n{MARKERS[1]}{after}")
+
+
+if __name__ == "__main__":
+    main()
