@@ -2,8 +2,8 @@
 
     python -m benchmarks.compare [--only layer optimizer ...] [--tolerance 0.1]
 
-Benchmarks are those with committed results, `benchmarks/results/NAME.csv` of `benchmarks/bench_NAME.py`; those measured
-on a GPU are left out. Ratios carry over between machines far better than times, but not to 10 %: on other hardware than
+Benchmarks are those with committed ratios, `benchmarks/results/NAME.csv` of `benchmarks/bench_NAME.py` in the form that
+`harness.py` writes; those measured on a GPU are left out. Ratios carry over between machines far better than times, but not to 10 %: on other hardware than
 the committed results' (which is then said) expect some to have moved.
 """
 
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .harness import RESULTS, ROOT, Row, case_of, read_rows
+from .harness import RESULTS, ROOT, TIMES, Row, case_of, read_rows
 
 GPU = ("gpu",)
 
@@ -37,12 +37,18 @@ def moved(committed: list[Row], fresh: list[Row], tolerance: float) -> tuple[lis
     return lines, compared
 
 
+def has_ratios(path: Path) -> bool:
+    """Whether a file of results is one that `harness.Results` wrote, on a CPU."""
+    rows = read_rows(path)
+    return path.stem not in GPU and bool(rows) and set(TIMES) <= rows[0].keys()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="names of benchmarks")
     parser.add_argument("--tolerance", type=float, default=0.1)
     args = parser.parse_args()
-    names = args.only or [path.stem for path in sorted(RESULTS.glob("*.csv")) if path.stem not in GPU]
+    names = args.only or [path.stem for path in sorted(RESULTS.glob("*.csv")) if has_ratios(path)]
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "fresh.csv"
