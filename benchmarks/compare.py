@@ -3,8 +3,8 @@
     python -m benchmarks.compare [--only layer optimizer ...] [--tolerance 0.1]
 
 Benchmarks are those with committed ratios, `benchmarks/results/NAME.csv` of `benchmarks/bench_NAME.py` in the form that
-`harness.py` writes; those measured on a GPU are left out. Ratios carry over between machines far better than times, but not to 10 %: on other hardware than
-the committed results' (which is then said) expect some to have moved.
+`harness.py` writes; those measured on a GPU are left out. Ratios carry over between machines far better than times, but
+not to 10 %: on other hardware than the committed results' (which is then said) expect some to have moved.
 """
 
 from __future__ import annotations
