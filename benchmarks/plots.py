@@ -1,10 +1,11 @@
-"""Draws how the layer's time grows, from benchmarks/results/layer.csv, into docs/images/. Needs matplotlib.
+"""Draws how times grow, from benchmarks/results/{layer,optimizer}.csv, into docs/images/. Needs matplotlib.
 
     pip install -e '.[bench]'; python -m benchmarks.plots
 
 Log-log: time of forward and backward over tokens, over experts and over the rank, 1024 x 1024, float32. Dashed: the
 straight line that theory gives through the dense form's largest case; over tokens time is proportional to them, over
-experts and ranks what is *added* to the base layer is proportional to E r.
+experts and ranks what is *added* to the base layer is proportional to E r. The optimizer over pairs, experts, the
+rank r (its operations grow as r^2, its bytes as r) and processes (1 / N).
 """
 
 from __future__ import annotations
@@ -43,7 +44,46 @@ def draw(axes: Axes, rows: list[Row], axis: str, fixed: dict[str, str], added: b
     axes.legend(fontsize=7)
 
 
+OPTIMIZER_STYLES = {"torch": "k.-", "ours": "C1.-", "loop": "C3.-"}
+# part, axis, fixed columns, power of the axis with which theory has the time grow
+OPTIMIZER_PANELS: list[tuple[str, str, dict[str, str], float]] = [
+    ("whole", "modules", {"experts": "20", "rank": "4", "features": "512"}, 1),
+    ("whole", "experts", {"modules": "112", "rank": "4", "features": "1024"}, 1),
+    ("whole", "rank", {"modules": "112", "experts": "8", "features": "1024"}, 1),
+    ("zero", "ranks", {"modules": "112", "experts": "20", "rank": "4"}, -1),
+]
+
+
+def draw_optimizer(axes: Axes, rows: list[Row], part: str, axis: str, fixed: dict[str, str], power: float) -> None:
+    """One panel: milliseconds per AdamW step over the column `axis`, and theory's line through our first point."""
+    wanted = {"part": part, "optimizer": "AdamW", **fixed}
+    rows = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+    for name, style in OPTIMIZER_STYLES.items():
+        points = sorted((float(row[axis]), float(row["median_ms"])) for row in rows if row["contender"] == name)
+        if not points:
+            continue
+        axes.loglog(*zip(*points, strict=True), style, label=name)
+        if name == "ours":
+            start, ms = points[0]
+            line = [ms * (at / start) ** power for at, _ in points]
+            axes.loglog([at for at, _ in points], line, "C1--", linewidth=1, label=f"{axis}^{power:g}")
+    axes.set_xlabel({"ranks": "processes, ZeRO-2"}.get(axis, axis))
+    axes.set_ylabel("ms of CPU time per step")
+    axes.set_title(", ".join(f"{name} {value}" for name, value in fixed.items()), fontsize=8)
+    axes.legend(fontsize=7)
+
+
+def optimizer_figure() -> None:
+    rows = read_rows(RESULTS / "optimizer.csv")
+    figure, all_axes = plt.subplots(1, len(OPTIMIZER_PANELS), figsize=(15, 3.8), layout="constrained")
+    for axes, panel in zip(all_axes, OPTIMIZER_PANELS, strict=True):
+        draw_optimizer(axes, rows, *panel)
+    figure.suptitle(f"One AdamW step; {rows[0]['hardware']}; {rows[0]['date']}", fontsize=8)
+    figure.savefig(IMAGES / "optimizer_scaling.png", dpi=110)
+
+
 def main() -> None:
+    optimizer_figure()
     rows = read_rows(RESULTS / "layer.csv")
     panels: list[tuple[str, dict[str, str], bool]] = [
         ("tokens", {"experts": "20", "top_k": "10", "rank": "4"}, False),
@@ -54,7 +94,6 @@ def main() -> None:
     for axes, (axis, fixed, added) in zip(all_axes, panels, strict=True):
         draw(axes, rows, axis, fixed, added)
     figure.suptitle(f"One layer, 1024 x 1024, float32; {rows[0]['hardware']}; {rows[0]['date']}", fontsize=8)
-    IMAGES.mkdir(parents=True, exist_ok=True)
     figure.savefig(IMAGES / "layer_scaling.png", dpi=110)
 
 
