@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..core.goat import mean_product
 from .config import MoELoRAConfig
 from .experts import MoELoRAExperts
-from .residual import correct, unfold
+from .residual import check_ready, correct, unfold
 from .router import has_no_hooks
 
 _MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -92,6 +92,7 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.moelora_experts]
         if self.disable_adapters or self.merged or not active:
             return correct(self, x, self.base_layer(x, *args, **kwargs), [])
+        check_ready(self, active)
         for name in active:
             if self.experts(name).is_sharded:
                 self.experts(name).prefetch(x)

@@ -38,26 +38,33 @@ class Residual:
     folded: bool = False
 
 
+def check_ready(layer: MoELoRALayer, applied: list[str]) -> None:
+    """Before adapters are applied.
+
+    Raises:
+        ValueError: an adapter has no starting factors, having been made on a model without weights.
+    """
+    for name in applied:
+        experts = layer.experts(name)
+        if experts.residual is not None and not experts.residual.ready:
+            raise ValueError(
+                f"{experts.pair.name}: adapter {name!r} starts from the base weight's singular values, but was put on "
+                "a model without weights (meta device); load the model's weights before get_peft_model, or load a "
+                "saved adapter into it."
+            )
+
+
 def correct(layer: MoELoRALayer, x: Tensor, y: Tensor, applied: list[str]) -> Tensor:
     """`y` with the residual of every adapter in `applied`, and of no other.
 
     Args:
         x: (..., in). y: (..., out), the output of the base layer and of the experts in `applied`.
-
-    Raises:
-        ValueError: an adapter has no starting factors, having been made on a model without weights.
     """
     for name in layer.moelora_experts:
         experts = layer.experts(name)
         residual, wanted = experts.residual, name in applied
         if residual is None or name in layer.merged_adapters:
             continue
-        if wanted and not residual.ready:
-            raise ValueError(
-                f"{experts.pair.name}: adapter {name!r} starts from the base weight's singular values, but was put on "
-                "a model without weights (meta device); load the model's weights before get_peft_model, or load a "
-                "saved adapter into it."
-            )
         if wanted != residual.folded:
             y = experts.add_mean(x, y, -1.0 if wanted else 1.0)
     return y
