@@ -218,7 +218,14 @@ def test_a_missing_attribute_names_the_versions(
 
 
 # Presence is a mark, or a default stands beside it; tests/test_elastic.py meets all of them on real engines.
-MARKS = {"ds_id", "sub_group_to_group_id", "swap_optimizer", "params_in_nvme_and_cpu", "ds_secondary_tensor"}
+MARKS = {
+    "ds_id",
+    "sub_group_to_group_id",
+    "swap_optimizer",
+    "params_in_nvme_and_cpu",
+    "ds_secondary_tensor",
+    "_is_gradient_accumulation_boundary",
+}
 PARTITIONED = ("ds_shape", "ds_tensor", "ds_status")
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .run_state import restore_run_state, run_state
+from .zero import told_boundary
 
 if TYPE_CHECKING:
     from .trained import Trained, TrainedParameters
@@ -49,7 +50,8 @@ def save_elastic(engine: Any, folder: str | Path) -> None:
     """
     from .trained import TrainedParameters, topology  # they need DeepSpeed, which need not be installed
 
-    if engine.micro_steps % engine.gradient_accumulation_steps():
+    told = told_boundary(engine)
+    if not (engine.micro_steps % engine.gradient_accumulation_steps() == 0 if told is None else told):
         raise ValueError(
             f"an elastic checkpoint is saved between optimizer steps; {engine.micro_steps} micro-steps were done, of "
             f"{engine.gradient_accumulation_steps()} per step. Save after engine.step() at an accumulation boundary."

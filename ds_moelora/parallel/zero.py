@@ -90,6 +90,11 @@ def whole_shape(param: Any) -> tuple[int, ...]:
     return tuple(_read(param, "ds_shape") if is_partitioned(param) else param.shape)
 
 
+def told_boundary(engine: Any) -> bool | None:
+    """Whether the last micro-batch completed a step, if somebody counts for the engine (accelerate); None: it does."""
+    return getattr(engine, "_is_gradient_accumulation_boundary", None)
+
+
 def trained_groups(wrapper: Any) -> list[tuple[int, list[Any]]]:
     """(index of the optimizer's group, the model's parameters in it), as DeepSpeed's optimizer has grouped them.
 
