@@ -128,3 +128,31 @@ def test_a_trial_leaves_no_trace(empty_rank: bool) -> None:
     assert ways == others
     fixed = run_on_ranks(2, choose, times={rank: dict.fromkeys(WAYS, 1.0) for rank in range(2)}, empty_rank=empty_rank)
     assert loss == pytest.approx(fixed[0][3], rel=1e-5)
+
+
+def resumed_ways(dispatch: str) -> list[trial.Way | None]:
+    """On every rank: the ways of a fresh model that loads the state of one which took ("tokens", "grouped")."""
+    import deepspeed
+
+    def engine() -> Any:
+        model = adapted(ep_size=2, ep_dispatch=dispatch)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return deepspeed.initialize(model=model, model_parameters=trained, config=engine_config(1, "AdamW"))[0]
+
+    def layers(model: Any) -> list[ShardedExperts]:
+        return [module for module in model.modules() if isinstance(module, ShardedExperts)]
+
+    first, second = engine(), engine()
+    for layer in layers(first.module):
+        layer.way = WAYS[3]
+    second.module.load_state_dict(first.module.state_dict())
+    found = [layer.way for layer in layers(second.module)]
+    first.destroy()
+    second.destroy()
+    return found
+
+
+@pytest.mark.dist
+def test_a_resumed_run_goes_the_way_that_was_taken() -> None:
+    assert run_on_ranks(2, resumed_ways, dispatch="auto") == [[WAYS[3], WAYS[3]]] * 2
+    assert run_on_ranks(2, resumed_ways, dispatch="weights") == [[None, None]] * 2
