@@ -223,3 +223,24 @@ def test_mixed_dtypes_compute_in_the_base_outputs_dtype():
     exact, _ = make((16, 8, 8, 4, 2, 2), torch.float32)
     fast(exact, 2, 1.0, GateSettings())[0].backward(dy)
     assert max_relative_error(A.grad, exact[2].grad) < TOLERANCE[torch.bfloat16]
+
+
+def test_a_copy_kept_while_frozen_is_forgotten_once_the_factor_is_trained() -> None:
+    """DeepSpeed's optimizers write into a flat buffer of which the parameter is a view: no version tells of it."""
+    torch.manual_seed(0)
+    flat = torch.randn(2 * 3 * 4)
+    lora_A, lora_B = (torch.nn.Parameter(torch.randn(2, n, 4)) for n in (3, 5))
+    lora_A.data = flat.view(2, 3, 4)
+    x, base = torch.randn(6, 3), torch.zeros(6, 5)
+    gates, chosen = torch.full((6, 2), 0.5), torch.ones(6, 2, dtype=torch.bool)
+
+    def mix() -> torch.Tensor:
+        return moe_lora(base, x, gates, chosen, lora_A, lora_B, 1.0).detach()
+
+    lora_A.requires_grad_(False)
+    before = mix()
+    lora_A.requires_grad_(True)
+    mix()
+    flat.mul_(2)  # the optimizer's step
+    lora_A.requires_grad_(False)
+    torch.testing.assert_close(mix(), 2 * before)

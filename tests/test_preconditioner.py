@@ -27,7 +27,7 @@ def test_inverse_equals_the_reference(n: int, r: int, seed: int) -> None:
     scale=st.integers(-12, 12),
     seed=st.integers(0, 99),
 )
-@example(r=19, n=236, distinct=1, scale=9, seed=3)  # 21 / d
+@example(r=19, n=236, distinct=1, scale=9, seed=3)  # pivots of d / 2 and more, and yet an eigenvalue of d / 21
 @settings(max_examples=300, deadline=None)
 def test_rank_deficient_grams_have_a_sound_inverse(r: int, n: int, distinct: int, scale: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -40,7 +40,7 @@ def test_rank_deficient_grams_have_a_sound_inverse(r: int, n: int, distinct: int
     # lower the smallest eigenvalues by a part of d; LAPACK alone fails on such matrices, or exceeds 1 / d by 1000.
     eigenvalues = torch.linalg.eigvalsh(inverse[0].double())
     trace, d = G[0].double().trace(), effective_damping(G, 0.0)[0].double()
-    assert eigenvalues.max() <= 64 / d
+    assert eigenvalues.max() <= 16 / d
     assert eigenvalues.min() >= 0.9 / (trace + d) - 1e-5 * eigenvalues.max()
 
 

@@ -118,8 +118,10 @@ def _stack(factors: Tensor, dtype: torch.dtype) -> Tensor:
     """(E, F, R) -> (E*R, F): one small copy per use, which the cast to the compute dtype makes anyway.
 
     Of a Parameter without `requires_grad`, as PEFT loads adapters for inference, the copy is kept. Of one that is
-    trained it is not: optimizers write to `.data` without any trace.
+    trained it is not, and an older one is dropped: optimizers write to `.data` without any trace.
     """
+    if factors.requires_grad:
+        _of_frozen.pop(factors, None)
     if factors.requires_grad or not isinstance(factors, nn.Parameter) or factors.is_inference():
         return factors.to(dtype).transpose(1, 2).reshape(-1, factors.shape[1])
     state = (factors._version, factors.data_ptr(), factors.shape, dtype)

@@ -66,16 +66,20 @@ def effective_damping(grams: Tensor, damping: Tensor | float) -> Tensor:
     return torch.maximum(floor, torch.as_tensor(damping, dtype=grams.dtype, device=grams.device))
 
 
-def _cholesky(grams: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower factors of `G + d I`, and which of them can be used: (N, r, r), (N,) -> (N, r, r), (N,).
+def _attempt(grams: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverses of `G + d I`, and which of them can be used: (N, r, r), (N,) -> (N, r, r), (N,).
 
-    In exact arithmetic every squared pivot is at least d. One far below is rounding noise, and its inverse would make a
-    step as much too long without any sign of failure.
+    In exact arithmetic every squared pivot is at least d, and no eigenvalue of the inverse exceeds 1 / d, so that its
+    norm is at most sqrt(r) / d. What is far off is rounding noise, and would make a step as much too long without any
+    sign of failure. Both are looked at: an eigenvalue can be far smaller than every pivot.
     """
     identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
     factors, failed = torch.linalg.cholesky_ex(grams + d[:, None, None] * identity)
     pivots = factors.diagonal(dim1=-2, dim2=-1).square()
-    return factors, (failed == 0) & (pivots.amin(-1) >= 0.5 * d)
+    sound = (failed == 0) & (pivots.amin(-1) >= 0.5 * d)
+    inverses = torch.cholesky_inverse(torch.where(sound[:, None, None], factors, identity))
+    squared_norms = (inverses * d[:, None, None]).square().sum((-2, -1))
+    return inverses, sound & (squared_norms <= 4 * grams.shape[-1])
 
 
 def damped_inverse(grams: Tensor, damping: Tensor | float) -> Tensor:
@@ -95,15 +99,14 @@ def damped_inverse(grams: Tensor, damping: Tensor | float) -> Tensor:
     """
     trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)
     d = effective_damping(grams, damping)
-    first, first_usable = _cholesky(grams, d)
-    second, second_usable = _cholesky(grams, torch.maximum(d, SECOND_ATTEMPT * RELATIVE_DAMPING * trace))
+    first, first_usable = _attempt(grams, d)
+    second, second_usable = _attempt(grams, torch.maximum(d, SECOND_ATTEMPT * RELATIVE_DAMPING * trace))
     # Not finite: x * 0 is NaN for inf and NaN alike. LAPACK leaves finite garbage there, so what went in decides.
     poison = (grams * 0).sum((-2, -1), keepdim=True)
-    bound = (trace + d).nan_to_num(1.0).sqrt()
-    factors = torch.where(first_usable[:, None, None], first, second)
-    usable = (first_usable | second_usable)[:, None, None] & (poison == 0)
-    factors = torch.where(usable, factors, torch.diag_embed(bound[:, None].expand(-1, grams.shape[-1])))
-    return torch.cholesky_inverse(factors) + poison
+    bound = (trace + d).nan_to_num(1.0).reciprocal()
+    last = torch.diag_embed(bound[:, None].expand(-1, grams.shape[-1]))
+    inverse = torch.where(first_usable[:, None, None], first, torch.where(second_usable[:, None, None], second, last))
+    return torch.where(poison == 0, inverse, last) + poison
 
 
 def precondition_(grad_rows: Tensor, inverses: Tensor) -> None:
