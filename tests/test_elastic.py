@@ -285,6 +285,17 @@ def test_a_full_disk_stops_every_rank_and_keeps_the_older_checkpoint(trained: Pa
     assert read_manifest(folder) == read_manifest(trained)
 
 
+def test_a_newer_checkpoint_takes_the_place_of_an_older_one(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    shutil.copytree(trained, folder)
+    (folder / "stale.safetensors").write_bytes(b"")
+    config = {**engine_config(1, "GateRiemannianAdamW"), "scheduler": copy.deepcopy(WARMUP)}
+    run_on_ranks(2, resave, config=config, ep_size=1, load=str(trained), save=str(folder))
+    assert read_manifest(folder)["topology"]["world_size"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    assert not (folder / "stale.safetensors").exists()
+
+
 def watched_save(folder: str) -> tuple[int, int]:
     """On every rank: the most bytes of whole tensors alive at once while saving, and the bytes of all of them."""
     import deepspeed

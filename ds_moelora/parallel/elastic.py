@@ -231,9 +231,12 @@ def _try_to_publish(partial: Path, folder: Path, manifest: dict[str, Any]) -> st
             json.dump(manifest, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
+        older = folder.with_name(f".{folder.name}.older")
+        shutil.rmtree(older, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(older)  # until the new one has its place: a killed process loses neither
         partial.rename(folder)
+        shutil.rmtree(older, ignore_errors=True)
     except OSError as error:
         return f"{type(error).__name__}: {error}"
     return None
