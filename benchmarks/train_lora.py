@@ -11,8 +11,8 @@ from typing import Any
 from peft import LoraConfig
 
 from launch import modeling, train
-from launch.arguments import AdapterArguments
 from launch.errors import run_guarded
+from launch.flags import AdapterArguments
 
 
 def lora_config(adapter: AdapterArguments, task: str) -> Any:

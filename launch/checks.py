@@ -18,9 +18,10 @@ from ds_moelora.core.expert_parallel import check_ep_size
 from ds_moelora.core.pairs import GATE_SCALINGS
 from ds_moelora.parallel.checkpoint import check_checkpoint
 from ds_moelora.parallel.elastic import read_manifest
-from launch.arguments import Arguments, RunArguments
+from launch.arguments import Arguments
 from launch.errors import UserError, process_rank
 from launch.extensions import check_build_lock
+from launch.flags import RunArguments
 
 # The keys that transformers fills in; "auto" anywhere else would reach the optimizer as a string.
 AUTO_KEYS = ("lr", "betas", "eps", "weight_decay")

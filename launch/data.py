@@ -10,8 +10,8 @@ from pathlib import Path
 import datasets
 from datasets import Dataset, DatasetDict
 
-from launch.arguments import RunArguments
 from launch.errors import UserError
+from launch.flags import RunArguments
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")

@@ -12,8 +12,8 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Value
 
-from launch.arguments import RunArguments
 from launch.errors import UserError
+from launch.flags import RunArguments
 
 # The wording of Stanford Alpaca (Taori et al., 2023), which most instruction data sets were made for.
 ALPACA_WITH_INPUT = (

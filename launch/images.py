@@ -8,8 +8,9 @@ import torch
 from datasets import Dataset, Image
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 
-from launch.arguments import Arguments, RunArguments
+from launch.arguments import Arguments
 from launch.errors import UserError
+from launch.flags import RunArguments
 from launch.formats import LABEL_COLUMNS, choose_column
 
 IMAGE_COLUMNS = ("image", "img", "picture")

@@ -21,8 +21,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import ds_moelora
-from launch.arguments import AdapterArguments, Arguments
+from launch.arguments import Arguments
 from launch.errors import UserError
+from launch.flags import AdapterArguments
 from launch.images import head_name
 
 AUTO_CLASSES = {

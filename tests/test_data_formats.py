@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from launch.arguments import RunArguments
 from launch.data import load_rows, load_splits
 from launch.errors import UserError
+from launch.flags import RunArguments
 from launch.formats import causal_rows, classification_texts, label_names, number_labels
 from tests.launch_support import alpaca_rows, write_jsonl
 

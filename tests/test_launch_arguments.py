@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from ds_moelora import MoELoRAConfig
-from launch.arguments import CausalConfig, ClassificationConfig, parse_arguments
+from launch.arguments import parse_arguments
 from launch.errors import UsageError, UserError
+from launch.flags import CausalConfig, ClassificationConfig
 from launch.modeling import PATTERNS, adapter_config
 from tests.launch_support import ROOT
 

@@ -21,10 +21,11 @@ from transformers import (
 )
 
 from launch import formats, images
-from launch.arguments import RunArguments, parse_arguments
+from launch.arguments import parse_arguments
 from launch.checks import check_task
 from launch.data import load_rows
 from launch.errors import UserError
+from launch.flags import RunArguments
 from tests.launch_support import launch, write_jsonl
 from tests.test_launch_runs import SMALL, check_outputs
 

@@ -1,0 +1,175 @@
+"""The launcher's flags: the dataclasses whose fields they are (`launch.arguments` reads them)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+TASKS = ("causal-lm", "sequence-classification", "image-classification")
+DEFAULT_OPTIM = "adamw_torch"
+
+
+def _flag(default: Any, help_text: str) -> Any:
+    """A dataclass field with a help text."""
+    return field(default=default, metadata={"help": help_text})
+
+
+def _pattern(name: str) -> Any:
+    """A flag that gives single layers another value; JSON on the command line, a mapping in a recipe."""
+    return _flag(
+        None, f"Layers whose {name} differs, as JSON, e.g. '{{\"q_proj\": 4}}'; keys may be regular expressions."
+    )
+
+
+@dataclass
+class RunArguments:
+    """Which model is trained on which data for which task."""
+
+    task: str = field(
+        default="causal-lm",
+        metadata={"help": "causal-lm, sequence-classification or image-classification.", "choices": list(TASKS)},
+    )
+    model_name_or_path: str | None = _flag(None, "Model: a folder or a hub id. Without model and dataset: the demo.")
+    revision: str = _flag("main", "Branch, tag or commit of a model from the hub.")
+    dataset_name: str | None = _flag(None, "Training data: a jsonl, json, csv or parquet file, a folder, or a hub id.")
+    dataset_config: str | None = _flag(None, "Configuration of a dataset from the hub.")
+    dataset_split: str = _flag("train", "Split of --dataset_name to train on.")
+    eval_dataset_name: str | None = _flag(None, "Evaluation data, in the same form as --dataset_name.")
+    eval_dataset_split: str | None = _flag(None, "Its split. Default: the first of validation, test, train it has.")
+    eval_fraction: float = _flag(0.0, "Share of the training data set aside for evaluation (instead of a dataset).")
+    max_train_samples: int | None = _flag(None, "Use the first N training rows only.")
+    max_eval_samples: int | None = _flag(None, "Use the first N evaluation rows only.")
+    prompt_template: str = field(
+        default="alpaca",
+        metadata={
+            "help": "How instruction/input rows become a prompt: alpaca (the Stanford wording), plain (instruction, "
+            "input, one per line) or chat (the tokenizer's chat template).",
+            "choices": ["alpaca", "plain", "chat"],
+        },
+    )
+    instruction_column: str | None = _flag(None, "causal-lm: the column to read as instruction.")
+    input_column: str | None = _flag(None, "causal-lm: the column to read as input; needs --instruction_column.")
+    output_column: str | None = _flag(None, "causal-lm: the column to read as output; needs --instruction_column.")
+    text_column: str | None = _flag(None, "Classification: the column with the text. Default: see docs/launcher.md.")
+    text_pair_column: str | None = _flag(None, "Classification: the second of two texts; needs --text_column.")
+    text_pattern: str | None = _flag(
+        None, "Classification: a regular expression; its first group in each text is what the model reads."
+    )
+    image_column: str | None = _flag(None, "Images: the column with the pictures. Default: image, img or picture.")
+    label_column: str | None = _flag(None, "Classification: the column with the label. Default: label or answer.")
+    overwrite_output_dir: bool = _flag(False, "Accept a non-empty output_dir; its old checkpoints are removed.")
+    show_traceback: bool = _flag(False, "Show the traceback of errors that are otherwise one message.")
+
+
+@dataclass
+class AdapterArguments:
+    """The mixture of LoRA experts; each field is the one of the same name in `ds_moelora.MoELoRAConfig`."""
+
+    # The alias is for torchrun, which takes `--r` for one of its own flags, even behind the script's name.
+    r: int = field(default=8, metadata={"help": "Rank of one expert.", "aliases": ["--lora_r"]})
+    num_experts: int = _flag(8, "Experts per layer.")
+    top_k: int = _flag(2, "Experts that a token uses.")
+    lora_alpha: float = _flag(16.0, "Numerator of the scaling.")
+    lora_dropout: float = _flag(0.0, "Dropout on the adapter's input.")
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Module names, one regular expression, or all-linear: where the mixture is put."},
+    )
+    scaling: str = _flag("alpha", "alpha: alpha/r. rslora: alpha/sqrt(r). goat: sqrt(3 eta in/r).")
+    eta: float = _flag(1.0, "With --scaling goat: learning rate of full fine-tuning over that of LoRA.")
+    init_lora_weights: str = _flag(
+        "true", "true: B starts at zero. goat, goat_mini, pissa, milora: from the base weights' singular values."
+    )
+    rho: float = _flag(10.0, "With such a start: how far the factors are scaled down.")
+    svd_cache_dir: str | None = _flag(None, "With such a start: a folder that keeps decompositions.")
+    router_aux_loss_coef: float = _flag(1e-3, "Weight of the load-balancing loss; 0 switches it off.")
+    router_z_loss_coef: float = _flag(0.0, "Weight of the router z-loss; 0 switches it off.")
+    router_temperature: float = _flag(1.0, "What the router's logits are divided by.")
+    router_jitter: float = _flag(0.0, "eps: in training the router's input is times uniform(1 - eps, 1 + eps).")
+    top_p: float | None = _flag(None, "Use the most probable experts up to this probability, at most top_k of them.")
+    shared_expert: bool = _flag(False, "One more expert per layer that every token uses.")
+    shared_A: bool = _flag(False, "One A for all experts of a layer (HydraLoRA).")
+    rank_pattern: str | None = _pattern("r")
+    alpha_pattern: str | None = _pattern("lora_alpha")
+    num_experts_pattern: str | None = _pattern("num_experts")
+    top_k_pattern: str | None = _pattern("top_k")
+    ep_size: int = _flag(1, "Ranks that share the experts; divides num_experts and the number of ranks. ZeRO 1 or 2.")
+    ep_dispatch: str = _flag("auto", "With --ep_size > 1: move weights, tokens, or auto.")
+    ep_bucket_layers: int = _flag(1, "With --ep_size > 1: layers whose experts are gathered together.")
+    expert_compute: str = _flag("auto", "dense, grouped (chosen experts alone) or auto.")
+    modules_to_save: list[str] = field(
+        default_factory=list, metadata={"help": "Modules trained and saved in full beside the adapter."}
+    )
+
+
+class _Deferred:
+    """Training arguments that wait for the checks.
+
+    `TrainingArguments.__post_init__` opens torch.distributed and parses the DeepSpeed config. It is put off to
+    `start()`, so that everything that can be wrong is found before any rank waits for another.
+    """
+
+    def start(self) -> None:
+        """Completes the arguments; opens torch.distributed."""
+        if self.bf16 is None:
+            # TRL's own default is bf16 everywhere; transformers refuses that on a machine without an accelerator.
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if not torch.accelerator.is_available():
+            # Without it accelerate sees no backend for a CPU, and every rank would take itself for the only one.
+            self.use_cpu = True
+        self.optim = self.optim or DEFAULT_OPTIM
+        super().__post_init__()
+
+
+@dataclass
+class CausalConfig(_Deferred, SFTConfig):
+    """TRL's `SFTConfig` with this launcher's defaults."""
+
+    # The adapter's coefficient, not that of a mixture inside the base model: `AdapterArguments` has the flag.
+    router_aux_loss_coef: float | None = field(default=None, init=False)
+    output_dir: str = _flag("outputs/run", "Folder for the adapter, checkpoints, TensorBoard logs and the summary.")
+    optim: str | None = _flag(None, "Only without an optimizer block in the DeepSpeed config: a transformers name.")
+    report_to: str = _flag("tensorboard", "Where metrics go: tensorboard, none, or another integration's name.")
+    logging_first_step: bool = _flag(True, "Log the first step.")
+    include_num_input_tokens_seen: str = _flag("non_padding", "Count tokens: no, all or non_padding.")
+
+    def __post_init__(self) -> None:
+        """Left to `start()`."""
+
+
+@dataclass
+class HeadConfig(_Deferred, TrainingArguments):
+    """transformers' `TrainingArguments` with this launcher's defaults, for models with a classification head."""
+
+    output_dir: str = _flag("outputs/run", "Folder for the adapter, checkpoints, TensorBoard logs and the summary.")
+    optim: str | None = _flag(None, "Only without an optimizer block in the DeepSpeed config: a transformers name.")
+    report_to: str = _flag("tensorboard", "Where metrics go: tensorboard, none, or another integration's name.")
+    logging_first_step: bool = _flag(True, "Log the first step.")
+    include_num_input_tokens_seen: str = _flag("non_padding", "Count tokens: no, all or non_padding.")
+    logging_steps: float = _flag(10, "Log every so many steps.")
+    bf16: bool | None = _flag(None, "bf16 training. Default: where an accelerator supports it.")
+    trust_remote_code: bool = _flag(False, "Run code that a model's repository brings. Off unless you trust it.")
+
+    def __post_init__(self) -> None:
+        """Left to `start()`."""
+
+
+@dataclass
+class ClassificationConfig(HeadConfig):
+    """For sequence-classification."""
+
+    max_length: int = _flag(256, "Longest input in tokens; longer texts are cut.")
+
+
+@dataclass
+class ImageConfig(HeadConfig):
+    """For image-classification."""
+
+    remove_unused_columns: bool = field(default=False, init=False)  # pictures are processed after columns are read
+
+
+TRAINING_CLASSES = dict(zip(TASKS, (CausalConfig, ClassificationConfig, ImageConfig), strict=True))
