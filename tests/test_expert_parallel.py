@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_moelora.core.dense import DENSE
 from ds_moelora.core.grouped import GROUPED
-from ds_moelora.core.moe_lora import DENSE, moe_lora
+from ds_moelora.core.moe_lora import moe_lora
 from ds_moelora.core.pairs import GATE_SCALINGS, GateSettings
 from ds_moelora.core.routing import route
 from ds_moelora.parallel.dispatch import exchanged_moe_lora

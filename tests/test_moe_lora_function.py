@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_moelora.core.compute import gate_factor
 from ds_moelora.core.layer_reference import max_relative_error, reference_layer
-from ds_moelora.core.moe_lora import gate_factor, moe_lora
+from ds_moelora.core.moe_lora import moe_lora
 from ds_moelora.core.pairs import GATE_SCALINGS, GateSettings
 from ds_moelora.core.routing import route
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from ds_moelora.core.dense import DENSE
 from ds_moelora.core.grouped import GROUPED
 from ds_moelora.core.layer_reference import max_relative_error, reference_layer
-from ds_moelora.core.moe_lora import DENSE, moe_lora
+from ds_moelora.core.moe_lora import moe_lora
 from ds_moelora.core.pairs import GATE_SCALINGS, GateSettings
 from ds_moelora.core.routed import routed_moe_lora
 

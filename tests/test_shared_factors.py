@@ -13,9 +13,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ds_moelora import GateRiemannianSGD, MoELoRAConfig, tag_lora_pairs
+from ds_moelora.core.dense import DENSE
 from ds_moelora.core.grouped import GROUPED
 from ds_moelora.core.layer_reference import max_relative_error, reference_layer
-from ds_moelora.core.moe_lora import DENSE, moe_lora
+from ds_moelora.core.moe_lora import moe_lora
 from ds_moelora.core.pairs import GATE_SCALINGS, GateSettings, tag_of
 from ds_moelora.core.reference import damped_inverse
 from ds_moelora.core.routing import route

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.compute import ExpertCompute
 from ..core.expert_parallel import FACTORS, INITIAL_FACTORS, ExpertShard, ShardSpec, build_shard, check_ep_size
 from ..core.grouped import choose_compute
 from ..core.initialization import draw_uniform_
-from ..core.moe_lora import ExpertCompute, moe_lora
+from ..core.moe_lora import moe_lora
 from ..core.pairs import GateSettings, LoraPair, tag_pair
 from ..core.routed import routed_moe_lora
 from ..core.routing import route

@@ -21,7 +21,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .moe_lora import DENSE, ExpertCompute, MixtureGrads, Needs, RouterStep, gate_factor
+from .compute import ExpertCompute, MixtureGrads, Needs, RouterStep, gate_factor
+from .dense import DENSE
 from .pairs import GateSettings
 
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .moe_lora import DENSE, ExpertCompute, Needs, RouterStep, no_autocast, refuse_second_derivative
+from .compute import ExpertCompute, Needs, RouterStep, no_autocast, refuse_second_derivative
+from .dense import DENSE
 from .pairs import GateSettings
 from .routing import gates_backward, route
 

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
+from ..core.dense import DENSE
 from ..core.expert_parallel import FACTORS, INITIAL_FACTORS, ShardSpec, check_ep_size
-from ..core.moe_lora import DENSE
 from ..core.pairs import GateSettings
 from .dispatch import exchanged_moe_lora
 from .engine_hooks import adapt_engine, create_groups, expert_group

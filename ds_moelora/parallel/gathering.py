@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core.moe_lora import ExpertCompute, Needs, no_autocast, refuse_second_derivative
+from ..core.compute import ExpertCompute, Needs, no_autocast, refuse_second_derivative
 from ..core.pairs import GateSettings
 
 

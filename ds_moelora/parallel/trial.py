@@ -21,9 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..core.compute import ExpertCompute
+from ..core.dense import DENSE
 from ..core.expert_parallel import ShardSpec
 from ..core.grouped import GROUPED, choose_compute
-from ..core.moe_lora import DENSE, ExpertCompute
 from ..core.pairs import GateSettings
 from .dispatch import bytes_moved, exchanged_moe_lora
 from .gathering import Bucket, gathered_moe_lora
