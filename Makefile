@@ -15,7 +15,7 @@ ifneq ($(DEEPSPEED),)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 endif
 
-.PHONY: demo test conformance bench bench-gpu lint format clean
+.PHONY: demo test conformance bench bench-gpu docs lint format clean
 
 demo: $(VENV)/.ready
 	OMP_NUM_THREADS=1 deepspeed --num_gpus $(RANKS) launch/train.py --deepspeed configs/zero2.json --overwrite_output_dir
@@ -42,6 +42,12 @@ lint: $(VENV)/.ready
 format: $(VENV)/.ready
 	ruff check --fix .
 	ruff format .
+
+# The site, from README and docs/ and the docstrings, into site/.
+docs: $(VENV)/.ready
+	python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@echo "The site is in $(CURDIR)/site; 'mkdocs serve' shows it while it is written."
 
 # torch first: DeepSpeed's setup reads its version, and a later range then finds it satisfied.
 $(VENV)/.ready: setup.py constraints.txt

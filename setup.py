@@ -38,5 +38,7 @@ setup(
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14"],
         # The tables and plots of benchmarks/.
         "bench": ["matplotlib>=3.8"],
+        # The site that `make docs` builds.
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     },
 )
