@@ -36,9 +36,11 @@ from ds_moelora import MoELoRAConfig
         ({"ep_dispatch": "experts"}, r"ep_dispatch='experts' is unknown; use one of auto, weights, tokens"),
         ({"ep_bucket_layers": 0}, r"ep_bucket_layers=0 must be an integer >= 1"),
         (
-            {"ep_bucket_layers": 2, "ep_dispatch": "tokens"},
-            r"ep_bucket_layers=2 has no effect with ep_dispatch='to",
+            {"ep_size": 2, "ep_bucket_layers": 2, "ep_dispatch": "tokens"},
+            r"ep_bucket_layers=2 has no effect without ep_dispatch='weights' or 'auto'",
         ),
+        ({"ep_bucket_layers": 2}, r"ep_bucket_layers=2 has no effect without ep_size > 1"),
+        ({"ep_dispatch": "tokens"}, r"ep_dispatch='tokens' has no effect without ep_size > 1"),
         ({"expert_compute": "fast"}, r"expert_compute='fast' is unknown; use one of auto, dense, grouped"),
         ({"target_modules": []}, r"target_modules=set\(\) is empty"),
         ({"target_modules": "q.*", "layers_to_transform": [0]}, r"layers_to_transform=\[0\] cannot be used"),

@@ -79,7 +79,7 @@ def zero_pair() -> None:
     axes.text(boundary / 2, -0.35, "rank 0", ha="center", fontsize=10, weight="bold")
     axes.text((boundary + 16) / 2, -0.35, "rank 1", ha="center", fontsize=10, weight="bold")
     steps = [
-        "each cell: one row of r numbers; orange: the row that the boundary cuts, which each rank puts into the exchange buffer in part",
+        "each cell: a row of r numbers; orange: the row that the boundary cuts, of which each rank sends its part",
         "1  each rank sums the Gram matrices (r x r) of its whole rows, per expert",
         "2  one all-reduce: all Gram matrices and the cut rows; its size does not depend on the width of the layer",
         "3  each rank multiplies its own rows by (G + d I)^-1 where they lie; torch's fused AdamW does the rest",

@@ -172,7 +172,6 @@ class MoELoRAConfig(PeftConfig):
             )
         _check_real("eta", self.eta, "a number > 0", lambda v: v > 0, "The paper's value is 1.")
         _check_real("rho", self.rho, "a number > 0", lambda v: v > 0, "The paper's value is 10.")
-        self._check_effect()
         _check_int("ep_size", self.ep_size, "1: every rank has all experts.")
         check_ep_size(self.ep_size, self.num_experts)
         for name, known in (("ep_dispatch", DISPATCHES), ("expert_compute", COMPUTES)):
@@ -180,11 +179,7 @@ class MoELoRAConfig(PeftConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}.")
         self._check_routing()
         _check_int("ep_bucket_layers", self.ep_bucket_layers, "1: every layer's experts are gathered by themselves.")
-        if self.ep_bucket_layers > 1 and self.ep_dispatch == "tokens":
-            raise ValueError(
-                f"ep_bucket_layers={self.ep_bucket_layers} has no effect with ep_dispatch='tokens', which moves no "
-                "experts; use ep_bucket_layers=1, or ep_dispatch='weights' or 'auto'."
-            )
+        self._check_effect()
         self._check_targets()
 
     def _check_routing(self) -> None:
@@ -232,6 +227,10 @@ class MoELoRAConfig(PeftConfig):
             ("eta", self.scaling == "goat", "scaling='goat'"),
             ("rho", svd_only, svd_start),
             ("svd_cache_dir", svd_only, svd_start),
+            ("ep_dispatch", self.ep_size > 1, "ep_size > 1"),
+            ("ep_bucket_layers", self.ep_size > 1, "ep_size > 1"),
+            # "tokens" moves no experts.
+            ("ep_bucket_layers", self.ep_dispatch != "tokens", "ep_dispatch='weights' or 'auto'"),
         ):
             default = type(self).__dataclass_fields__[name].default
             if not has_effect and getattr(self, name) != default:
