@@ -19,6 +19,7 @@ from ds_moelora.core.pairs import GATE_SCALINGS
 from ds_moelora.parallel.checkpoint import check_checkpoint
 from ds_moelora.parallel.elastic import read_manifest
 from launch.arguments import Arguments
+from launch.data_checks import check_data
 from launch.errors import UserError, process_rank
 from launch.extensions import check_build_lock
 from launch.flags import RunArguments
@@ -30,7 +31,11 @@ TASK_FLAGS = {
     "instruction_column": ("causal-lm",),
     "input_column": ("causal-lm",),
     "output_column": ("causal-lm",),
-    "text_column": ("sequence-classification",),
+    "prompt_column": ("causal-lm",),
+    "completion_column": ("causal-lm",),
+    "messages_column": ("causal-lm",),
+    "streaming": ("causal-lm",),
+    "text_column": ("causal-lm", "sequence-classification"),
     "text_pair_column": ("sequence-classification",),
     "text_pattern": ("sequence-classification",),
     "image_column": ("image-classification",),
@@ -296,6 +301,7 @@ def preflight(arguments: Arguments) -> str:
     check_build_lock()
     check_numbers(arguments)
     check_task(arguments)
+    check_data(arguments)
     check_loss(arguments)
     check_expert_parallel(arguments)
     name = check_optimizer(arguments)
