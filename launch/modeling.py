@@ -125,7 +125,7 @@ def check_model(arguments: Arguments, config: Any, model_options: dict[str, Any]
     Raises:
         UserError: the model's config cannot be read, or the adapter does not fit the model.
     """
-    skeleton = _build_on_meta(arguments, model_options)
+    skeleton = build_on_meta(arguments, model_options)
     names = linear_names(skeleton)
     if arguments.run.task == "image-classification":
         _train_head(config, head_name(skeleton))
@@ -152,7 +152,12 @@ def linear_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _build_on_meta(arguments: Arguments, model_options: dict[str, Any]) -> PreTrainedModel:
+def build_on_meta(arguments: Arguments, model_options: dict[str, Any]) -> PreTrainedModel:
+    """The model without weights.
+
+    Raises:
+        UserError: its config cannot be read, or is of no model for the task.
+    """
     run, trust = arguments.run, arguments.training.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(
@@ -164,9 +169,7 @@ def _build_on_meta(arguments: Arguments, model_options: dict[str, Any]) -> PreTr
         raise UserError(f"--model_name_or_path {run.model_name_or_path}: {error}") from error
 
 
-def load_model(
-    arguments: Arguments, config: Any, model_options: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
-) -> PeftModel:
+def load_model(arguments: Arguments, config: Any, model_options: dict[str, Any], processor: Any) -> PeftModel:
     """The model with its weights and a fresh adapter. Call it after `training.start()`: ZeRO-3 shards while loading."""
     run, training = arguments.run, arguments.training
     # In fp32 unless mixed precision was asked for: a checkpoint's own bf16 would train the adapter in bf16 unasked.
@@ -178,6 +181,6 @@ def load_model(
         dtype=dtype,
         **model_options,
     )
-    if tokenizer is not None and model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    if isinstance(processor, PreTrainedTokenizerBase) and model.config.pad_token_id is None:
+        model.config.pad_token_id = processor.pad_token_id
     return get_peft_model(model, config)

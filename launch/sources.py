@@ -93,6 +93,6 @@ def _refuse_different(parts: list[Rows]) -> None:
     kinds = [{name: isinstance(value, str) for name, value in next(iter(part)).items()} for part in parts]
     if any(kind != kinds[0] for kind in kinds):
         raise UserError(
-            "--dataset_name: chat messages and plain text (or texts and pairs of texts) cannot be mixed. Beside messages "
-            "use --prompt_template chat for instruction rows; for classification use the same columns in all."
+            "--dataset_name: chat messages and plain text (or texts and pairs of texts) cannot be mixed. Beside "
+            "messages use --prompt_template chat for instruction rows; for classification the same columns in all."
         )

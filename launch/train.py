@@ -29,7 +29,7 @@ import datasets
 import deepspeed
 import torch.distributed as dist
 import transformers
-from transformers import Trainer, TrainerCallback
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import set_seed
 
 import ds_moelora  # noqa: F401  (registers the optimizers and the tuner)
@@ -58,14 +58,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = modeling.adapter_config(arguments.adapter, arguments.run.task)
     if arguments.demo:
         arguments.run.model_name_or_path = str(demo.base_model())
-    pictures = arguments.run.task == "image-classification"
-    processor = images.load_image_processor(arguments) if pictures else modeling.load_tokenizer(arguments)
+    processor = load_processor(arguments)
     train, evaluation, model_options = load_data(arguments, processor)
     modeling.check_model(arguments, config, model_options)
 
     start(arguments)
     set_seed(arguments.training.seed)
-    model = modeling.load_model(arguments, config, model_options, None if pictures else processor)
+    model = modeling.load_model(arguments, config, model_options, processor)
     callbacks: list[TrainerCallback] = [trainers.OptimizerGuard(optimizer)]
     if arguments.demo:
         callbacks.append(demo.ExactMatch(processor))
@@ -78,6 +77,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         dist.barrier()
         dist.destroy_process_group()
     return summary
+
+
+def load_processor(arguments: Arguments) -> PreTrainedTokenizerBase | BaseImageProcessor:
+    """The tokenizer, or what prepares pictures."""
+    if arguments.run.task == "image-classification":
+        return images.load_image_processor(arguments)
+    return modeling.load_tokenizer(arguments)
 
 
 def quieten() -> None:

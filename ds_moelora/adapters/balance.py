@@ -110,8 +110,8 @@ def batch_layout(kwargs: Mapping[str, Any], labels_are_shifted: bool, is_encoder
     the Trainer counts them.
 
     Args:
-        kwargs: input_ids, inputs_embeds, attention_mask, labels, shift_labels, num_items_in_batch, and the boundaries of
-            packed sequences under the names that transformers gives them, cu_seq_lens_q and max_length_q: all optional.
+        kwargs: input_ids, inputs_embeds, attention_mask, labels, shift_labels, num_items_in_batch, and the boundaries
+            of packed sequences under transformers' names, cu_seq_lens_q and max_length_q: all optional.
         labels_are_shifted: the model's loss compares position i with label i + 1.
         is_encoder_decoder: two sequences per row. If they are equally long a layer's tokens cannot be told apart by
             their shape, and the mask, which is the encoder's, is then left unused.
@@ -172,7 +172,8 @@ def _record_losses(record: RouterRecord, layout: BatchLayout) -> AuxLosses:
     if mask is not None:
         mask = mask.to(record.logits.device) if tuple(mask.shape) == shape and lead in (shape, (rows,)) else None
     if layout.packed is not None and layout.grid is not None and math.prod(layout.grid) == rows:
-        shape, packed = tuple(layout.packed.shape), layout.packed.to(record.logits.device)
+        packed = layout.packed.to(record.logits.device)
+        shape = (packed.shape[0], packed.shape[1])
         mask = packed < rows
         logits, chosen = (_unpacked(t.reshape(rows, num_experts), packed) for t in (record.logits, record.chosen))
     else:
