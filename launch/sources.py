@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets, interleave_datasets
+from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets, interleave_datasets
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from launch import demo, formats, images
@@ -47,7 +48,7 @@ def load_data(
         flag_of_evaluation = f"--eval_dataset_name {run.eval_dataset_name}"
         evaluation = convert(evaluation, run, flag=flag_of_evaluation)
     elif held_out:
-        flag_of_evaluation, evaluation = flag, _concatenate(held_out)
+        flag_of_evaluation, evaluation = flag, mix(held_out, replace(run, dataset_weights=[]), seed)
         evaluation = evaluation if run.max_eval_samples is None else evaluation.take(run.max_eval_samples)
     if run.task == "causal-lm":
         return train, evaluation, {}
@@ -67,25 +68,24 @@ def mix(parts: list[Rows], run: RunArguments, seed: int) -> Rows:
     there. The draws depend on `seed` alone.
 
     Raises:
-        UserError: chat messages in one data set and text in another.
+        UserError: columns that do not fit together, such as chat messages in one data set and text in another.
     """
     if len(parts) == 1:
         return parts[0]
-    if not run.dataset_weights:
-        return _concatenate(parts)
+    _refuse_different(parts)
+    parts = [_with_plain_strings(part) for part in parts]
     total = sum(run.dataset_weights)
-    _refuse_different(parts)
-    return interleave_datasets(
-        parts,
-        probabilities=[weight / total for weight in run.dataset_weights],
-        seed=seed,
-        stopping_strategy=run.dataset_stopping,
-    )
-
-
-def _concatenate(parts: list[Rows]) -> Rows:
-    _refuse_different(parts)
-    return concatenate_datasets(parts)
+    try:
+        if not run.dataset_weights:
+            return concatenate_datasets(parts)
+        return interleave_datasets(
+            parts,
+            probabilities=[weight / total for weight in run.dataset_weights],
+            seed=seed,
+            stopping_strategy=run.dataset_stopping,
+        )
+    except ValueError as error:
+        raise UserError(f"--dataset_name {' '.join(run.dataset_name)} cannot be mixed: {error}") from error
 
 
 def _refuse_different(parts: list[Rows]) -> None:
@@ -96,3 +96,18 @@ def _refuse_different(parts: list[Rows]) -> None:
             "--dataset_name: chat messages and plain text (or texts and pairs of texts) cannot be mixed. Beside "
             "messages use --prompt_template chat for instruction rows; for classification the same columns in all."
         )
+
+
+def _with_plain_strings(rows: Rows) -> Rows:
+    """`rows` whose text has one type: readers of different files disagree about the width of its offsets."""
+    if rows.features is None:
+        return rows
+    return rows.cast(Features({name: _plain(feature) for name, feature in rows.features.items()}))
+
+
+def _plain(feature: Any) -> Any:
+    if isinstance(feature, dict):
+        return {name: _plain(part) for name, part in feature.items()}
+    if isinstance(feature, List | LargeList):
+        return List(_plain(feature.feature))
+    return Value("string") if feature == Value("large_string") else feature

@@ -55,9 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 2 for what the user can put right (one line on stderr), 1 for anything unforeseen.
     """
-    args, args.other_flags = build_parser().parse_known_args(argv)
-    if args.other_flags and args.refuse is not None:
-        args.refuse(f"unrecognized arguments: {' '.join(args.other_flags)}")
+    args, others = build_parser().parse_known_args(argv)
+    args.other_flags = others
+    if others and args.refuse is not None:
+        args.refuse(f"unrecognized arguments: {' '.join(others)}")
     try:
         return args.run(args)
     except BrokenPipeError:  # `| head` has seen enough
