@@ -6,10 +6,12 @@ of nothing, so that data sets of different layouts can be mixed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from datasets import IterableDataset
+from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from trl import maybe_convert_to_chatml
 
 from launch.columns import Rows, choose_column, column_names, refuse_missing, shown
@@ -29,27 +31,34 @@ ALPACA_WITHOUT_INPUT = (
 # Columns of every layout, in the order in which they are looked for, and those that a row need not have.
 LAYOUTS = (("prompt", "completion"), ("messages",), ("conversations",), ("instruction", "output", "input"), ("text",))
 OPTIONAL = ("input",)
+FORMATTED = "formatted"  # by --prompt_format and --completion_format
 USABLE = "instruction + output (and input), prompt + completion, messages, conversations, or text"
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-Batch = dict[str, list[Any]]
+Row = dict[str, Any]
+Pair = tuple[Any, Any]  # prompt and completion
 
 
-def causal_rows(rows: Rows, run: RunArguments, flag: str, has_chat_template: bool) -> Rows:
+def causal_rows(
+    rows: Rows, run: RunArguments, flag: str, has_chat_template: bool, keep: str | None = None, as_chat: bool = False
+) -> Rows:
     """`rows` as prompt and completion.
 
     A conversation becomes one row per answer of the assistant, with everything before it as the prompt: the loss then
     covers each answer once, whatever the chat template.
 
+    Args:
+        rows: a data set or a stream. flag: the flag that named it, for messages. has_chat_template: of the tokenizer.
+        keep: a column that goes with every prompt that comes from its row.
+        as_chat: make chat messages of text.
+
     Raises:
         UserError: no usable columns, a row with a missing value, or messages without a chat template. A stream's rows
             are looked at when they are read.
     """
-    rows = _renamed(rows, run, flag)
-    layout = next((names for names in LAYOUTS if set(names) - set(OPTIONAL) <= set(column_names(rows))), None)
-    if layout is None:
-        raise UserError(f"{flag} has no usable columns. It has: {shown(rows)}. Usable are: {USABLE}.")
+    rows, layout = _layout(rows, run, flag, keep)
     kind = layout[0]
-    if _is_chat(rows, kind, run) and not has_chat_template:
+    is_chat = as_chat or _is_chat(rows, kind, run)
+    if is_chat and not has_chat_template:
         cause = "--prompt_template chat" if kind == "instruction" else "messages"
         raise UserError(
             f"{flag} needs a chat template ({cause}), and this model's tokenizer has none. Pass --chat_template_path, "
@@ -57,11 +66,24 @@ def causal_rows(rows: Rows, run: RunArguments, flag: str, has_chat_template: boo
         )
     if kind == "text":  # text files and WikiText have empty rows between paragraphs
         rows = rows.filter(lambda row: bool(row["text"] and row["text"].strip()))
-    else:
+    elif kind != FORMATTED:
         rows = refuse_missing(rows, tuple(name for name in layout if name not in OPTIONAL), flag)
+    pairs_of = _pairs(kind, run, is_chat)
+
+    def convert(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        made: dict[str, list[Any]] = {"prompt": [], "completion": [], **({keep: []} if keep else {})}
+        for values in zip(*batch.values(), strict=True):
+            row = dict(zip(batch, values, strict=True))
+            for prompt, completion in pairs_of(row):
+                made["prompt"].append(_chat("user", prompt) if as_chat else prompt)
+                made["completion"].append(_chat("assistant", completion) if as_chat else completion)
+                if keep:
+                    made[keep].append(row[keep])
+        return made
+
     naming = {} if isinstance(rows, IterableDataset) else {"desc": "Building prompts"}
     try:
-        made = rows.map(_converter(kind, run), batched=True, remove_columns=column_names(rows), **naming)
+        made = rows.map(convert, batched=True, remove_columns=column_names(rows), **naming)
     except UserError as error:
         raise UserError(f"{flag}: {error}") from error
     if not isinstance(made, IterableDataset) and len(made) == 0:
@@ -69,8 +91,23 @@ def causal_rows(rows: Rows, run: RunArguments, flag: str, has_chat_template: boo
     return made
 
 
-def _renamed(rows: Rows, run: RunArguments, flag: str) -> Rows:
-    """`rows` with the columns that flags name called as their layout calls them, and no others."""
+def _layout(rows: Rows, run: RunArguments, flag: str, keep: str | None) -> tuple[Rows, tuple[str, ...]]:
+    """`rows` with their layout's own names for columns, and the layout."""
+    if run.prompt_format or run.completion_format:
+        for name in ("prompt_format", "completion_format"):
+            if getattr(run, name) is None:
+                raise UserError(f"--prompt_format and --completion_format need each other; --{name} is missing.")
+        return rows, (FORMATTED,)
+    rows = _renamed(rows, run, flag, keep)
+    names = set(column_names(rows))
+    layout = next((layout for layout in LAYOUTS if set(layout) - set(OPTIONAL) <= names), None)
+    if layout is None:
+        raise UserError(f"{flag} has no usable columns. It has: {shown(rows)}. Usable are: {USABLE}.")
+    return rows, layout
+
+
+def _renamed(rows: Rows, run: RunArguments, flag: str, keep: str | None) -> Rows:
+    """`rows` with the columns that flags name called as their layout calls them, and no others but `keep`."""
     wishes = {name: getattr(run, f"{name}_column", None) for layout in LAYOUTS for name in layout}
     named = {choose_column(rows, old, (), f"--{new}_column", flag): new for new, old in wishes.items() if old}
     if not named:
@@ -82,7 +119,8 @@ def _renamed(rows: Rows, run: RunArguments, flag: str) -> Rows:
     missing = sorted(set(layouts[0]) - set(OPTIONAL) - set(named.values()))
     if missing:
         raise UserError(f"{flags} need --{missing[0]}_column as well.")
-    return rows.select_columns(list(named)).rename_columns({old: new for old, new in named.items() if old != new})
+    kept = rows.select_columns([*named, *([keep] if keep else [])])
+    return kept.rename_columns({old: new for old, new in named.items() if old != new})
 
 
 def _is_chat(rows: Rows, kind: str, run: RunArguments) -> bool:
@@ -91,45 +129,57 @@ def _is_chat(rows: Rows, kind: str, run: RunArguments) -> bool:
     return kind in ("messages", "conversations") or (kind == "instruction" and run.prompt_template == "chat")
 
 
-def _converter(kind: str, run: RunArguments) -> Callable[[Batch], Batch]:
+def _chat(role: str, content: Any) -> Any:
+    return content if isinstance(content, list) else [{"role": role, "content": content}]
+
+
+def _pairs(kind: str, run: RunArguments, is_chat: bool) -> Callable[[Row], Iterable[Pair]]:
+    """What makes prompts and completions of one row."""
     if kind == "prompt":
-        return lambda batch: {"prompt": batch["prompt"], "completion": batch["completion"]}
+        return lambda row: [(row["prompt"], row["completion"])]
     if kind == "text":
-        return lambda batch: {"prompt": [""] * len(batch["text"]), "completion": batch["text"]}
+        return lambda row: [("", row["text"])]
     if kind == "instruction":
-        return _alpaca(run.prompt_template)
-    return lambda batch: _split_conversations(batch[kind])
+        return lambda row: [_alpaca(row, "chat" if is_chat else run.prompt_template)]
+    if kind == FORMATTED:
+        prompt, completion = (_template(run, name) for name in ("prompt_format", "completion_format"))
+        return lambda row: [(prompt(row), completion(row))]
+    return lambda row: _answers(row[kind])
 
 
-def _split_conversations(conversations: list[list[dict[str, Any]]]) -> Batch:
-    prompts, completions = [], []
-    for conversation in conversations:
-        messages = maybe_convert_to_chatml({"messages": conversation})["messages"]
-        messages = [{**m, "role": SHAREGPT_ROLES.get(m.get("role"), m.get("role"))} for m in messages]
-        for position, message in enumerate(messages):
-            if message["role"] == "assistant" and position > 0:
-                prompts.append(messages[:position])
-                completions.append([message])
-    return {"prompt": prompts, "completion": completions}
+def _answers(conversation: list[Row]) -> Iterable[Pair]:
+    """Every answer of the assistant, and all before it."""
+    messages = maybe_convert_to_chatml({"messages": conversation})["messages"]
+    messages = [{**m, "role": SHAREGPT_ROLES.get(m.get("role"), m.get("role"))} for m in messages]
+    for position, message in enumerate(messages):
+        if message["role"] == "assistant" and position > 0:
+            yield messages[:position], [message]
 
 
-def _alpaca(template: str) -> Callable[[Batch], Batch]:
-    def convert(batch: Batch) -> Batch:
-        inputs = batch.get("input") or [""] * len(batch["instruction"])
-        prompts = [_prompt(template, i, x or "") for i, x in zip(batch["instruction"], inputs, strict=True)]
-        if template != "chat":
-            return {"prompt": prompts, "completion": batch["output"]}
-        return {
-            "prompt": [[{"role": "user", "content": p}] for p in prompts],
-            "completion": [[{"role": "assistant", "content": o}] for o in batch["output"]],
-        }
-
-    return convert
-
-
-def _prompt(template: str, instruction: str, context: str) -> str:
+def _alpaca(row: Row, template: str) -> Pair:
+    instruction, context, output = row["instruction"], row.get("input") or "", row["output"]
     if template == "alpaca":
         wording = ALPACA_WITH_INPUT if context else ALPACA_WITHOUT_INPUT
-        return wording.format(instruction=instruction, input=context)
+        return wording.format(instruction=instruction, input=context), output
     text = f"{instruction}\n{context}" if context else instruction
-    return text if template == "chat" else f"{text}\n"
+    return (_chat("user", text), _chat("assistant", output)) if template == "chat" else (f"{text}\n", output)
+
+
+def _template(run: RunArguments, name: str) -> Callable[[Row], str]:
+    """The Jinja template in flag `name` as a function of a row; a column that is not there is an error."""
+    text = getattr(run, name)
+    try:
+        template = ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(text)
+    except TemplateSyntaxError as error:
+        raise UserError(f"--{name} {text!r} is no Jinja template: {error}.") from error
+
+    def render(row: Row) -> str:
+        try:
+            made = template.render(row)
+        except (UndefinedError, TypeError, LookupError) as error:
+            raise UserError(f"--{name} {text!r}: {error}. A row has: {', '.join(row)}.") from error
+        if not made:
+            raise UserError(f"--{name} {text!r} makes nothing of a row: {str(row)[:300]}")
+        return made
+
+    return render

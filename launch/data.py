@@ -135,7 +135,7 @@ def load_splits(run: RunArguments, seed: int, number: int = 0) -> tuple[Rows, Ro
         run.dataset_split,
         run.dataset_config,
         run.max_train_samples,
-        pictures=run.task == "image-classification",
+        pictures=run.task.startswith("image-"),
         streaming=run.streaming,
     )
     if not run.eval_fraction:
@@ -158,7 +158,7 @@ def load_evaluation(run: RunArguments) -> Rows | None:
         run.eval_dataset_split,
         run.dataset_config if run.eval_dataset_name in run.dataset_name else None,
         run.max_eval_samples,
-        pictures=run.task == "image-classification",
+        pictures=run.task.startswith("image-"),
     )
 
 

@@ -56,6 +56,8 @@ def _check_streaming(arguments: Arguments) -> None:
 
 def _check_packing(arguments: Arguments) -> None:
     training = arguments.training
+    if arguments.run.task != "causal-lm":
+        raise UserError(f"--packing is not for --task {arguments.run.task}; TRL packs text alone.")
     if training.packing_strategy == "wrapped":
         raise UserError(
             "--packing_strategy wrapped cuts rows anywhere and lets a row attend to those before it in its pack. Use "

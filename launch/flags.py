@@ -9,7 +9,8 @@ import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-TASKS = ("causal-lm", "sequence-classification", "image-classification")
+TASKS = ("causal-lm", "sequence-classification", "image-classification", "image-text-to-text")
+LANGUAGE = ("causal-lm", "image-text-to-text")  # what SFTTrainer trains
 DEFAULT_OPTIM = "adamw_torch"
 
 
@@ -31,7 +32,7 @@ class RunArguments:
 
     task: str = field(
         default="causal-lm",
-        metadata={"help": "causal-lm, sequence-classification or image-classification.", "choices": list(TASKS)},
+        metadata={"help": "What is trained.", "choices": list(TASKS)},
     )
     model_name_or_path: str | None = _flag(None, "Model: a folder or a hub id. Without model and dataset: the demo.")
     revision: str = _flag("main", "Branch, tag or commit of a model from the hub.")
@@ -75,6 +76,10 @@ class RunArguments:
     prompt_column: str | None = _flag(None, "causal-lm: the column to read as prompt; needs --completion_column.")
     completion_column: str | None = _flag(None, "causal-lm: the column to read as completion.")
     messages_column: str | None = _flag(None, "causal-lm: the column to read as messages, in either spelling.")
+    prompt_format: str | None = _flag(
+        None, "causal-lm: a Jinja template that makes the prompt of a row's columns; needs --completion_format."
+    )
+    completion_format: str | None = _flag(None, "causal-lm: the same for the completion.")
     text_column: str | None = _flag(None, "The column with the text. Default: see docs/data.md and docs/launcher.md.")
     text_pair_column: str | None = _flag(None, "Classification: the second of two texts; needs --text_column.")
     text_pattern: str | None = _flag(
@@ -82,6 +87,7 @@ class RunArguments:
     )
     image_column: str | None = _flag(None, "Images: the column with the pictures. Default: image, img or picture.")
     label_column: str | None = _flag(None, "Classification: the column with the label. Default: label or answer.")
+    load_in_4bit: bool = _flag(False, "Keep the frozen base in 4 bits (NF4), by bitsandbytes. ZeRO 0 to 2.")
     overwrite_output_dir: bool = _flag(False, "Accept a non-empty output_dir; its old checkpoints are removed.")
     show_traceback: bool = _flag(False, "Show the traceback of errors that are otherwise one message.")
 
@@ -197,4 +203,11 @@ class ImageConfig(HeadConfig):
     remove_unused_columns: bool = field(default=False, init=False)  # pictures are processed after columns are read
 
 
-TRAINING_CLASSES = dict(zip(TASKS, (CausalConfig, ClassificationConfig, ImageConfig), strict=True))
+@dataclass
+class ImageTextConfig(CausalConfig):
+    """For image-text-to-text: nothing is cut, for a picture's tokens must all be there."""
+
+    max_length: int | None = field(default=None, init=False)
+
+
+TRAINING_CLASSES = dict(zip(TASKS, (CausalConfig, ClassificationConfig, ImageConfig, ImageTextConfig), strict=True))

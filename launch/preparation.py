@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow.compute as pc
@@ -64,7 +65,7 @@ class CountingTrainer(SFTTrainer):
     for each of these by itself, so that rows can be counted in between. A stream is counted while it is read.
     """
 
-    truncation: dict[str, Truncation]
+    truncation: Mapping[str, Truncation] = MappingProxyType({})  # of pictures and text nothing is cut
 
     def _prepare_dataset(
         self,
@@ -83,11 +84,11 @@ class CountingTrainer(SFTTrainer):
                 rows, processing_class, changed, pack, formatting_func, dataset_name
             )
 
-        self.truncation = getattr(self, "truncation", {})
         tokens = prepare(dataset, max_length=None, shuffle_dataset=False)
         splits = packing and args.packing_strategy == "bfd_split"  # nothing is cut: a long row goes on in another pack
         streamed = isinstance(tokens, IterableDataset)
-        count = self.truncation[dataset_name] = Truncation(None if splits else args.max_length, streamed=streamed)
+        count = Truncation(None if splits else args.max_length, streamed=streamed)
+        self.truncation = {**self.truncation, dataset_name: count}
         tokens = _counted(count, tokens, before=True)
         kept = _counted(count, tokens if splits else prepare(tokens, shuffle_dataset=False), before=False)
         if not packing and not args.shuffle_dataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def _expert_ranks(param: nn.Parameter) -> int:
     return 1 if getattr(param, "allreduce", True) else int(str(param.group_name).removeprefix("ep_size_"))  # type: ignore[attr-defined]
 
 
-def print_truncation(truncation: dict[str, Truncation]) -> None:
+def print_truncation(truncation: Mapping[str, Truncation]) -> None:
     """What was cut, one line per data set; of a stream it is known at the end only (`train_summary.json`)."""
     for name, count in truncation.items():
         if count.max_length is not None and not count.streamed:

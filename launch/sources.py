@@ -7,18 +7,19 @@ from functools import partial
 from typing import Any
 
 from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets, interleave_datasets
-from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from launch import demo, formats, images
 from launch.arguments import Arguments
 from launch.columns import Rows
 from launch.data import load_evaluation, load_splits
 from launch.errors import UserError
-from launch.flags import RunArguments
+from launch.flags import LANGUAGE, RunArguments
+from launch.image_text import image_text_rows
 
 
 def load_data(
-    arguments: Arguments, processor: PreTrainedTokenizerBase | BaseImageProcessor
+    arguments: Arguments, processor: PreTrainedTokenizerBase | BaseImageProcessor | ProcessorMixin
 ) -> tuple[Rows, Dataset | None, dict[str, Any]]:
     """Training rows, evaluation rows, and what the model's config must know about them (the classes).
 
@@ -28,10 +29,11 @@ def load_data(
     run, seed = arguments.run, arguments.training.seed
     if arguments.demo:
         return demo.dataset(seed), None, {}
-    if run.task == "causal-lm":
+    if run.task in LANGUAGE:
         # --chat_template_path gives the tokenizer its template later, in the trainer.
         chat = bool(processor.chat_template or arguments.training.chat_template_path)
-        convert = partial(formats.causal_rows, has_chat_template=chat)
+        kind = formats.causal_rows if run.task == "causal-lm" else image_text_rows
+        convert = partial(kind, has_chat_template=chat)
     else:
         convert = images.labelled_images if run.task == "image-classification" else formats.classification_texts
 
@@ -50,7 +52,7 @@ def load_data(
     elif held_out:
         flag_of_evaluation, evaluation = flag, mix(held_out, replace(run, dataset_weights=[]), seed)
         evaluation = evaluation if run.max_eval_samples is None else evaluation.take(run.max_eval_samples)
-    if run.task == "causal-lm":
+    if run.task in LANGUAGE:
         return train, evaluation, {}
 
     names = formats.label_names(train, flag)

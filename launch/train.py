@@ -29,14 +29,15 @@ import datasets
 import deepspeed
 import torch.distributed as dist
 import transformers
-from transformers import BaseImageProcessor, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 from transformers.trainer_utils import set_seed
 
 import ds_moelora  # noqa: F401  (registers the optimizers and the tuner)
-from launch import checks, demo, images, modeling, report, trainers
+from launch import checks, demo, image_text, images, modeling, report, trainers
 from launch.arguments import Arguments, parse_arguments
 from launch.errors import UserError, process_rank, run_guarded
 from launch.extensions import find_free_port, load_collectives, unlink_buffers
+from launch.flags import LANGUAGE
 from launch.sources import load_data
 
 
@@ -79,8 +80,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return summary
 
 
-def load_processor(arguments: Arguments) -> PreTrainedTokenizerBase | BaseImageProcessor:
-    """The tokenizer, or what prepares pictures."""
+def load_processor(arguments: Arguments) -> PreTrainedTokenizerBase | BaseImageProcessor | ProcessorMixin:
+    """The tokenizer, what prepares pictures, or both."""
+    if arguments.run.task == "image-text-to-text":
+        return image_text.load_processor(arguments)
     if arguments.run.task == "image-classification":
         return images.load_image_processor(arguments)
     return modeling.load_tokenizer(arguments)
@@ -134,7 +137,7 @@ def run(trainer: Trainer, arguments: Arguments, optimizer: str, callbacks: list[
     # Gathers what ZeRO-3 has sharded; PEFT then writes the adapter alone.
     trainer.save_model(training.output_dir)
     extra: dict[str, Any] = {"truncation": {name: count.as_dict() for name, count in trainer.truncation.items()}}
-    if arguments.run.task != "causal-lm":
+    if arguments.run.task not in LANGUAGE:
         extra["classes"] = [name for _, name in sorted(trainer.model.config.id2label.items())]
         if trainer.eval_dataset is not None:
             counts = Counter(trainer.eval_dataset.with_format(None)["labels"])

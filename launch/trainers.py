@@ -29,6 +29,7 @@ from launch import images
 from launch.arguments import Arguments
 from launch.columns import Rows
 from launch.errors import UserError
+from launch.flags import LANGUAGE
 from launch.preparation import CountingTrainer, PackingGuard, Truncation
 
 ELASTIC = "elastic"  # folder of a checkpoint
@@ -189,7 +190,7 @@ def build_trainer(
         UserError: no training row has an answer within `max_length`.
     """
     common = {"model": model, "args": arguments.training, "processing_class": processor}
-    if arguments.run.task == "causal-lm":
+    if arguments.run.task in LANGUAGE:
         trainer = _language_trainer(train, evaluation, callbacks, **common)
     else:
         trainer = _head_trainer(arguments.run.task, train, evaluation, callbacks, **common)

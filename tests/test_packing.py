@@ -1,4 +1,4 @@
-"""A pack trains what its rows would alone: the same loss, the routers' part of it included, and no leak between them."""
+"""A pack trains what its rows would alone: the same loss, the routers' part of it included, and no leak."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def test_every_token_is_shown_once_under_its_own_mark(tokens: list[tuple[bool, b
         batch["attention_mask"] = real[None]
     else:
         positions = torch.arange(len(tokens))
-        batch["position_ids"] = torch.stack([positions - max(s for s in starts if s <= i) for i in positions])[None]
+        batch["position_ids"] = torch.stack([i - max(s for s in starts if s <= i) for i in positions])[None]
     shown, boundaries = [], 0
     for kind, words in preview.spans(batch, 0):
         boundaries += kind is None
