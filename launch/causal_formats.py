@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import IterableDataset
 from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from trl import maybe_convert_to_chatml
 
@@ -31,9 +32,11 @@ ALPACA_WITHOUT_INPUT = (
 # Columns of every layout, in the order in which they are looked for, and those that a row need not have.
 LAYOUTS = (("prompt", "completion"), ("messages",), ("conversations",), ("instruction", "output", "input"), ("text",))
 OPTIONAL = ("input",)
+FORMATS = ("prompt_format", "completion_format")
 FORMATTED = "formatted"  # by --prompt_format and --completion_format
 USABLE = "instruction + output (and input), prompt + completion, messages, conversations, or text"
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+TEMPLATES = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
 Row = dict[str, Any]
 Pair = tuple[Any, Any]  # prompt and completion
 
@@ -94,10 +97,13 @@ def causal_rows(
 def _layout(rows: Rows, run: RunArguments, flag: str, keep: str | None) -> tuple[Rows, tuple[str, ...]]:
     """`rows` with their layout's own names for columns, and the layout."""
     if run.prompt_format or run.completion_format:
-        for name in ("prompt_format", "completion_format"):
+        for name in FORMATS:
             if getattr(run, name) is None:
                 raise UserError(f"--prompt_format and --completion_format need each other; --{name} is missing.")
-        return rows, (FORMATTED,)
+        needed = {name: flag_of for flag_of in FORMATS for name in _variables(getattr(run, flag_of))}
+        for name, flag_of in needed.items():
+            choose_column(rows, name, (), f"--{flag_of} uses", flag)
+        return rows.select_columns(list({**needed, keep: ""} if keep else needed)), (FORMATTED,)
     rows = _renamed(rows, run, flag, keep)
     names = set(column_names(rows))
     layout = next((layout for layout in LAYOUTS if set(layout) - set(OPTIONAL) <= names), None)
@@ -142,7 +148,7 @@ def _pairs(kind: str, run: RunArguments, is_chat: bool) -> Callable[[Row], Itera
     if kind == "instruction":
         return lambda row: [_alpaca(row, "chat" if is_chat else run.prompt_template)]
     if kind == FORMATTED:
-        prompt, completion = (_template(run, name) for name in ("prompt_format", "completion_format"))
+        prompt, completion = (_template(run, name) for name in FORMATS)
         return lambda row: [(prompt(row), completion(row))]
     return lambda row: _answers(row[kind])
 
@@ -166,20 +172,25 @@ def _alpaca(row: Row, template: str) -> Pair:
 
 
 def _template(run: RunArguments, name: str) -> Callable[[Row], str]:
-    """The Jinja template in flag `name` as a function of a row; a column that is not there is an error."""
+    """The Jinja template in flag `name` as a function of a row."""
     text = getattr(run, name)
-    try:
-        template = ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(text)
-    except TemplateSyntaxError as error:
-        raise UserError(f"--{name} {text!r} is no Jinja template: {error}.") from error
+    template = TEMPLATES.from_string(text)
 
     def render(row: Row) -> str:
         try:
             made = template.render(row)
         except (UndefinedError, TypeError, LookupError) as error:
-            raise UserError(f"--{name} {text!r}: {error}. A row has: {', '.join(row)}.") from error
+            raise UserError(f"--{name} {text!r}: {error}, in a row {str(row)[:300]}") from error
         if not made:
             raise UserError(f"--{name} {text!r} makes nothing of a row: {str(row)[:300]}")
         return made
 
     return render
+
+
+def _variables(text: str) -> list[str]:
+    """The columns that a template reads, in order of their names."""
+    try:
+        return sorted(find_undeclared_variables(TEMPLATES.parse(text)))
+    except TemplateSyntaxError as error:
+        raise UserError(f"{text!r} is no Jinja template: {error}.") from error

@@ -86,14 +86,15 @@ def build(arguments: Arguments) -> Trainer:
     DeepSpeed is left out: in one process it changes nothing about the data.
     """
     training = arguments.training
-    training.deepspeed, training.gradient_checkpointing = None, False
+    training.deepspeed, training.gradient_checkpointing, training.eval_strategy = None, False, "no"
+    arguments.run.eval_dataset_name = None
     config = modeling.adapter_config(arguments.adapter, arguments.run.task)
     if arguments.demo:
         arguments.run.model_name_or_path = str(demo.base_model())
     processor = load_processor(arguments)
     train, _, model_options = load_data(arguments, processor)
     training.start()
-    training.use_cpu, training.eval_strategy = True, "no"
+    training.use_cpu = True
     model = get_peft_model(modeling.build_on_meta(arguments, model_options), config)
     return trainers.build_trainer(arguments, _stay_on_meta(model), processor, train, None, [])
 

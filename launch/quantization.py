@@ -20,7 +20,7 @@ def check_4bit(arguments: Arguments, stage: int) -> None:
         arguments: of the run. stage: ZeRO's.
 
     Raises:
-        UserError: no bitsandbytes, ZeRO-3, or a start from singular values.
+        UserError: no bitsandbytes, or ZeRO-3.
     """
     if not arguments.run.load_in_4bit:
         return
@@ -30,11 +30,6 @@ def check_4bit(arguments: Arguments, stage: int) -> None:
         raise UserError(
             "--load_in_4bit with ZeRO stage 3: it shards weights by their elements, and 4-bit weights are blocks of "
             "packed bytes with scales beside them. Use stage 1 or 2, such as configs/zero2.json: the base is small."
-        )
-    if arguments.adapter.init_lora_weights.lower() not in ("true", "false"):
-        raise UserError(
-            f"--init_lora_weights {arguments.adapter.init_lora_weights} changes the base weights, which 4 bits cannot "
-            "hold exactly. Use --init_lora_weights true."
         )
 
 
