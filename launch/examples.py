@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,16 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState
-from datasets import Dataset
-from transformers import LlamaConfig
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as Picture
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
 
 from launch import preview
 from launch.demo_base import byte_tokenizer
 
 MARKS = ("<!-- previews -->\n", "<!-- end of previews -->\n")
+SIZE = 16  # of pictures
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}"
+    "<eos>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 CONVERSATION = [("user", "What is 2 + 3?"), ("assistant", "5"), ("user", "And 5 + 4?"), ("assistant", "9")]
 SHAREGPT = {"user": "human", "assistant": "gpt"}
@@ -39,13 +43,16 @@ class Example:
 
     Args:
         title: its name. files: the data files' names. flags: what the preview gets beside model and data.
+        model: the folder of the model's config.
     """
 
     title: str
     files: list[str]
     flags: list[str]
+    model: str = "model"
 
 
+FORMATS = ("--prompt_format", "Q: {{ query }} A:", "--completion_format", " {{ response | lower }}")
 EXAMPLES = [
     Example("Alpaca rows", ["alpaca.jsonl"], []),
     Example("The same, worded by the tokenizer's chat template", ["alpaca.jsonl"], ["--prompt_template", "chat"]),
@@ -65,19 +72,52 @@ EXAMPLES = [
     ),
     Example("Packed", ["pairs.csv", "notes.txt"], ["--packing", "--max_length", "64"]),
     Example("Streamed", ["alpaca.jsonl"], ["--streaming", "--max_steps", "10"]),
+    Example("Columns worded by templates", ["math.csv"], list(FORMATS)),
     Example("Classification of two texts", ["rte.jsonl"], ["--task", "sequence-classification"]),
+    Example("Classification of pictures", ["pictures"], ["--task", "image-classification"], "clip"),
+    Example("Questions about pictures", ["questions.parquet"], ["--task", "image-text-to-text"], "llava"),
 ]
 
 
 def write_examples(folder: Path) -> None:
-    """Writes the data sets, and what a preview reads of a model: its config and its tokenizer."""
+    """Writes the data sets, and what a preview reads of a model: its config, and its tokenizer or processor."""
+    _write_models(folder)
+    _write_texts(folder)
+    _write_pictures(folder)
+
+
+def _write_models(folder: Path) -> None:
     tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.chat_template, tokenizer.model_max_length = CHAT_TEMPLATE, 1024
     tokenizer.save_pretrained(folder / "model")
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes).save_pretrained(
-        folder / "model"
-    )
+    text = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes)
+    text.save_pretrained(folder / "model")
+    vision = CLIPVisionConfig(image_size=SIZE, patch_size=SIZE // 2, **sizes)
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    pictures.save_pretrained(folder / "clip")
+    CLIPConfig(vision_config=vision.to_dict(), text_config=sizes).save_pretrained(folder / "clip")
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=image_token, image_seq_length=4
+    ).save_pretrained(folder / "llava")
+    LlavaProcessor(
+        pictures, tokenizer, patch_size=SIZE // 2, vision_feature_select_strategy="full", chat_template=CHAT_TEMPLATE
+    ).save_pretrained(folder / "llava")
+
+
+def _write_pictures(folder: Path) -> None:
+    for name in ("red", "blue"):
+        (folder / "pictures" / name).mkdir(parents=True)
+        Picture.new("RGB", (SIZE, SIZE), name).save(folder / "pictures" / name / "1.png")
+    rows = {"image": [Picture.new("RGB", (SIZE, SIZE), "red")], "prompt": ["Which colour?"], "completion": ["Red."]}
+    text = Value("string")
+    features = Features({"image": Image(), "prompt": text, "completion": text})
+    Dataset.from_dict(rows, features=features).to_parquet(folder / "questions.parquet")
+
+
+def _write_texts(folder: Path) -> None:
     _write_lines(
         folder / "alpaca.jsonl",
         {"instruction": "Add the numbers.", "input": "2 and 3", "output": "5"},
@@ -113,7 +153,7 @@ def previews() -> Iterator[tuple[Example, str]]:
                 preview.main(
                     [
                         "--model_name_or_path",
-                        str(folder / "model"),
+                        str(folder / example.model),
                         "--dataset_name",
                         *files,
                         *example.flags,
@@ -128,7 +168,7 @@ def as_markdown() -> str:
     """The previews as they stand in docs/data.md."""
     parts = []
     for example, output in previews():
-        command = " ".join(["--dataset_name", *example.files, *example.flags])
+        command = shlex.join(["--dataset_name", *example.files, *example.flags])
         parts.append(f"**{example.title}**: `{command}`\n\n```\n{output.rstrip()}\n```\n")
     return "\n".join(parts)
 

@@ -75,8 +75,9 @@ def test_formats_name_what_is_wrong() -> None:
 
 def parse(model: Path, data: Path, *flags: str) -> Any:
     return parse_arguments(
-        ["--task", "image-text-to-text", "--model_name_or_path", str(model), "--dataset_name", str(data), "--num_experts",
-         "2", "--r", "2", "--optim", "adamw_torch", "--report_to", "none", "--prompt_format", "{{ question }}",
+        ["--task", "image-text-to-text", "--model_name_or_path", str(model), "--dataset_name", str(data),
+         "--num_experts", "2", "--r", "2", "--optim", "adamw_torch", "--report_to", "none",
+         "--prompt_format", "{{ question }}",
          "--completion_format", "{{ choices[correct_choice_idx] }}", *flags], {}
     )  # fmt: skip
 
