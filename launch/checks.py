@@ -19,21 +19,24 @@ from ds_moelora.core.pairs import GATE_SCALINGS
 from ds_moelora.parallel.checkpoint import check_checkpoint
 from ds_moelora.parallel.elastic import read_manifest
 from launch.arguments import Arguments
+from launch.data_checks import check_data
 from launch.errors import UserError, process_rank
 from launch.extensions import check_build_lock
-from launch.flags import RunArguments
+from launch.flags import LANGUAGE, RunArguments
+from launch.quantization import check_4bit
 
 # The keys that transformers fills in; "auto" anywhere else would reach the optimizer as a string.
 AUTO_KEYS = ("lr", "betas", "eps", "weight_decay")
 TASK_FLAGS = {
     "prompt_template": ("causal-lm",),
-    "instruction_column": ("causal-lm",),
-    "input_column": ("causal-lm",),
-    "output_column": ("causal-lm",),
-    "text_column": ("sequence-classification",),
+    "streaming": ("causal-lm",),
+    **{f"{name}_column": LANGUAGE for name in ("instruction", "input", "output", "prompt", "completion", "messages")},
+    "prompt_format": LANGUAGE,
+    "completion_format": LANGUAGE,
+    "text_column": ("causal-lm", "sequence-classification"),
     "text_pair_column": ("sequence-classification",),
     "text_pattern": ("sequence-classification",),
-    "image_column": ("image-classification",),
+    "image_column": ("image-classification", "image-text-to-text"),
     "label_column": ("sequence-classification", "image-classification"),
 }
 OURS = ("GateRiemannianAdamW", "GateRiemannianSGD")
@@ -284,11 +287,15 @@ def check_expert_parallel(arguments: Arguments) -> None:
         raise UserError(f"--{error}") from error
     if path is None:
         raise UserError(f"--ep_size {adapter.ep_size} needs DeepSpeed: pass --deepspeed configs/zero2_ep.json.")
-    if read_deepspeed_config(path).get("zero_optimization", {}).get("stage", 0) == 3:
+    if _zero_stage(path) == 3:
         raise UserError(
             f"--ep_size {adapter.ep_size} with {path}: ZeRO stage 3 shards the experts over all ranks already. Use "
             "--ep_size 1, or a config of stage 1 or 2 such as configs/zero2_ep.json."
         )
+
+
+def _zero_stage(path: str | None) -> int:
+    return 0 if path is None else read_deepspeed_config(path).get("zero_optimization", {}).get("stage", 0)
 
 
 def preflight(arguments: Arguments) -> str:
@@ -296,8 +303,10 @@ def preflight(arguments: Arguments) -> str:
     check_build_lock()
     check_numbers(arguments)
     check_task(arguments)
+    check_data(arguments)
     check_loss(arguments)
     check_expert_parallel(arguments)
+    check_4bit(arguments, _zero_stage(arguments.training.deepspeed))
     name = check_optimizer(arguments)
     check_output_dir(arguments)
     check_resumed_topology(arguments)

@@ -1,6 +1,7 @@
 """Reading data files and telling their layout.
 
-`load_rows` gives a `datasets.Dataset`; `launch.formats` brings its rows into the shape that a task's trainer expects.
+`load_rows` gives a `datasets.Dataset`, or a stream; `launch.formats` brings its rows into the shape that a task's
+trainer expects, and `launch.sources` mixes several data sets.
 """
 
 from __future__ import annotations
@@ -8,12 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import datasets
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict, IterableDataset, IterableDatasetDict
 
+from launch.columns import Rows
 from launch.errors import UserError
 from launch.flags import RunArguments
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+# A text file's rows are its paragraphs: lines would lack what stands before them.
+OPTIONS = {"text": {"sample_by": "paragraph"}}
+ON_DISK = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
+Splits = DatasetDict | IterableDatasetDict
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 EVAL_SPLITS = ("validation", "test", "dev", "train")
 
@@ -25,7 +31,8 @@ def load_rows(
     config: str | None = None,
     limit: int | None = None,
     pictures: bool = False,
-) -> Dataset:
+    streaming: bool = False,
+) -> Rows:
     """Rows of a local file, a local folder or a dataset on the hub.
 
     Args:
@@ -35,32 +42,33 @@ def load_rows(
         config: configuration of a hub dataset.
         limit: take the first `limit` rows only.
         pictures: a folder with pictures in it is read as such: one folder per class, or a metadata file.
+        streaming: give an `IterableDataset`, whose rows are read when they are asked for.
 
     Raises:
         UserError: nothing there, unreadable, no such split, or no rows.
     """
-    found = _load(name, flag, config, pictures)
+    found = _load(name, flag, config, pictures, streaming)
     if split is None:
         split = next((s for s in EVAL_SPLITS if s in found), None)
     if split not in found:
         raise UserError(f"{flag} {name} has no split {split!r}; it has: {', '.join(map(str, found))}.")
     rows = found[split]
-    if len(rows) == 0:
+    if next(iter(rows), None) is None:
         raise UserError(f"{flag} {name}: split {split!r} is empty.")
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+    return rows if limit is None else rows.take(limit)
 
 
-def _load(name: str, flag: str, config: str | None, pictures: bool) -> DatasetDict:
+def _load(name: str, flag: str, config: str | None, pictures: bool, streaming: bool) -> Splits:
     """Every split of a dataset, wherever it is."""
     path = Path(name).expanduser()
     if path.is_file():
-        return _load_files({"train": [path]}, flag, name)
+        return _load_files({"train": [path]}, flag, name, streaming)
     if path.is_dir():
-        return _load_folder(path, flag, pictures)
+        return _load_folder(path, flag, pictures, streaming)
     if path.suffix in BUILDERS or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise UserError(f"{flag} {name}: there is no such file or folder (working directory: {Path.cwd()}).")
     try:
-        return datasets.load_dataset(name, config)
+        return datasets.load_dataset(name, config, streaming=streaming)
     except Exception as error:  # the hub client's exceptions have no common base narrower than this
         raise UserError(
             f"{flag} {name} is no local file or folder, and could not be loaded from the hub: "
@@ -68,12 +76,14 @@ def _load(name: str, flag: str, config: str | None, pictures: bool) -> DatasetDi
         ) from error
 
 
-def _load_folder(folder: Path, flag: str, pictures: bool) -> DatasetDict:
+def _load_folder(folder: Path, flag: str, pictures: bool, streaming: bool) -> Splits:
     """Data files of a folder; a file belongs to the split in its name (`boolq.test.jsonl`), else to train."""
+    if any((folder / name).is_file() for name in ON_DISK):
+        return _load_from_disk(folder, flag, streaming)
     files = sorted(p for p in folder.rglob("*") if p.suffix in BUILDERS and p.is_file())
     if pictures and any(p.suffix.lower() in PICTURES for p in folder.rglob("*")):
         try:
-            return datasets.load_dataset("imagefolder", data_dir=str(folder.absolute()))
+            return datasets.load_dataset("imagefolder", data_dir=str(folder.absolute()), streaming=streaming)
         except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
             raise UserError(f"{flag} {folder} holds no pictures that can be read: {_first_line(error)}") from error
     if not files:
@@ -83,10 +93,22 @@ def _load_folder(folder: Path, flag: str, pictures: bool) -> DatasetDict:
         words = file.stem.replace("-", ".").replace("_", ".").split(".")
         split = next((s for s in EVAL_SPLITS if s in words), "train")
         splits.setdefault(split, []).append(file)
-    return _load_files(splits, flag, str(folder))
+    return _load_files(splits, flag, str(folder), streaming)
 
 
-def _load_files(splits: dict[str, list[Path]], flag: str, name: str) -> DatasetDict:
+def _load_from_disk(folder: Path, flag: str, streaming: bool) -> Splits:
+    """What `Dataset.save_to_disk` (one split, taken for train) or `DatasetDict.save_to_disk` has written."""
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+        raise UserError(f"{flag} {folder} could not be read: {_first_line(error)}") from error
+    splits = found if isinstance(found, DatasetDict) else DatasetDict(train=found)
+    if not streaming:
+        return splits
+    return IterableDatasetDict({name: rows.to_iterable_dataset() for name, rows in splits.items()})
+
+
+def _load_files(splits: dict[str, list[Path]], flag: str, name: str, streaming: bool) -> Splits:
     files = [file for group in splits.values() for file in group]
     kinds = {BUILDERS.get(file.suffix) for file in files}
     if None in kinds:
@@ -97,40 +119,47 @@ def _load_files(splits: dict[str, list[Path]], flag: str, name: str) -> DatasetD
     for file in files:
         if file.stat().st_size == 0:
             raise UserError(f"{flag} {file} is empty.")
+    kind = str(kinds.pop())
+    paths = {split: [str(file.absolute()) for file in group] for split, group in splits.items()}
     try:
-        return datasets.load_dataset(
-            kinds.pop(), data_files={s: [str(f.absolute()) for f in group] for s, group in splits.items()}
-        )
+        return datasets.load_dataset(kind, data_files=paths, streaming=streaming, **OPTIONS.get(kind, {}))
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise UserError(f"{flag} {name} could not be read: {_first_line(error.__cause__ or error)}") from error
 
 
-def load_splits(run: RunArguments, seed: int) -> tuple[Dataset, Dataset | None]:
-    """The training rows, and the evaluation rows if there are any."""
-    pictures = run.task == "image-classification"
+def load_splits(run: RunArguments, seed: int, number: int = 0) -> tuple[Rows, Rows | None]:
+    """The training rows of data set `number`, and the rows of it that `--eval_fraction` sets aside."""
     train = load_rows(
-        run.dataset_name, "--dataset_name", run.dataset_split, run.dataset_config, run.max_train_samples, pictures
+        run.dataset_name[number],
+        "--dataset_name",
+        run.dataset_split,
+        run.dataset_config,
+        run.max_train_samples,
+        pictures=run.task.startswith("image-"),
+        streaming=run.streaming,
     )
-    if run.eval_dataset_name is not None:
-        evaluation = load_rows(
-            run.eval_dataset_name,
-            "--eval_dataset_name",
-            run.eval_dataset_split,
-            run.dataset_config if run.eval_dataset_name == run.dataset_name else None,
-            run.max_eval_samples,
-            pictures,
-        )
-        return train, evaluation
     if not run.eval_fraction:
         return train, None
+    assert not isinstance(train, IterableDataset)  # launch.checks
     count = round(len(train) * run.eval_fraction)
     if not 1 <= count < len(train):
         raise UserError(f"--eval_fraction {run.eval_fraction} of {len(train)} rows leaves one of the two sets empty.")
     parts = train.train_test_split(test_size=count, seed=seed)
-    evaluation = parts["test"]
-    if run.max_eval_samples is not None:
-        evaluation = evaluation.select(range(min(run.max_eval_samples, count)))
-    return parts["train"], evaluation
+    return parts["train"], parts["test"]
+
+
+def load_evaluation(run: RunArguments) -> Rows | None:
+    """The rows of `--eval_dataset_name`, None without it; never streamed."""
+    if run.eval_dataset_name is None:
+        return None
+    return load_rows(
+        run.eval_dataset_name,
+        "--eval_dataset_name",
+        run.eval_dataset_split,
+        run.dataset_config if run.eval_dataset_name in run.dataset_name else None,
+        run.max_eval_samples,
+        pictures=run.task.startswith("image-"),
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,7 +9,8 @@ import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-TASKS = ("causal-lm", "sequence-classification", "image-classification")
+TASKS = ("causal-lm", "sequence-classification", "image-classification", "image-text-to-text")
+LANGUAGE = ("causal-lm", "image-text-to-text")  # what SFTTrainer trains
 DEFAULT_OPTIM = "adamw_torch"
 
 
@@ -31,17 +32,35 @@ class RunArguments:
 
     task: str = field(
         default="causal-lm",
-        metadata={"help": "causal-lm, sequence-classification or image-classification.", "choices": list(TASKS)},
+        metadata={"help": "What is trained.", "choices": list(TASKS)},
     )
     model_name_or_path: str | None = _flag(None, "Model: a folder or a hub id. Without model and dataset: the demo.")
     revision: str = _flag("main", "Branch, tag or commit of a model from the hub.")
-    dataset_name: str | None = _flag(None, "Training data: a jsonl, json, csv or parquet file, a folder, or a hub id.")
+    dataset_name: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Training data: a jsonl, json, csv, parquet or txt file, a folder (of such files, or written by "
+            "datasets' save_to_disk), or a hub id; several are mixed."
+        },
+    )
+    dataset_weights: list[float] = field(
+        default_factory=list,
+        metadata={"help": "One weight per data set: how often its rows are drawn. Default: all rows of all, once."},
+    )
+    dataset_stopping: str = field(
+        default="first_exhausted",
+        metadata={
+            "help": "With weights: stop when the first data set has no rows left, or repeat until all have been read.",
+            "choices": ["first_exhausted", "all_exhausted"],
+        },
+    )
+    streaming: bool = _flag(False, "causal-lm: read training rows while training, instead of all at the start.")
     dataset_config: str | None = _flag(None, "Configuration of a dataset from the hub.")
     dataset_split: str = _flag("train", "Split of --dataset_name to train on.")
     eval_dataset_name: str | None = _flag(None, "Evaluation data, in the same form as --dataset_name.")
     eval_dataset_split: str | None = _flag(None, "Its split. Default: the first of validation, test, train it has.")
     eval_fraction: float = _flag(0.0, "Share of the training data set aside for evaluation (instead of a dataset).")
-    max_train_samples: int | None = _flag(None, "Use the first N training rows only.")
+    max_train_samples: int | None = _flag(None, "Use the first N training rows of each data set only.")
     max_eval_samples: int | None = _flag(None, "Use the first N evaluation rows only.")
     prompt_template: str = field(
         default="alpaca",
@@ -54,15 +73,27 @@ class RunArguments:
     instruction_column: str | None = _flag(None, "causal-lm: the column to read as instruction.")
     input_column: str | None = _flag(None, "causal-lm: the column to read as input; needs --instruction_column.")
     output_column: str | None = _flag(None, "causal-lm: the column to read as output; needs --instruction_column.")
-    text_column: str | None = _flag(None, "Classification: the column with the text. Default: see docs/launcher.md.")
+    prompt_column: str | None = _flag(None, "causal-lm: the column to read as prompt; needs --completion_column.")
+    completion_column: str | None = _flag(None, "causal-lm: the column to read as completion.")
+    messages_column: str | None = _flag(None, "causal-lm: the column to read as messages, in either spelling.")
+    prompt_format: str | None = _flag(
+        None, "causal-lm: a Jinja template that makes the prompt of a row's columns; needs --completion_format."
+    )
+    completion_format: str | None = _flag(None, "causal-lm: the same for the completion.")
+    text_column: str | None = _flag(None, "The column with the text. Default: see docs/data.md and docs/launcher.md.")
     text_pair_column: str | None = _flag(None, "Classification: the second of two texts; needs --text_column.")
     text_pattern: str | None = _flag(
         None, "Classification: a regular expression; its first group in each text is what the model reads."
     )
     image_column: str | None = _flag(None, "Images: the column with the pictures. Default: image, img or picture.")
     label_column: str | None = _flag(None, "Classification: the column with the label. Default: label or answer.")
+    load_in_4bit: bool = _flag(False, "Keep the frozen base in 4 bits (NF4), by bitsandbytes. ZeRO 0 to 2.")
     overwrite_output_dir: bool = _flag(False, "Accept a non-empty output_dir; its old checkpoints are removed.")
     show_traceback: bool = _flag(False, "Show the traceback of errors that are otherwise one message.")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dataset_name, str):  # a recipe need not write a list of one
+            self.dataset_name = [self.dataset_name]
 
 
 @dataclass
@@ -172,4 +203,11 @@ class ImageConfig(HeadConfig):
     remove_unused_columns: bool = field(default=False, init=False)  # pictures are processed after columns are read
 
 
-TRAINING_CLASSES = dict(zip(TASKS, (CausalConfig, ClassificationConfig, ImageConfig), strict=True))
+@dataclass
+class ImageTextConfig(CausalConfig):
+    """For image-text-to-text: nothing is cut, for a picture's tokens must all be there."""
+
+    max_length: int | None = field(default=None, init=False)
+
+
+TRAINING_CLASSES = dict(zip(TASKS, (CausalConfig, ClassificationConfig, ImageConfig, ImageTextConfig), strict=True))

@@ -1,30 +1,21 @@
 """From rows as people store them to the columns a trainer reads.
 
-causal-lm: `prompt` and `completion`, as text or as chat messages; TRL tokenises them, appends the end-of-sequence token
-and masks the prompt. sequence-classification: `text` and `labels`.
+causal-lm: `prompt` and `completion` (`launch.causal_formats`). sequence-classification: `text` and `labels`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Value
 
+from launch.causal_formats import causal_rows as causal_rows
+from launch.columns import choose_column as choose_column
+from launch.columns import refuse_missing
 from launch.errors import UserError
 from launch.flags import RunArguments
 
-# The wording of Stanford Alpaca (Taori et al., 2023), which most instruction data sets were made for.
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}"
-    "\n\n### Response:\n"
-)
-ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
 TEXT_COLUMNS = ("instruction", "text", "sentence", "question")
 # Two texts that belong together, as GLUE's and BoolQ's files have them; the model reads both.
 TEXT_PAIRS = (
@@ -35,91 +26,6 @@ TEXT_PAIRS = (
     ("question", "passage"),
 )
 LABEL_COLUMNS = ("label", "answer")
-USABLE = "instruction + output (and input), prompt + completion, or messages"
-
-
-def causal_rows(rows: Dataset, run: RunArguments, flag: str, has_chat_template: bool) -> Dataset:
-    """`rows` as prompt and completion.
-
-    A conversation becomes one row per answer of the assistant, with everything before it as the prompt: the loss then
-    covers each answer once, whatever the chat template.
-
-    Raises:
-        UserError: no usable columns, a row with a missing value, or messages without a chat template.
-    """
-    rows = _renamed(rows, run, flag)
-    columns = set(rows.column_names)
-    if {"prompt", "completion"} <= columns:
-        convert, needed = _keep_pairs, ("prompt", "completion")
-        chat = not isinstance(rows[0]["prompt"], str)
-    elif "messages" in columns:
-        convert, needed, chat = _split_messages, ("messages",), True
-    elif {"instruction", "output"} <= columns:
-        chat = run.prompt_template == "chat"
-        convert, needed = _alpaca(run.prompt_template), ("instruction", "output")
-    else:
-        raise UserError(f"{flag} has no usable columns. It has: {_names(rows)}. Usable are: {USABLE}.")
-    if chat and not has_chat_template:
-        raise UserError(
-            f"{flag} needs a chat template ({'--prompt_template chat' if 'messages' not in columns else 'messages'}), "
-            "and this model's tokenizer has none. Pass --chat_template_path, or data with prompt and completion."
-        )
-    _refuse_missing(rows, needed, flag)
-    try:
-        made = rows.map(convert, batched=True, remove_columns=rows.column_names, desc="Building prompts")
-    except UserError as error:
-        raise UserError(f"{flag}: {error}") from error
-    if len(made) == 0:
-        raise UserError(f"{flag}: no conversation has an answer by the assistant.")
-    return made
-
-
-def _renamed(rows: Dataset, run: RunArguments, flag: str) -> Dataset:
-    """`rows` with the columns that flags name called instruction, input and output, and no others."""
-    wishes = {"instruction": run.instruction_column, "input": run.input_column, "output": run.output_column}
-    named = {choose_column(rows, old, (), f"--{new}_column", flag): new for new, old in wishes.items() if old}
-    if not named:
-        return rows
-    missing = {"instruction", "output"} - set(named.values())
-    if missing:
-        raise UserError(f"--{'_column, --'.join(sorted(named.values()))}_column need --{missing.pop()}_column as well.")
-    return rows.select_columns(list(named)).rename_columns({old: new for old, new in named.items() if old != new})
-
-
-def _keep_pairs(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    return {"prompt": batch["prompt"], "completion": batch["completion"]}
-
-
-def _split_messages(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    prompts, completions = [], []
-    for messages in batch["messages"]:
-        for position, message in enumerate(messages):
-            if message.get("role") == "assistant" and position > 0:
-                prompts.append(messages[:position])
-                completions.append([message])
-    return {"prompt": prompts, "completion": completions}
-
-
-def _alpaca(template: str) -> Callable[[dict[str, list[Any]]], dict[str, list[Any]]]:
-    def convert(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        inputs = batch.get("input") or [""] * len(batch["instruction"])
-        prompts = [_prompt(template, i, x or "") for i, x in zip(batch["instruction"], inputs, strict=True)]
-        if template != "chat":
-            return {"prompt": prompts, "completion": batch["output"]}
-        return {
-            "prompt": [[{"role": "user", "content": p}] for p in prompts],
-            "completion": [[{"role": "assistant", "content": o}] for o in batch["output"]],
-        }
-
-    return convert
-
-
-def _prompt(template: str, instruction: str, context: str) -> str:
-    if template == "alpaca":
-        wording = ALPACA_WITH_INPUT if context else ALPACA_WITHOUT_INPUT
-        return wording.format(instruction=instruction, input=context)
-    text = f"{instruction}\n{context}" if context else instruction
-    return text if template == "chat" else f"{text}\n"
 
 
 def classification_texts(rows: Dataset, run: RunArguments, flag: str) -> Dataset:
@@ -136,7 +42,7 @@ def classification_texts(rows: Dataset, run: RunArguments, flag: str) -> Dataset
             raise UserError(
                 f"{flag}: column {name!r} holds {rows.features[name]}, not text. Choose with --text_column."
             )
-    _refuse_missing(rows, (*texts, label), flag)
+    refuse_missing(rows, (*texts, label), flag)
     pattern = _compile(run.text_pattern)
     # Alpaca rows keep part of the text in a second column; a column chosen by name is taken alone.
     alpaca = run.text_column is None and pair is None and text == "instruction"
@@ -205,33 +111,6 @@ def number_labels(rows: Dataset, names: list[str], flag: str) -> Dataset:
     return rows.remove_columns("label").add_column("labels", [ids[name] for name in stored])
 
 
-def choose_column(rows: Dataset, wish: str | None, usual: tuple[str, ...], choose_with: str, flag: str) -> str:
-    """The column called `wish`, or the first of the usual names that is there.
-
-    Raises:
-        UserError: there is none; names those that there are.
-    """
-    if wish is not None and wish not in rows.column_names:
-        raise UserError(f"{choose_with} {wish}: {flag} has no such column. It has: {_names(rows)}.")
-    found = wish or next((name for name in usual if name in rows.column_names), None)
-    if found is None:
-        raise UserError(
-            f"{flag} has no usable columns. It has: {_names(rows)}. Usable are: {', '.join(usual)}; or name one with "
-            f"{choose_with}."
-        )
-    return found
-
-
-def _refuse_missing(rows: Dataset, columns: tuple[str, ...], flag: str) -> None:
-    for name in columns:
-        empty = [number for number, value in enumerate(rows[name]) if value is None or value == [] or value == ""]
-        if empty:
-            raise UserError(
-                f"{flag}: column {name!r} is empty in {len(empty)} of {len(rows)} rows, the first of them row "
-                f"{empty[0]} (counted from 0). Fill or remove these rows."
-            )
-
-
 def _compile(pattern: str | None) -> re.Pattern[str] | None:
     if pattern is None:
         return None
@@ -242,7 +121,3 @@ def _compile(pattern: str | None) -> re.Pattern[str] | None:
     if compiled.groups < 1:
         raise UserError(f"--text_pattern {pattern!r} has no group; put the part to keep in parentheses.")
     return compiled
-
-
-def _names(rows: Dataset) -> str:
-    return ", ".join(rows.column_names)

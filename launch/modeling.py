@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -21,21 +22,25 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import ds_moelora
+from launch import quantization
 from launch.arguments import Arguments
 from launch.errors import UserError
 from launch.flags import AdapterArguments
+from launch.image_text import outside_text
 from launch.images import head_name
 
 AUTO_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
     "sequence-classification": AutoModelForSequenceClassification,
     "image-classification": AutoModelForImageClassification,
+    "image-text-to-text": AutoModelForImageTextToText,
 }
 # PEFT's wrappers for a task expect text; a model of pictures is wrapped as it is.
 TASK_TYPES = {
     "causal-lm": TaskType.CAUSAL_LM,
     "sequence-classification": TaskType.SEQ_CLS,
     "image-classification": None,
+    "image-text-to-text": TaskType.CAUSAL_LM,
 }
 PATTERNS = ("rank_pattern", "alpha_pattern", "num_experts_pattern", "top_k_pattern")
 SHOWN_NAMES = 12
@@ -71,7 +76,7 @@ def adapter_config(adapter: AdapterArguments, task: str) -> Any:
     """
     # A single plain name means "modules called so"; a string would be a regular expression for the full path.
     targets: Any = adapter.target_modules
-    if len(targets) == 1 and (targets[0] == "all-linear" or not re.fullmatch(r"[\w.]+", targets[0])):
+    if targets == ["all-linear"] or _is_pattern(targets):
         targets = targets[0]
     try:
         return ds_moelora.MoELoRAConfig(
@@ -107,6 +112,11 @@ def adapter_config(adapter: AdapterArguments, task: str) -> Any:
         raise UserError(f"adapter: {error}") from error
 
 
+def _is_pattern(targets: list[str]) -> bool:
+    """Whether `--target_modules` is one regular expression for full names."""
+    return len(targets) == 1 and re.fullmatch(r"[\w.-]+", targets[0]) is None
+
+
 def _read_pattern(flag: str, value: Any) -> Any:
     """A pattern from the command line (JSON) or a recipe (a mapping, as it is); {} without one."""
     if not isinstance(value, str):
@@ -120,15 +130,17 @@ def _read_pattern(flag: str, value: Any) -> Any:
 def check_model(arguments: Arguments, config: Any, model_options: dict[str, Any]) -> None:
     """Builds the model without weights and puts the adapter on it, so that a wrong target shows within a second.
 
-    For pictures it completes `config` by the classification layer.
+    For pictures it completes `config` by the classification layer, or by the part of the model that stays frozen.
 
     Raises:
         UserError: the model's config cannot be read, or the adapter does not fit the model.
     """
-    skeleton = _build_on_meta(arguments, model_options)
+    skeleton = build_on_meta(arguments, model_options)
     names = linear_names(skeleton)
     if arguments.run.task == "image-classification":
         _train_head(config, head_name(skeleton))
+    elif arguments.run.task == "image-text-to-text" and not _is_pattern(arguments.adapter.target_modules):
+        config.exclude_modules = outside_text(skeleton)
     try:
         get_peft_model(skeleton, config)
     except (ValueError, NotImplementedError) as error:
@@ -152,7 +164,12 @@ def linear_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _build_on_meta(arguments: Arguments, model_options: dict[str, Any]) -> PreTrainedModel:
+def build_on_meta(arguments: Arguments, model_options: dict[str, Any]) -> PreTrainedModel:
+    """The model without weights.
+
+    Raises:
+        UserError: its config cannot be read, or is of no model for the task.
+    """
     run, trust = arguments.run, arguments.training.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(
@@ -164,9 +181,7 @@ def _build_on_meta(arguments: Arguments, model_options: dict[str, Any]) -> PreTr
         raise UserError(f"--model_name_or_path {run.model_name_or_path}: {error}") from error
 
 
-def load_model(
-    arguments: Arguments, config: Any, model_options: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
-) -> PeftModel:
+def load_model(arguments: Arguments, config: Any, model_options: dict[str, Any], processor: Any) -> PeftModel:
     """The model with its weights and a fresh adapter. Call it after `training.start()`: ZeRO-3 shards while loading."""
     run, training = arguments.run, arguments.training
     # In fp32 unless mixed precision was asked for: a checkpoint's own bf16 would train the adapter in bf16 unasked.
@@ -177,7 +192,11 @@ def load_model(
         trust_remote_code=training.trust_remote_code,
         dtype=dtype,
         **model_options,
+        **quantization.loading_options(run.load_in_4bit, dtype),
     )
-    if tokenizer is not None and model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return get_peft_model(model, config)
+    if isinstance(processor, PreTrainedTokenizerBase) and model.config.pad_token_id is None:
+        model.config.pad_token_id = processor.pad_token_id
+    model = get_peft_model(model, config)
+    if run.load_in_4bit:
+        quantization.settle(model)
+    return model

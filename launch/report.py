@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import Trainer
 
 from launch.arguments import command_line
+from launch.preparation import Truncation
 
 SUMMARY_NAME = "train_summary.json"
 
@@ -26,6 +28,13 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 def _expert_ranks(param: nn.Parameter) -> int:
     """Ranks that hold other experts of the same parameter; DeepSpeed's group is called after their number."""
     return 1 if getattr(param, "allreduce", True) else int(str(param.group_name).removeprefix("ep_size_"))  # type: ignore[attr-defined]
+
+
+def print_truncation(truncation: Mapping[str, Truncation]) -> None:
+    """What was cut, one line per data set; of a stream it is known at the end only (`train_summary.json`)."""
+    for name, count in truncation.items():
+        if count.max_length is not None and not count.streamed:
+            print(count.report(name), flush=True)
 
 
 def summarize(

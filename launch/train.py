@@ -29,16 +29,16 @@ import datasets
 import deepspeed
 import torch.distributed as dist
 import transformers
-from datasets import Dataset
-from transformers import BaseImageProcessor, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 from transformers.trainer_utils import set_seed
 
 import ds_moelora  # noqa: F401  (registers the optimizers and the tuner)
-from launch import checks, demo, formats, images, modeling, report, trainers
+from launch import checks, demo, image_text, images, modeling, report, trainers
 from launch.arguments import Arguments, parse_arguments
-from launch.data import load_splits
 from launch.errors import UserError, process_rank, run_guarded
 from launch.extensions import find_free_port, load_collectives, unlink_buffers
+from launch.flags import LANGUAGE
+from launch.sources import load_data
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -59,18 +59,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = modeling.adapter_config(arguments.adapter, arguments.run.task)
     if arguments.demo:
         arguments.run.model_name_or_path = str(demo.base_model())
-    pictures = arguments.run.task == "image-classification"
-    processor = images.load_image_processor(arguments) if pictures else modeling.load_tokenizer(arguments)
+    processor = load_processor(arguments)
     train, evaluation, model_options = load_data(arguments, processor)
     modeling.check_model(arguments, config, model_options)
 
     start(arguments)
     set_seed(arguments.training.seed)
-    model = modeling.load_model(arguments, config, model_options, None if pictures else processor)
+    model = modeling.load_model(arguments, config, model_options, processor)
     callbacks: list[TrainerCallback] = [trainers.OptimizerGuard(optimizer)]
     if arguments.demo:
         callbacks.append(demo.ExactMatch(processor))
     trainer = trainers.build_trainer(arguments, model, processor, train, evaluation, callbacks)
+    if trainer.is_world_process_zero():
+        report.print_truncation(trainer.truncation)
     summary = run(trainer, arguments, optimizer, callbacks)
     if dist.is_initialized():
         # Left to the interpreter's end, a rank that is late finds its peers' sockets gone, and aborts.
@@ -79,36 +80,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return summary
 
 
+def load_processor(arguments: Arguments) -> PreTrainedTokenizerBase | BaseImageProcessor | ProcessorMixin:
+    """The tokenizer, what prepares pictures, or both."""
+    if arguments.run.task == "image-text-to-text":
+        return image_text.load_processor(arguments)
+    if arguments.run.task == "image-classification":
+        return images.load_image_processor(arguments)
+    return modeling.load_tokenizer(arguments)
+
+
 def quieten() -> None:
     """One rank shows progress bars; deprecations inside the libraries are not the reader's to mend."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
     if process_rank()[0] > 0:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
-
-
-def load_data(
-    arguments: Arguments, processor: PreTrainedTokenizerBase | BaseImageProcessor
-) -> tuple[Dataset, Dataset | None, dict[str, Any]]:
-    """Training rows, evaluation rows, and what the model's config must know about them (the classes)."""
-    run = arguments.run
-    if arguments.demo:
-        return demo.dataset(arguments.training.seed), None, {}
-    train, evaluation = load_splits(run, arguments.training.seed)
-    flags = f"--dataset_name {run.dataset_name}", f"--eval_dataset_name {run.eval_dataset_name or run.dataset_name}"
-    if run.task == "causal-lm":
-        # --chat_template_path gives the tokenizer its template later, in the trainer.
-        chat = bool(processor.chat_template or arguments.training.chat_template_path)
-        train = formats.causal_rows(train, run, flags[0], chat)
-        return train, evaluation and formats.causal_rows(evaluation, run, flags[1], chat), {}
-    columns = images.labelled_images if run.task == "image-classification" else formats.classification_texts
-    train = columns(train, run, flags[0])
-    names = formats.label_names(train, flags[0])
-    train = formats.number_labels(train, names, flags[0])
-    if evaluation is not None:
-        evaluation = formats.number_labels(columns(evaluation, run, flags[1]), names, flags[1])
-    ids = dict(enumerate(names))
-    return train, evaluation, {"num_labels": len(names), "id2label": ids, "label2id": {n: i for i, n in ids.items()}}
 
 
 def start(arguments: Arguments) -> None:
@@ -150,8 +136,8 @@ def run(trainer: Trainer, arguments: Arguments, optimizer: str, callbacks: list[
     eval_metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     # Gathers what ZeRO-3 has sharded; PEFT then writes the adapter alone.
     trainer.save_model(training.output_dir)
-    extra: dict[str, Any] = {}
-    if arguments.run.task != "causal-lm":
+    extra: dict[str, Any] = {"truncation": {name: count.as_dict() for name, count in trainer.truncation.items()}}
+    if arguments.run.task not in LANGUAGE:
         extra["classes"] = [name for _, name in sorted(trainer.model.config.id2label.items())]
         if trainer.eval_dataset is not None:
             counts = Counter(trainer.eval_dataset.with_format(None)["labels"])

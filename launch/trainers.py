@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import (
     BaseImageProcessor,
@@ -22,14 +21,16 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
-from trl import SFTTrainer
 
 from ds_moelora import load_elastic, save_elastic
 from ds_moelora.adapters import append_experts, sharded_experts, without_experts
 from ds_moelora.parallel.elastic import read_manifest, topology_changes, why_not_elastic
 from launch import images
 from launch.arguments import Arguments
+from launch.columns import Rows
 from launch.errors import UserError
+from launch.flags import LANGUAGE
+from launch.preparation import CountingTrainer, PackingGuard, Truncation
 
 ELASTIC = "elastic"  # folder of a checkpoint
 
@@ -97,7 +98,7 @@ class GatheringTrainer(Trainer):
         load_elastic(self.deepspeed, elastic)
 
 
-class MixtureSFTTrainer(GatheringTrainer, SFTTrainer):
+class MixtureSFTTrainer(GatheringTrainer, CountingTrainer):
     """SFTTrainer that trains on the model's own `loss`.
 
     TRL 1.16 computes the loss from the log-probabilities that its fused head returns, and so leaves out what a tuner
@@ -148,15 +149,23 @@ class OptimizerGuard(TrainerCallback):
             )
 
 
-def tokenize_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """`text` (and `text_pair`) as token ids, cut at `max_length`."""
+def tokenize_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, Truncation]:
+    """`text` (and `text_pair`) as token ids, cut at `max_length`, and a count of what was cut."""
     columns = [name for name in ("text", "text_pair") if name in rows.column_names]
-    return rows.map(
-        lambda batch: tokenizer(*(batch[name] for name in columns), truncation=True, max_length=max_length),
-        batched=True,
-        remove_columns=columns,
-        desc="Tokenizing",
-    )
+    count = Truncation(max_length, rows=len(rows))
+
+    def tokenize(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        texts = [batch[name] for name in columns]
+        whole = tokenizer(*texts, verbose=False)
+        lengths = [len(ids) for ids in whole["input_ids"]]
+        cut = whole if max(lengths) <= max_length else tokenizer(*texts, truncation=True, max_length=max_length)
+        return {**cut, "whole_length": lengths}
+
+    made = rows.map(tokenize, batched=True, remove_columns=columns, desc="Tokenizing")
+    lengths = np.asarray(made["whole_length"])
+    count.tokens, count.rows_cut = int(lengths.sum()), int((lengths > max_length).sum())
+    count.tokens_cut = int((lengths - max_length).clip(min=0).sum())
+    return made.remove_columns("whole_length"), count
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -169,41 +178,66 @@ def build_trainer(
     arguments: Arguments,
     model: PeftModel,
     processor: PreTrainedTokenizerBase | BaseImageProcessor,
-    train: Dataset,
+    train: Rows,
     evaluation: Dataset | None,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
     """The trainer of the task. `processor` is the tokenizer, or what prepares pictures.
 
+    It has an attribute `truncation`: what was cut from each data set (`launch.preparation.Truncation`).
+
     Raises:
         UserError: no training row has an answer within `max_length`.
     """
-    training = arguments.training
-    common = {"model": model, "args": training, "processing_class": processor, "callbacks": callbacks}
-    if arguments.run.task == "causal-lm":
-        training.completion_only_loss = True
-        trainer: Trainer = MixtureSFTTrainer(train_dataset=train, eval_dataset=evaluation, **common)
-        if len(trainer.train_dataset) == 0:
-            raise UserError(
-                f"no training row has an answer within --max_length {training.max_length} tokens; raise it."
-            )
+    common = {"model": model, "args": arguments.training, "processing_class": processor}
+    if arguments.run.task in LANGUAGE:
+        trainer = _language_trainer(train, evaluation, callbacks, **common)
     else:
-        if arguments.run.task == "image-classification":
-            prepare, collator = partial(images.as_inputs, processor=processor), images.collate
-        else:
-            prepare = partial(tokenize_texts, tokenizer=processor, max_length=training.max_length)
-            collator = DataCollatorWithPadding(processor)
-        trainer = GatheringTrainer(
-            train_dataset=prepare(train),
-            eval_dataset=None if evaluation is None else prepare(evaluation),
-            data_collator=collator,
-            compute_metrics=accuracy,
-            **common,
-        )
-        # transformers takes any forward with **kwargs for one that divides its loss by num_items_in_batch, and then
-        # does not divide by the accumulation steps; classification heads return a plain mean.
-        trainer.model_accepts_loss_kwargs = False
+        trainer = _head_trainer(arguments.run.task, train, evaluation, callbacks, **common)
     for callback in callbacks:
-        if isinstance(callback, OptimizerGuard):
+        if isinstance(callback, OptimizerGuard | PackingGuard):
             callback.trainer = trainer
+    return trainer
+
+
+def _language_trainer(
+    train: Rows, evaluation: Dataset | None, callbacks: list[TrainerCallback], args: Any, **common: Any
+) -> Trainer:
+    args.completion_only_loss = True
+    if args.packing:
+        callbacks.append(PackingGuard())
+    if isinstance(train, IterableDataset):
+        # Every rank reads the stream and keeps its share. Otherwise one would read, and put batches of different
+        # lengths into one tensor to send them to the others.
+        args.accelerator_config.dispatch_batches = False
+    trainer = MixtureSFTTrainer(train_dataset=train, eval_dataset=evaluation, callbacks=callbacks, args=args, **common)
+    if next(iter(trainer.train_dataset), None) is None:
+        raise UserError(f"no training row has an answer within --max_length {args.max_length} tokens; raise it.")
+    return trainer
+
+
+def _head_trainer(
+    task: str, train: Dataset, evaluation: Dataset | None, callbacks: list[TrainerCallback], **common: Any
+) -> Trainer:
+    processor, sets, truncation = common["processing_class"], {"train": train, "eval": evaluation}, {}
+    if task == "image-classification":
+        sets = {name: rows and images.as_inputs(rows, processor) for name, rows in sets.items()}
+        collator = images.collate
+    else:
+        for name, rows in sets.items():
+            if rows is not None:
+                sets[name], truncation[name] = tokenize_texts(rows, processor, common["args"].max_length)
+        collator = DataCollatorWithPadding(processor)
+    trainer = GatheringTrainer(
+        train_dataset=sets["train"],
+        eval_dataset=sets["eval"],
+        data_collator=collator,
+        compute_metrics=accuracy,
+        callbacks=callbacks,
+        **common,
+    )
+    # transformers takes any forward with **kwargs for one that divides its loss by num_items_in_batch, and then
+    # does not divide by the accumulation steps; classification heads return a plain mean.
+    trainer.model_accepts_loss_kwargs = False
+    trainer.truncation = truncation
     return trainer

@@ -42,7 +42,7 @@ def test_folder_with_splits(tmp_path: Path):
         ("gone.jsonl", None, "no such file"),
         ("empty.jsonl", "", "is empty"),
         ("broken.jsonl", '{"a": 1}\n{"a": ', "could not be read"),
-        ("notes.txt", "hello", "is not read; use .jsonl"),
+        ("notes.doc", "hello", "is not read; use .jsonl"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: str | None, message: str):
@@ -65,7 +65,7 @@ def test_no_rows_and_empty_folder(tmp_path: Path):
 
 def test_eval_fraction(tmp_path: Path):
     path = write_jsonl(tmp_path / "d.jsonl", alpaca_rows(20))
-    train, evaluation = load_splits(RunArguments(dataset_name=str(path), eval_fraction=0.25), seed=0)
+    train, evaluation = load_splits(RunArguments(dataset_name=[str(path)], eval_fraction=0.25), seed=0)
     assert (len(train), len(evaluation)) == (15, 5)
     assert not set(train["instruction"]) & set(evaluation["instruction"])
 

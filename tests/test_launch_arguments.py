@@ -77,7 +77,7 @@ def test_recipe_can_choose_the_task(tmp_path: Path):
         ([*NAMED, "--numexperts", "3"], ["numexperts", "--num_experts"]),
         ([*NAMED, "--num_exp", "3"], ["num_exp"]),
         ([*NAMED, "--r", "many"], ["--r", "many"]),
-        ([*NAMED, "stray"], ["stray"]),
+        ([*NAMED, "--r", "3", "stray"], ["stray"]),
         (["--task", "translation"], ["translation", "causal-lm"]),
         (["--model_name_or_path", "m"], ["--dataset_name"]),
         (["--dataset_name", "d"], ["--model_name_or_path"]),

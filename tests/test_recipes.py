@@ -10,15 +10,26 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from ds_moelora import MoELoRAConfig
 from launch.demo_base import byte_tokenizer
 from tests.launch_support import ROOT, launch, tiny_model, write_jsonl
 from tests.test_launch_images import tiny_clip, write_pictures
+from tests.vision_language import tiny_llava, write_questions
 
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+# What the header of the papers' recipes says for their other optimizer.
+SGD = ["--deepspeed", "configs/zero2_papers_sgd.json", "--learning_rate", "3e-5",
+       "--lr_scheduler_kwargs", '{"lr_end": 3e-6, "power": 1}']  # fmt: skip
+RUNS = [(path, []) for path in RECIPES] + [(path, SGD) for path in RECIPES if path.stem.startswith("papers")]
+STEPS = 3
 pytestmark = pytest.mark.dist
+
+
+def name_of(run: tuple[Path, list[str]]) -> str:
+    return run[0].stem + ("_sgd" if run[1] else "")
 
 
 def tiny_roberta(folder: Path) -> Path:
@@ -32,39 +43,93 @@ def tiny_roberta(folder: Path) -> Path:
     return folder
 
 
-def stand_ins(recipe: dict[str, Any], folder: Path) -> tuple[Path, Path]:
-    """A model and data in the place of those that the recipe takes from the hub."""
-    task = recipe.get("task", "causal-lm")
-    if task == "image-classification":
-        return tiny_clip(folder / "model"), write_pictures(folder / "data", 4)
-    if task == "sequence-classification":
-        rows = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "label": i % 2} for i in range(8)]
-        return tiny_roberta(folder / "model"), write_jsonl(folder / "data.jsonl", rows)
+def rows_of(recipe: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Rows in the layout of the recipe's data set."""
+    if name == "papers_scienceqa":
+        return [{"question": f"{i}?", "choices": ["x", "y"], "answer": i % 2, "hint": "h" * (i % 2)} for i in range(8)]
+    if name == "papers_commonsenseqa":
+        choices = {"label": list("ABCDE"), "text": list("vwxyz")}
+        return [{"question": f"{i}?", "choices": choices, "answerKey": "ABCDE"[i % 5]} for i in range(8)]
+    if recipe.get("task") == "sequence-classification":
+        return [{"sentence1": f"a {i}", "sentence2": f"b {i}", "label": i % 2} for i in range(8)]
     columns = [recipe.get(f"{name}_column", name) for name in ("instruction", "output")]
-    rows = [{columns[0]: f"say {i}", columns[1]: f"it is {i}", "type": "other"} for i in range(8)]
-    return tiny_model(folder / "model"), write_jsonl(folder / "data.jsonl", rows)
+    return [{columns[0]: f"say {i}", columns[1]: f"it is {i}", "type": "other"} for i in range(8)]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_recipe_starts(path: Path, tmp_path: Path) -> None:
+def stand_ins(recipe: dict[str, Any], name: str, folder: Path) -> tuple[Path, Path]:
+    """A model and data in the place of those that the recipe takes from the hub."""
+    folder.mkdir()
+    if recipe.get("task") == "image-classification":
+        return tiny_clip(folder / "model"), write_pictures(folder / "data", 4)
+    if recipe.get("task") == "image-text-to-text":
+        return tiny_llava(folder / "model"), write_questions(folder / "data.parquet", 8)
+    build = tiny_roberta if "roberta" in recipe["model_name_or_path"] else tiny_model
+    return build(folder / "model"), write_jsonl(folder / "data.jsonl", rows_of(recipe, name))
+
+
+def arguments_of(run: tuple[Path, list[str]], folder: Path) -> list[str]:
+    path, more = run
     recipe = yaml.safe_load(path.read_text())
-    model, data = stand_ins(recipe, tmp_path)
+    model, data = stand_ins(recipe, path.stem, folder / name_of(run))
     arguments = ["--config", str(path), "--model_name_or_path", str(model), "--dataset_name", str(data),
-                 "--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--save_strategy", "no",
-                 "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"]  # fmt: skip
+                 "--output_dir", str(folder / name_of(run) / "out"), "--max_steps", str(STEPS), "--save_strategy", "no",
+                 "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--logging_steps", "1",
+                 "--max_grad_norm", "1"]  # fmt: skip
     if "eval_dataset_name" in recipe:
         arguments += ["--eval_dataset_name", str(data), "--eval_dataset_split", "train"]
-    finished = launch(arguments, ranks=1)
-    assert finished.code == 0, finished.output[-4000:]
-    summary = json.loads((tmp_path / "out" / "train_summary.json").read_text())
-    assert summary["steps"] == 2
-    assert summary["optimizer"] == "AdamW"
+    return [*arguments, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str | None]]:
+    """All runs, one after the other in one process: their folder, and what ended each."""
+    folder = tmp_path_factory.mktemp("recipes")
+    runs = folder / "runs.json"
+    runs.write_text(json.dumps([arguments_of(run, folder) for run in RUNS]))
+    ended = launch([str(runs)], ranks=1, script=ROOT / "tests" / "several_runs.py", timeout=500)
+    assert ended.code == 0, ended.output[-4000:]
+    outcomes = json.loads(runs.with_suffix(".json.done").read_text())
+    return folder, {name_of(run): outcome for run, outcome in zip(RUNS, outcomes, strict=True)}
+
+
+@pytest.mark.parametrize("run", RUNS, ids=name_of)
+def test_the_recipe_starts(run: tuple[Path, list[str]], finished: tuple[Path, dict[str, str | None]]) -> None:
+    folder, outcomes = finished
+    assert outcomes[name_of(run)] is None, outcomes[name_of(run)]
+    recipe, output = yaml.safe_load(run[0].read_text()), folder / name_of(run) / "out"
+    summary = json.loads((output / "train_summary.json").read_text())
+    assert summary["steps"] == STEPS
     assert math.isfinite(summary["last_loss"])
-    saved = MoELoRAConfig.from_pretrained(str(tmp_path / "out"))
+    saved = MoELoRAConfig.from_pretrained(str(output))
     assert (saved.num_experts, saved.top_k, saved.r) == (recipe["num_experts"], recipe["top_k"], recipe["r"])
-    for name in ("init_lora_weights", "scaling", "eta", "rho", "lora_dropout", "router_aux_loss_coef"):
+    for name in ("init_lora_weights", "scaling", "eta", "rho", "lora_alpha", "lora_dropout", "router_aux_loss_coef"):
         assert getattr(saved, name) == recipe.get(name, getattr(saved, name)), name
+    if run[0].stem.startswith("papers"):
+        check_papers(run, recipe, summary, output)
+    else:
+        assert summary["optimizer"] == "AdamW"
+
+
+def check_papers(run: tuple[Path, list[str]], recipe: dict[str, Any], summary: dict[str, Any], output: Path) -> None:
+    """20 experts, 10 of them used, on q, k, v and o alone; the optimizer, and its rate down to a tenth in a line."""
+    assert (recipe["num_experts"], recipe["top_k"], recipe["r"], recipe["lora_alpha"]) == (20, 10, 4, 16)
+    assert recipe["lora_dropout"] == 0.05
+    batch = 8 * recipe["per_device_train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
+    assert batch == 80  # on the 8 devices of the header's command
+    rate, optimizer = (3e-5, "GateRiemannianSGD") if run[1] else (1e-5, "GateRiemannianAdamW")
+    assert summary["optimizer"] == optimizer
+    for entry in summary["log"]:
+        assert entry["learning_rate"] == pytest.approx(rate * (1 - 0.9 * entry["step"] / STEPS), rel=1e-9)
+    config = json.loads((ROOT / (run[1][1] if run[1] else recipe["deepspeed"])).read_text())
+    assert config["optimizer"]["params"]["gate_lr_scale"] == 1e-3
+    weights = load_file(output / "adapter_model.safetensors")
+    adapted = {name.split(".moelora_experts")[0] for name in weights if "lora_B" in name}
+    assert {name.rsplit(".", 1)[-1] for name in adapted} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert len(adapted) == 4 * 2
+    assert not any("vision" in name for name in weights)
 
 
 def test_there_are_recipes() -> None:
-    assert {"goat_vit", "goat_glue", "goat_commonsense", "goat_math"} <= {path.stem for path in RECIPES}
+    names = {path.stem for path in RECIPES}
+    assert {"goat_vit", "goat_glue", "goat_commonsense", "goat_math"} <= names
+    assert {"papers_scienceqa", "papers_commonsenseqa", "papers_glue", "papers_vqa"} <= names

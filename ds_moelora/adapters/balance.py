@@ -92,11 +92,14 @@ class BatchLayout:
         grid: (B, T) of the model's input, None if unknown.
         mask: (B, T), non-zero where a token is real; None: all are.
         weights: (B,) the weight of each sequence, adding up to 1 over all micro-batches of a step; None: 1 / B.
+        packed: (D, N) indices of the tokens of each of the D sequences that are packed into one row of the batch, N the
+            longest one's length, filled up with T; they are the sequences then, and B above is D. None: not packed.
     """
 
     grid: tuple[int, int] | None = None
     mask: Tensor | None = None
     weights: Tensor | None = None
+    packed: Tensor | None = None
 
 
 def batch_layout(kwargs: Mapping[str, Any], labels_are_shifted: bool, is_encoder_decoder: bool = False) -> BatchLayout:
@@ -107,7 +110,8 @@ def batch_layout(kwargs: Mapping[str, Any], labels_are_shifted: bool, is_encoder
     the Trainer counts them.
 
     Args:
-        kwargs: input_ids, inputs_embeds, attention_mask, labels, shift_labels, num_items_in_batch: all optional.
+        kwargs: input_ids, inputs_embeds, attention_mask, labels, shift_labels, num_items_in_batch, and the boundaries
+            of packed sequences under transformers' names, cu_seq_lens_q and max_length_q: all optional.
         labels_are_shifted: the model's loss compares position i with label i + 1.
         is_encoder_decoder: two sequences per row. If they are equally long a layer's tokens cannot be told apart by
             their shape, and the mask, which is the encoder's, is then left unused.
@@ -122,20 +126,36 @@ def batch_layout(kwargs: Mapping[str, Any], labels_are_shifted: bool, is_encoder
         targets = [kwargs.get(name) for name in ("decoder_input_ids", "labels")]
         if any(isinstance(t, Tensor) and grid is not None and tuple(t.shape) == grid for t in targets):
             mask = None
-    return BatchLayout(grid, mask, _sequence_weights(kwargs, labels_are_shifted))
+    packed = _packed_tokens(kwargs, grid)
+    return BatchLayout(grid, mask, _sequence_weights(kwargs, labels_are_shifted, packed), packed)
 
 
-def _sequence_weights(kwargs: Mapping[str, Any], labels_are_shifted: bool) -> Tensor | None:
+def _packed_tokens(kwargs: Mapping[str, Any], grid: tuple[int, int] | None) -> Tensor | None:
+    """`BatchLayout.packed` from the boundaries (D + 1,) of the sequences and the longest one's length."""
+    bounds, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
+    if not isinstance(bounds, Tensor) or longest is None or grid is None or grid[0] != 1:
+        return None
+    index = bounds[:-1, None].long() + torch.arange(int(longest), device=bounds.device)
+    return index.where(index < bounds[1:, None], torch.full_like(index, grid[1]))
+
+
+def _sequence_weights(kwargs: Mapping[str, Any], labels_are_shifted: bool, packed: Tensor | None) -> Tensor | None:
     num_items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
     if kwargs.get("shift_labels") is not None:
         labels = kwargs["shift_labels"]
-    elif labels_are_shifted and isinstance(labels, Tensor):
-        labels = labels[..., 1:]
+    elif labels_are_shifted and packed is None and isinstance(labels, Tensor):
+        labels = labels[..., 1:]  # in a pack the label of a sequence's first token is -100 anyway
     if num_items is None or not isinstance(labels, Tensor) or labels.dim() == 0:
         return None
     if isinstance(num_items, Tensor):
         num_items = num_items.reshape(-1)[0].to(labels.device)  # DataParallel hands each replica a (1, n) copy
-    return labels.ne(-100).reshape(labels.shape[0], -1).sum(1) / num_items
+    trained = labels.ne(-100).reshape(labels.shape[0], -1)
+    return (trained if packed is None else _unpacked(trained[0], packed)).sum(1) / num_items
+
+
+def _unpacked(rows: Tensor, packed: Tensor) -> Tensor:
+    """(T, ...) -> (D, N, ...): the rows of each packed sequence, zero where it has ended."""
+    return torch.cat([rows, torch.zeros_like(rows[:1])])[packed]
 
 
 def _record_losses(record: RouterRecord, layout: BatchLayout) -> AuxLosses:
@@ -151,7 +171,13 @@ def _record_losses(record: RouterRecord, layout: BatchLayout) -> AuxLosses:
     mask = layout.mask
     if mask is not None:
         mask = mask.to(record.logits.device) if tuple(mask.shape) == shape and lead in (shape, (rows,)) else None
-    logits, chosen = (t.reshape(*shape, num_experts) for t in (record.logits, record.chosen))
+    if layout.packed is not None and layout.grid is not None and math.prod(layout.grid) == rows:
+        packed = layout.packed.to(record.logits.device)
+        shape = (packed.shape[0], packed.shape[1])
+        mask = packed < rows
+        logits, chosen = (_unpacked(t.reshape(rows, num_experts), packed) for t in (record.logits, record.chosen))
+    else:
+        logits, chosen = (t.reshape(*shape, num_experts) for t in (record.logits, record.chosen))
 
     def weighted(losses: Tensor) -> Tensor:
         if layout.weights is None:

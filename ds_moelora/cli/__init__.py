@@ -1,7 +1,8 @@
 """The command line: `python -m ds_moelora COMMAND ...`.
 
 A command is a module of this folder with `SUMMARY` (one line), `add_arguments(parser)` and `run(args) -> int`, listed
-in `COMMANDS`; its docstring is its help. It raises ValueError for what the user can put right.
+in `COMMANDS`; its docstring is its help. It raises ValueError for what the user can put right. A command with
+`TAKES_OTHER_FLAGS = True` gets flags that are not its own in `args.other_flags`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-COMMANDS = ("plan",)
+COMMANDS = ("plan", "preview")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         module.add_arguments(command)
         command.add_argument("--debug", action="store_true", help="traceback of errors that are otherwise one line")
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, refuse=None if hasattr(module, "TAKES_OTHER_FLAGS") else command.error)
     return parser
 
 
@@ -54,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 2 for what the user can put right (one line on stderr), 1 for anything unforeseen.
     """
-    args = build_parser().parse_args(argv)
+    args, others = build_parser().parse_known_args(argv)
+    args.other_flags = others
+    if others and args.refuse is not None:
+        args.refuse(f"unrecognized arguments: {' '.join(others)}")
     try:
         return args.run(args)
     except BrokenPipeError:  # `| head` has seen enough

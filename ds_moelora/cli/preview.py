@@ -1,0 +1,43 @@
+"""Shows the first training batch as the trainer would get it: which tokens are read, and which are trained.
+
+Takes every flag of launch/train.py. No weights are loaded, and nothing is written. In colour, trained tokens are green
+and all others blue; with --no-color (or the environment's NO_COLOR) trained tokens stand between [[ and ]]. The
+launcher is not part of the installed package: this command hands over to launch/preview.py of the repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+SUMMARY = "one training batch with its loss mask, from the launcher's flags"
+TAKES_OTHER_FLAGS = True
+SCRIPT = Path("launch") / "preview.py"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """This command's own options; the launcher's are its own business."""
+    parser.add_argument("--rows", type=int, default=1, help="rows of the batch to show (default: 1)")
+    parser.add_argument("--no-color", action="store_true", help="brackets instead of colours")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the launcher's preview in a process of its own.
+
+    Raises:
+        ValueError: `--rows` below 1, or no launch/preview.py beside the package or in the working directory.
+    """
+    if args.rows < 1:
+        raise ValueError(f"--rows {args.rows} must be at least 1.")
+    folders = (Path(__file__).resolve().parents[2], Path.cwd())
+    script = next((folder / SCRIPT for folder in folders if (folder / SCRIPT).is_file()), None)
+    if script is None:
+        raise ValueError(
+            f"there is no {SCRIPT} in {' or '.join(map(str, folders))}: the launcher is not part of the installed "
+            "package. Run this command in a checkout of the repository."
+        )
+    own = ["--rows", str(args.rows), *(["--no-color"] if args.no_color else [])]
+    debug = ["--show_traceback", "true"] if args.debug else []
+    return subprocess.run([sys.executable, str(script), *own, *args.other_flags, *debug], check=False).returncode
