@@ -106,6 +106,28 @@ class AdapterArguments:
     )
 
 
+@dataclass
+class ScoringArguments:
+    """How a model is scored on evaluation data: while it trains (`launch/train.py`) and afterwards (`evaluate.py`)."""
+
+    score: str = field(
+        default="auto",
+        metadata={
+            "help": "causal-lm: answers (written, and compared with the data's), loss (perplexity alone), or auto: "
+            "answers if --answer_pattern or --answer_ignore is given.",
+            "choices": ["auto", "answers", "loss"],
+        },
+    )
+    answer_pattern: str | None = _flag(
+        None, "causal-lm: a regular expression; its first group in what the model writes is the answer."
+    )
+    answer_ignore: list[str] = field(
+        default_factory=list,
+        metadata={"help": "What answers may differ in: case, punctuation, articles, whitespace, number (spelling)."},
+    )
+    max_new_tokens: int = _flag(64, "causal-lm: longest answer in tokens.")
+
+
 class _Deferred:
     """Training arguments that wait for the checks.
 

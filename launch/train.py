@@ -34,7 +34,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase, Trainer, T
 from transformers.trainer_utils import set_seed
 
 import ds_moelora  # noqa: F401  (registers the optimizers and the tuner)
-from launch import checks, demo, formats, images, modeling, report, trainers
+from launch import answering, checks, demo, formats, images, modeling, report, trainers
 from launch.arguments import Arguments, parse_arguments
 from launch.data import load_splits
 from launch.errors import UserError, process_rank, run_guarded
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     quieten()
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv, demo.DEFAULTS)
     optimizer = checks.preflight(arguments)
+    answers = answering.wants_answers(arguments.scoring, arguments.run.task)
     config = modeling.adapter_config(arguments.adapter, arguments.run.task)
     if arguments.demo:
         arguments.run.model_name_or_path = str(demo.base_model())
@@ -71,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if arguments.demo:
         callbacks.append(demo.ExactMatch(processor))
     trainer = trainers.build_trainer(arguments, model, processor, train, evaluation, callbacks)
+    if answers and evaluation is not None:
+        trainer.add_callback(answering.AnswerScores(trainer, evaluation, arguments.scoring))
     summary = run(trainer, arguments, optimizer, callbacks)
     if dist.is_initialized():
         # Left to the interpreter's end, a rank that is late finds its peers' sockets gone, and aborts.

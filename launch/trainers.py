@@ -6,14 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import (
     BaseImageProcessor,
     DataCollatorWithPadding,
-    EvalPrediction,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -30,6 +28,8 @@ from ds_moelora.parallel.elastic import read_manifest, topology_changes, why_not
 from launch import images
 from launch.arguments import Arguments
 from launch.errors import UserError
+from launch.evaluation import TokenScores
+from launch.metrics import head_scores
 
 ELASTIC = "elastic"  # folder of a checkpoint
 
@@ -54,6 +54,11 @@ class GatheringTrainer(Trainer):
         with without_experts():
             super()._save(output_dir, state_dict)
         append_experts(model, output_dir if output_dir is not None else self.args.output_dir)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's card with the adapter's part (`ds_moelora.adapters.card`), not those of transformers and TRL."""
+        if self.is_world_process_zero():
+            self.accelerator.unwrap_model(self.model).create_or_update_model_card(self.args.output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -97,7 +102,7 @@ class GatheringTrainer(Trainer):
         load_elastic(self.deepspeed, elastic)
 
 
-class MixtureSFTTrainer(GatheringTrainer, SFTTrainer):
+class MixtureSFTTrainer(TokenScores, GatheringTrainer, SFTTrainer):
     """SFTTrainer that trains on the model's own `loss`.
 
     TRL 1.16 computes the loss from the log-probabilities that its fused head returns, and so leaves out what a tuner
@@ -117,9 +122,7 @@ class MixtureSFTTrainer(GatheringTrainer, SFTTrainer):
             self, model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         if not model.training:
-            counts = torch.stack([outputs.is_top1.sum(), outputs.label_mask.sum()]).unsqueeze(0)
-            right, total = self.accelerator.gather_for_metrics(counts).sum(0).tolist()
-            self._metrics["eval"]["mean_token_accuracy"].append(right / max(total, 1))
+            self.count_tokens(outputs)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -159,12 +162,6 @@ def tokenize_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length
     )
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of rows whose most probable class is the label."""
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == prediction.label_ids))}
-
-
 def build_trainer(
     arguments: Arguments,
     model: PeftModel,
@@ -197,7 +194,7 @@ def build_trainer(
             train_dataset=prepare(train),
             eval_dataset=None if evaluation is None else prepare(evaluation),
             data_collator=collator,
-            compute_metrics=accuracy,
+            compute_metrics=head_scores,
             **common,
         )
         # transformers takes any forward with **kwargs for one that divides its loss by num_items_in_batch, and then
