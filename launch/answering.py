@@ -62,8 +62,8 @@ def write_answers(
 ) -> list[str]:
     """What the model writes after each prompt, without special tokens.
 
-    Prompts are padded on the left, so that every answer starts right behind its prompt and none depends on the others of
-    its batch; prompts of similar length share a batch.
+    Prompts are padded on the left, so that every answer starts right behind its prompt and none depends on the others
+    of its batch; prompts of similar length share a batch.
 
     Args:
         prompts: text or chat messages, in any order; the answers come in the same.
@@ -104,7 +104,11 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int
 
 
 def write_answers_on_all_ranks(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], args: TrainingArguments, **options: Any
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    args: TrainingArguments,
+    **options: Any,
 ) -> list[str]:
     """`write_answers`, each rank writing its share; every rank gets all answers. Every rank has to call it."""
     # Equally many on every rank, which ZeRO-3's gathering needs; what is written twice is dropped.

@@ -1,8 +1,9 @@
 """Command line and recipe file of the launcher.
 
 Flags are the fields of four dataclasses in `launch.flags`: `RunArguments` (what to train on what), `AdapterArguments`
-(the mixture), `ScoringArguments` (evaluation) and the training arguments of the task, which are TRL's `SFTConfig` (causal-lm) or transformers'
-`TrainingArguments` (classification). `--config recipe.yaml` sets any of them by name; the command line wins.
+(the mixture), `ScoringArguments` (evaluation) and the training arguments of the task, which are TRL's `SFTConfig`
+(causal-lm) or transformers' `TrainingArguments` (classification). `--config recipe.yaml` sets any of them by name; the
+command line wins.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def parse_arguments(argv: Sequence[str], demo_defaults: dict[str, Any]) -> Argum
     demo = _wants_demo(task, chosen)
 
     training_class = TRAINING_CLASSES[task]
-    parser = _Parser((RunArguments, AdapterArguments, ScoringArguments, training_class), prog="launch/train.py", allow_abbrev=False)
+    parser = _Parser(
+        (RunArguments, AdapterArguments, ScoringArguments, training_class), prog="launch/train.py", allow_abbrev=False
+    )
     known = {action.dest for action in parser._actions} - {"help"} | {"config", "env"}
     _refuse_unknown(recipe, known, "recipe key")
     if demo:

@@ -1,7 +1,7 @@
 """Scores an adapter (or a base model) on evaluation data; needs no DeepSpeed.
 
     python launch/evaluate.py --adapter outputs/boolq --dataset_name ../shared/data/boolq.test.jsonl
-    python launch/evaluate.py --adapter outputs/arc --dataset_name arc.test.jsonl --answer_pattern 'answer is (answer\\d)'
+    python launch/evaluate.py --adapter outputs/arc --dataset_name arc.test.jsonl --answer_pattern 'is (answer\\d)'
     python launch/evaluate.py --config recipe.yaml              # the recipe's output_dir on its evaluation data
 
 docs/evaluation.md has the metrics and all flags. The model is scored by the trainer that `launch/train.py` evaluates
@@ -15,7 +15,6 @@ import os
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
@@ -35,36 +34,36 @@ from launch import answering, demo, formats, images, trainers
 from launch.arguments import Arguments, command_line, read_flags
 from launch.data import load_rows
 from launch.errors import UserError, run_guarded
-from launch.flags import TASKS, TRAINING_CLASSES, AdapterArguments, RunArguments, ScoringArguments, _flag
-from launch.loading import Source, find_source, inference_precision, load_for_inference, load_processor
+from launch.flags import TASKS, TRAINING_CLASSES, AdapterArguments, RunArguments, ScoringArguments, flag
+from launch.loading import Source, find_source, inference_precision, load_for_inference, load_processor, quieten
 from launch.report import write_text
 
 DEMO = "demo"
 LIBRARIES = ("ds_moelora", "torch", "transformers", "peft", "trl", "datasets")
 # What the trainer says about its own work.
-NOT_SCORES = ("_runtime", "_per_second", "_model_preparation_time")
+NOT_SCORES = ("_runtime", "_per_second", "_model_preparation_time", "epoch")
 
 
 @dataclass
 class EvaluationArguments(RunArguments):
     """What is scored on which data. Columns, patterns and templates are those of `launch/train.py`."""
 
-    adapter: str | None = _flag(None, "The adapter: a folder or a hub id; none: the base model alone.")
-    model_name_or_path: str | None = _flag(None, "Base model. Default: the one that the adapter names.")
+    adapter: str | None = flag(None, "The adapter: a folder or a hub id; none: the base model alone.")
+    model_name_or_path: str | None = flag(None, "Base model. Default: the one that the adapter names.")
     task: str | None = field(
         default=None, metadata={"help": f"{', '.join(TASKS)}. Default: the adapter's.", "choices": list(TASKS)}
     )
-    dataset_name: str | None = _flag(None, "Data: a file, a folder or a hub id; demo: the demo's held-out lines.")
-    dataset_split: str | None = _flag(None, "Its split. Default: the first of validation, test, dev, train it has.")
-    batch_size: int = _flag(16, "Rows per batch; scores do not depend on it.")
-    max_length: int | None = _flag(None, "Longest row in tokens, as in training. Default: that of the task.")
-    dtype: str = _flag("auto", "Of the base model: float32, bfloat16, float16; auto: bfloat16 where a GPU has it.")
+    dataset_name: str | None = flag(None, "Data: a file, a folder or a hub id; demo: the demo's held-out lines.")
+    dataset_split: str | None = flag(None, "Its split. Default: the first of validation, test, dev, train it has.")
+    batch_size: int = flag(16, "Rows per batch; scores do not depend on it.")
+    max_length: int | None = flag(None, "Longest row in tokens, as in training. Default: that of the task.")
+    dtype: str = flag("auto", "Of the base model: float32, bfloat16, float16; auto: bfloat16 where a GPU has it.")
     classes: list[str] = field(
         default_factory=list, metadata={"help": "Names of the classes by id. Default: those in train_summary.json."}
     )
-    output: str | None = _flag(None, "Results (JSON). Default: evaluation-DATA.json in the adapter's folder.")
-    predictions: str | None = _flag(None, "With answers: a jsonl file that gets every prompt, answer and reference.")
-    trust_remote_code: bool = _flag(False, "Run code that a model's repository brings. Off unless you trust it.")
+    output: str | None = flag(None, "Results (JSON). Default: evaluation-DATA.json in the adapter's folder.")
+    predictions: str | None = flag(None, "With answers: a jsonl file that gets every prompt, answer and reference.")
+    trust_remote_code: bool = flag(False, "Run code that a model's repository brings. Off unless you trust it.")
     eval_dataset_name: str | None = field(default=None, init=False)
     eval_dataset_split: str | None = field(default=None, init=False)
     eval_fraction: float = field(default=0.0, init=False)
@@ -87,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     Raises:
         UserError: something that the caller can put right.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
+    quieten()
     started = time.monotonic()
     wish, scoring = read_arguments(sys.argv[1:] if argv is None else argv)
     source = find_source(
@@ -119,9 +118,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "task": source.task,
         "dataset": wish.dataset_name,
         "rows": len(rows),
-        "metrics": {
-            key.removeprefix("eval_"): value for key, value in metrics.items() if not key.endswith((*NOT_SCORES, "epoch"))
-        },
+        "metrics": {k.removeprefix("eval_"): v for k, v in metrics.items() if not k.endswith(NOT_SCORES)},
         "batch_size": wish.batch_size,
         "dtype": str(source.dtype).removeprefix("torch."),
         "device": str(model.device),
@@ -145,7 +142,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, ScoringArg
     """
 
     def translate(recipe: dict[str, Any]) -> dict[str, Any]:
-        data = {"dataset_name": recipe.pop("eval_dataset_name", None), "dataset_split": recipe.pop("eval_dataset_split", None)}
+        data = {name: recipe.pop(f"eval_{name}", None) for name in ("dataset_name", "dataset_split")}
         recipe = {key: value for key, value in recipe.items() if key not in data}
         task = TRAINING_CLASSES[recipe.get("task", TASKS[0])]
         known = {item.name for kind in (EvaluationArguments, ScoringArguments) for item in fields(kind)}
@@ -171,7 +168,7 @@ def load_evaluation_rows(
     Raises:
         UserError: as `launch.data` and `launch.formats`, or a label that is none of the model's classes.
     """
-    flag = f"--dataset_name {wish.dataset_name}"
+    where = f"--dataset_name {wish.dataset_name}"
     if wish.dataset_name == DEMO:
         return demo.held_out_rows(TRAINING_CLASSES[TASKS[0]].seed)
     pictures = source.task == "image-classification"
@@ -179,9 +176,9 @@ def load_evaluation_rows(
         wish.dataset_name, "--dataset_name", wish.dataset_split, wish.dataset_config, wish.max_eval_samples, pictures
     )
     if source.task == "causal-lm":
-        return formats.causal_rows(rows, wish, flag, bool(processor.chat_template))
-    rows = (images.labelled_images if pictures else formats.classification_texts)(rows, wish, flag)
-    return formats.number_labels(rows, source.classes or formats.label_names(rows, flag), flag)
+        return formats.causal_rows(rows, wish, where, bool(processor.chat_template))
+    rows = (images.labelled_images if pictures else formats.classification_texts)(rows, wish, where)
+    return formats.number_labels(rows, source.classes or formats.label_names(rows, where), where)
 
 
 def build_evaluator(
@@ -199,6 +196,7 @@ def build_evaluator(
     training = TRAINING_CLASSES[wish.task](**options)
     training.bf16 = False  # `inference_precision` sees to it
     training.gradient_checkpointing = False
+    training.include_num_input_tokens_seen = "no"
     training.start()
     arguments = Arguments(run=wish, adapter=AdapterArguments(), scoring=scoring, training=training, demo=False)
     # TRL insists on training rows.

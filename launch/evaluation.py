@@ -14,8 +14,8 @@ from launch.metrics import token_scores
 class TokenScores(Trainer):
     """A Trainer whose evaluation weighs every token alike, whatever batches and ranks the rows come in.
 
-    transformers takes the mean over batches of each batch's mean, which changes with the batch size. Here sums over rows
-    are gathered and added up; a row that fills up the last batch of several ranks is dropped by `gather_for_metrics`.
+    transformers takes the mean over batches of each batch's mean, which changes with the batch size. Here the sums of
+    rows are gathered and added up; rows that fill up the last batch of several ranks `gather_for_metrics` drops.
     A subclass calls `count_tokens` for each batch. `eval_loss`, `eval_perplexity`, `eval_mean_token_accuracy` and
     `eval_tokens` are `launch.metrics.token_scores`.
     """
@@ -26,7 +26,7 @@ class TokenScores(Trainer):
         """Takes in one batch.
 
         Args:
-            outputs: of TRL's fused head: `log_probs`, `is_top1`, `label_mask`, each (B, N), zero where there is no label.
+            outputs: of TRL's fused head: `log_probs`, `is_top1`, `label_mask`, (B, N) each, zero where no label is.
         """
         parts = (-outputs.log_probs, outputs.is_top1, outputs.label_mask)
         sums_B3 = torch.stack([part.double().sum(-1) for part in parts], -1)
@@ -37,5 +37,5 @@ class TokenScores(Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         nll, right, tokens = torch.stack(self._sums).sum(0).tolist()
         scores = token_scores(nll, right, tokens)
-        output.metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output

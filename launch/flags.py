@@ -18,6 +18,9 @@ def _flag(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
+flag = _flag  # for the flags of the other programs
+
+
 def _pattern(name: str) -> Any:
     """A flag that gives single layers another value; JSON on the command line, a mapping in a recipe."""
     return _flag(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
@@ -177,6 +180,13 @@ def load_for_inference(source: Source, processor: PreTrainedTokenizerBase | Base
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     return model.eval()
+
+
+def quieten() -> None:
+    """One progress bar, that of the work itself; deprecations inside the libraries are not the reader's to mend."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -99,8 +99,8 @@ def classification_scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str
 
     accuracy = tr C / n; F1 of a class = 2 C_ii / (row sum + column sum), 0 where that is 0 / 0. `f1` is that of class 1
     (MRPC's and QQP's, whose class 1 is the positive one), given for two classes only; `f1_macro` the mean over classes
-    that occur. `matthews` is R_K = (n tr C - sum_i r_i c_i) / sqrt((n^2 - sum c_i^2) (n^2 - sum r_i^2)), 0 for 0 / 0; for
-    two classes that is Matthews' phi (CoLA's).
+    that occur. `matthews` is R_K = (n tr C - sum_i r_i c_i) / sqrt((n^2 - sum c_i^2) (n^2 - sum r_i^2)), 0 for 0 / 0;
+    for two classes that is Matthews' phi (CoLA's).
 
     Args:
         predicted, labels: (n,) class ids, n >= 1.
@@ -167,7 +167,11 @@ def token_scores(nll: float, right: float, tokens: float) -> dict[str, float]:
     """Mean loss per token, its exponential, and the share of tokens that are the model's first choice.
 
     Args:
-        nll: sum over all tokens that have a label of -log p. right: how many are the most probable one. tokens: how many.
+        nll: sum of -log p over all tokens that have a label. right: how many of them are the most probable token.
+        tokens: how many there are.
+
+    Raises:
+        UserError: none.
     """
     if not tokens:
         raise UserError("no row of the evaluation data has an answer within --max_length tokens; raise it.")
