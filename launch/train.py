@@ -15,7 +15,6 @@ import re
 import shutil
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -34,7 +33,8 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase, Trainer, T
 from transformers.trainer_utils import set_seed
 
 import ds_moelora  # noqa: F401  (registers the optimizers and the tuner)
-from launch import answering, checks, demo, formats, images, modeling, report, trainers
+from ds_moelora.adapters import record_training
+from launch import answering, card, checks, demo, formats, images, modeling, report, trainers
 from launch.arguments import Arguments, parse_arguments
 from launch.data import load_splits
 from launch.errors import UserError, process_rank, run_guarded
@@ -151,14 +151,12 @@ def run(trainer: Trainer, arguments: Arguments, optimizer: str, callbacks: list[
     training = arguments.training
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     eval_metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    record_training(trainer.model, card.training_record(arguments, trainer, optimizer, eval_metrics))
     # Gathers what ZeRO-3 has sharded; PEFT then writes the adapter alone.
     trainer.save_model(training.output_dir)
     extra: dict[str, Any] = {}
     if arguments.run.task != "causal-lm":
         extra["classes"] = [name for _, name in sorted(trainer.model.config.id2label.items())]
-        if trainer.eval_dataset is not None:
-            counts = Counter(trainer.eval_dataset.with_format(None)["labels"])
-            eval_metrics["eval_majority_class_accuracy"] = max(counts.values()) / counts.total()
     exact_match = next((callback for callback in callbacks if isinstance(callback, demo.ExactMatch)), None)
     if exact_match is not None:
         extra["exact_match"] = exact_match.accuracy

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-COMMANDS = ("plan",)
+COMMANDS = ("plan", "inspect", "export")
 
 
 class _Parser(argparse.ArgumentParser):
