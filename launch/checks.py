@@ -35,6 +35,7 @@ TASK_FLAGS = {
     "text_pattern": ("sequence-classification",),
     "image_column": ("image-classification",),
     "label_column": ("sequence-classification", "image-classification"),
+    "regression": ("sequence-classification", "image-classification"),
 }
 OURS = ("GateRiemannianAdamW", "GateRiemannianSGD")
 

@@ -69,6 +69,7 @@ class EvaluationArguments(RunArguments):
     eval_fraction: float = field(default=0.0, init=False)
     max_train_samples: int | None = field(default=None, init=False)
     overwrite_output_dir: bool = field(default=False, init=False)
+    regression: bool = field(default=False, init=False)  # the adapter says so
 
     def __post_init__(self) -> None:
         """One data set, as it was named."""
@@ -178,6 +179,8 @@ def load_evaluation_rows(
     if source.task == "causal-lm":
         return formats.causal_rows(rows, wish, where, bool(processor.chat_template))
     rows = (images.labelled_images if pictures else formats.classification_texts)(rows, wish, where)
+    if source.regression:
+        return formats.number_targets(rows, where)
     return formats.number_labels(rows, source.classes or formats.label_names(rows, where), where)
 
 
@@ -191,6 +194,7 @@ def build_evaluator(
 ) -> trainers.Trainer:
     """The task's trainer, which will train nothing."""
     options: dict[str, Any] = {"per_device_eval_batch_size": wish.batch_size, "report_to": "none", "output_dir": folder}
+    options["disable_tqdm"] = False  # it would go by the verbosity
     if wish.max_length is not None:
         options["max_length"] = wish.max_length
     training = TRAINING_CLASSES[wish.task](**options)

@@ -64,6 +64,7 @@ class RunArguments:
     )
     image_column: str | None = _flag(None, "Images: the column with the pictures. Default: image, img or picture.")
     label_column: str | None = _flag(None, "Classification: the column with the label. Default: label or answer.")
+    regression: bool = _flag(False, "Classification: labels are numbers (STS-B), learnt by least squares.")
     overwrite_output_dir: bool = _flag(False, "Accept a non-empty output_dir; its old checkpoints are removed.")
     show_traceback: bool = _flag(False, "Show the traceback of errors that are otherwise one message.")
 

@@ -20,6 +20,7 @@ from transformers.image_processing_base import IMAGE_PROCESSOR_NAME
 
 import ds_moelora  # noqa: F401  (so that PEFT knows the adapter)
 from launch.errors import UserError
+from launch.formats import REGRESSION
 from launch.modeling import AUTO_CLASSES, TASK_TYPES, complete_tokenizer
 from launch.report import SUMMARY_NAME
 
@@ -156,7 +157,7 @@ def load_for_inference(source: Source, processor: PreTrainedTokenizerBase | Base
     """
     options: dict[str, Any] = {}
     if source.regression:
-        options = {"num_labels": 1, "problem_type": "regression"}
+        options = dict(REGRESSION)
     elif source.classes:
         ids = dict(enumerate(source.classes))
         options = {"num_labels": len(ids), "id2label": ids, "label2id": {name: i for i, name in ids.items()}}
@@ -187,6 +188,8 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    # A head that the base lacks is the adapter's; without it PEFT's loading stops.
+    transformers.utils.logging.set_verbosity_error()
 
 
 @contextlib.contextmanager

@@ -106,6 +106,9 @@ def load_data(
         return train, evaluation and formats.causal_rows(evaluation, run, flags[1], chat), {}
     columns = images.labelled_images if run.task == "image-classification" else formats.classification_texts
     train = columns(train, run, flags[0])
+    if run.regression:
+        evaluation = evaluation and formats.number_targets(columns(evaluation, run, flags[1]), flags[1])
+        return formats.number_targets(train, flags[0]), evaluation, formats.REGRESSION
     names = formats.label_names(train, flags[0])
     train = formats.number_labels(train, names, flags[0])
     if evaluation is not None:
@@ -156,7 +159,9 @@ def run(trainer: Trainer, arguments: Arguments, optimizer: str, callbacks: list[
     trainer.save_model(training.output_dir)
     extra: dict[str, Any] = {}
     if arguments.run.task != "causal-lm":
-        extra["classes"] = [name for _, name in sorted(trainer.model.config.id2label.items())]
+        extra["regression"] = arguments.run.regression
+        classes = [] if arguments.run.regression else sorted(trainer.model.config.id2label.items())
+        extra["classes"] = [name for _, name in classes]
     exact_match = next((callback for callback in callbacks if isinstance(callback, demo.ExactMatch)), None)
     if exact_match is not None:
         extra["exact_match"] = exact_match.accuracy

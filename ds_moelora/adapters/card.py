@@ -107,6 +107,7 @@ def _complete(model: PeftModel, path: Path, is_new: bool) -> None:
     if os.path.isdir(base):  # the hub refuses a card whose base_model is no repository
         card.data.pop("base_model")
         card.data.tags = [tag for tag in card.data.tags if not tag.startswith("base_model:")]
+    card.text = card.text.rstrip() + "\n"
     card.save(path)
 
 
