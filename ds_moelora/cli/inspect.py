@@ -126,11 +126,16 @@ def _headline(name: str, adapter: SavedAdapter, facts: Sequence[LayerFacts]) -> 
 
 
 def _kinds_table(facts: Sequence[LayerFacts]) -> str:
-    kinds: dict[str, list[LayerFacts]] = {}
+    kinds: dict[tuple[str, tuple[float, ...]], list[LayerFacts]] = {}
     for layer in facts:
         sizes = (layer.in_features, layer.out_features, layer.rank, layer.num_experts, layer.top_k, layer.scaling)
-        kinds.setdefault(f"{layer.name.rpartition('.')[2]}|{sizes}", []).append(layer)
-    return layer_table("Kinds of layers", [(key.partition("|")[0], group) for key, group in kinds.items()])
+        kinds.setdefault((_kind(layer.name), sizes), []).append(layer)
+    return layer_table("Kinds of layers", [(name, group) for (name, _), group in kinds.items()])
+
+
+def _kind(name: str) -> str:
+    """What follows the layer's number: "self_attn.q_proj" of "model.layers.3.self_attn.q_proj"."""
+    return re.split(r"\.\d+\.", name)[-1]
 
 
 def layer_table(title: str, groups: Sequence[tuple[str, Sequence[LayerFacts]]]) -> str:
