@@ -33,8 +33,9 @@ def inspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"shared_A": True}, {"init_lora_weights": "goat"}, {"shared_expert": True, "rank_pattern": {"v_proj": 3}}]
-)  # fmt: skip
+    "changes",
+    [{}, {"shared_A": True}, {"init_lora_weights": "goat"}, {"shared_expert": True, "rank_pattern": {"v_proj": 3}}],
+)
 def test_numbers_are_their_definitions(changes: dict[str, Any], tmp_path: Path):
     saved_mixture(tmp_path, **changes)
     for layer in read_adapter(tmp_path).layers:
