@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, get_peft_model
 from transformers.utils import hub
@@ -98,7 +98,12 @@ class Hub:
         return repo_id
 
 
-@pytest.mark.parametrize("on_hub", [None, "# My model\n\nIt reads letters.\n"])
+FILLED_IN = ModelCard.from_template(ModelCardData()).content.replace(
+    "[More Information Needed]", "It reads letters.", 1
+)
+
+
+@pytest.mark.parametrize("on_hub", [None, "# My model\n\nIt reads letters.\n", FILLED_IN])
 def test_push_to_hub(on_hub: str | None, monkeypatch: pytest.MonkeyPatch):
     upload, load = Hub(), ModelCard.load.__func__
 
@@ -115,5 +120,5 @@ def test_push_to_hub(on_hub: str | None, monkeypatch: pytest.MonkeyPatch):
     assert upload.files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     card = upload.files["README.md"].decode()
     assert "| `num_experts` | `4` |" in card
-    assert "[More Information Needed]" not in card
+    assert ("[More Information Needed]" in card) == (on_hub is FILLED_IN)
     assert ("It reads letters." in card) == (on_hub is not None)

@@ -65,7 +65,7 @@ def describe_adapters_in_cards() -> None:
     """
     if getattr(PeftModel.create_or_update_model_card, _MARK, False):
         return
-    write, upload = PeftModel.create_or_update_model_card, PeftModel._upload_modified_files
+    write, upload = PeftModel.create_or_update_model_card, PeftModel._upload_modified_files  # the latter transformers'
 
     @functools.wraps(write)
     def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
@@ -86,8 +86,12 @@ def describe_adapters_in_cards() -> None:
 
 
 def _is_template(text: str) -> bool:
-    """Whether a card is the empty one that transformers makes for a new repository."""
-    return "# Model Card for Model ID" in text and "has been pushed on the Hub" in text and "ds_moelora" not in text
+    """Whether nobody has written a line of a card: transformers' for a new repository, or PEFT's own."""
+    empty = ModelCard.from_template(ModelCardData()).text.splitlines()
+    return all(
+        line in empty or "has been pushed on the Hub" in line or line.startswith(("### Framework versions", "- PEFT "))
+        for line in ModelCard(text).text.splitlines()
+    )
 
 
 def _complete(model: PeftModel, path: Path, is_new: bool) -> None:
