@@ -145,8 +145,8 @@ def read_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, ScoringArg
     def translate(recipe: dict[str, Any]) -> dict[str, Any]:
         data = {name: recipe.pop(f"eval_{name}", None) for name in ("dataset_name", "dataset_split")}
         recipe = {key: value for key, value in recipe.items() if key not in data}
-        task = TRAINING_CLASSES[recipe.get("task", TASKS[0])]
-        known = {item.name for kind in (EvaluationArguments, ScoringArguments) for item in fields(kind)}
+        task = TRAINING_CLASSES.get(recipe.get("task", TASKS[0]), TRAINING_CLASSES[TASKS[0]])
+        known = {item.name for kind in (EvaluationArguments, ScoringArguments) for item in fields(kind) if item.init}
         for_training = {item.name for kind in (RunArguments, AdapterArguments, task) for item in fields(kind)} - known
         kept = {key: value for key, value in recipe.items() if key not in for_training}
         if "output_dir" in recipe:

@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     pictures = arguments.run.task == "image-classification"
     processor = images.load_image_processor(arguments) if pictures else modeling.load_tokenizer(arguments)
     train, evaluation, model_options = load_data(arguments, processor)
+    if answers and evaluation is None:
+        raise UserError("--score answers (or --answer_pattern) needs --eval_dataset_name, or --eval_fraction.")
     modeling.check_model(arguments, config, model_options)
 
     start(arguments)
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if arguments.demo:
         callbacks.append(demo.ExactMatch(processor))
     trainer = trainers.build_trainer(arguments, model, processor, train, evaluation, callbacks)
-    if answers and evaluation is not None:
+    if answers:
         trainer.add_callback(answering.AnswerScores(trainer, evaluation, arguments.scoring))
     summary = run(trainer, arguments, optimizer, callbacks)
     if dist.is_initialized():

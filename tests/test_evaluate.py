@@ -179,7 +179,7 @@ def test_numbers_as_labels(base: Path, tmp_path: Path):
 def test_recipe_for_training(base: Path, adapter: Path, alpaca: Path, tmp_path: Path):
     """Its evaluation data and output_dir are taken; what concerns training alone is passed over, typing errors not."""
     recipe = tmp_path / "recipe.yaml"
-    text = f"dataset_name: nowhere\neval_dataset_name: {alpaca}\noutput_dir: {adapter}\nlearning_rate: 1.0e-3\nr: 4\n"
+    text = f"dataset_name: nowhere\neval_dataset_name: {alpaca}\noutput_dir: {adapter}\nr: 4\nmax_train_samples: 9\n"
     recipe.write_text(text)
     results = evaluate.main(["--config", str(recipe), "--output", str(tmp_path / "deep/er/results.json")])
     assert results["dataset"] == str(alpaca)
