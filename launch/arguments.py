@@ -1,15 +1,16 @@
 """Command line and recipe file of the launcher.
 
-Flags are the fields of three dataclasses in `launch.flags`: `RunArguments` (what to train on what), `AdapterArguments`
-(the mixture) and the training arguments of the task, which are TRL's `SFTConfig` (causal-lm) or transformers'
-`TrainingArguments` (classification). `--config recipe.yaml` sets any of them by name; the command line wins.
+Flags are the fields of four dataclasses in `launch.flags`: `RunArguments` (what to train on what), `AdapterArguments`
+(the mixture), `ScoringArguments` (evaluation) and the training arguments of the task, which are TRL's `SFTConfig`
+(causal-lm) or transformers' `TrainingArguments` (classification). `--config recipe.yaml` sets any of them by name; the
+command line wins.
 """
 
 from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from launch.flags import (
     ClassificationConfig,
     ImageConfig,
     RunArguments,
+    ScoringArguments,
 )
 
 
@@ -36,12 +38,14 @@ class Arguments:
     Args:
         run: model, data and task.
         adapter: the mixture.
+        scoring: how evaluation data is scored.
         training: `CausalConfig`, `ClassificationConfig` or `ImageConfig`, not started yet.
         demo: no model and no dataset was named: the embedded default runs.
     """
 
     run: RunArguments
     adapter: AdapterArguments
+    scoring: ScoringArguments
     training: CausalConfig | ClassificationConfig | ImageConfig
     demo: bool
 
@@ -72,7 +76,9 @@ def parse_arguments(argv: Sequence[str], demo_defaults: dict[str, Any]) -> Argum
     demo = _wants_demo(task, chosen)
 
     training_class = TRAINING_CLASSES[task]
-    parser = _Parser((RunArguments, AdapterArguments, training_class), prog="launch/train.py", allow_abbrev=False)
+    parser = _Parser(
+        (RunArguments, AdapterArguments, ScoringArguments, training_class), prog="launch/train.py", allow_abbrev=False
+    )
     known = {action.dest for action in parser._actions} - {"help"} | {"config", "env"}
     _refuse_unknown(recipe, known, "recipe key")
     if demo:
@@ -85,6 +91,44 @@ def parse_arguments(argv: Sequence[str], demo_defaults: dict[str, Any]) -> Argum
         raise UsageError(str(error)) from error
     _refuse_unknown([word.split("=")[0].lstrip("-") for word in rest], known, "argument", rest)
     return Arguments(*parsed, demo=demo)
+
+
+def read_flags(
+    classes: tuple[type, ...],
+    argv: Sequence[str],
+    program: str,
+    translate: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> tuple[Any, ...]:
+    """The command line of the other programs of this folder.
+
+    Args:
+        classes: dataclasses whose fields are the flags.
+        argv: arguments without the program's name; `--config recipe.yaml` may be among them.
+        translate: what a recipe for training means here.
+
+    Returns:
+        one instance of each class.
+
+    Raises:
+        UsageError: an unknown flag or recipe key, or a value of the wrong kind.
+    """
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    recipe = translate(_read_recipe(argv))
+    if "--config" in argv:
+        position = argv.index("--config")
+        argv = argv[:position] + argv[position + 2 :]
+    parser = _Parser(classes, prog=program, allow_abbrev=False)
+    known = {action.dest for action in parser._actions} - {"help"}
+    _refuse_unknown(recipe, known, "recipe key")
+    try:
+        parser.set_defaults_with_config(**recipe)
+        *parsed, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+    _refuse_unknown([word.split("=")[0].lstrip("-") for word in rest], known | {"config"}, "argument", rest)
+    return tuple(parsed)
 
 
 def non_defaults(arguments: object) -> dict[str, Any]:

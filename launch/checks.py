@@ -38,6 +38,7 @@ TASK_FLAGS = {
     "text_pattern": ("sequence-classification",),
     "image_column": ("image-classification", "image-text-to-text"),
     "label_column": ("sequence-classification", "image-classification"),
+    "regression": ("sequence-classification", "image-classification"),
 }
 OURS = ("GateRiemannianAdamW", "GateRiemannianSGD")
 

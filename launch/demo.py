@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -19,9 +16,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ds_moelora.adapters import sharded_experts
+from launch.answering import write_answers_on_all_ranks
 from launch.demo_base import base_model
 from launch.demo_tasks import split_lines
 
@@ -57,14 +53,20 @@ def dataset(seed: int) -> Dataset:
     return Dataset.from_dict({"prompt": [p for p, _ in lines], "completion": [a for _, a in lines]})
 
 
+def held_out_rows(seed: int) -> Dataset:
+    """The held-out lines of all skills, in the same form."""
+    _, held_out = split_lines(TRAINING_LINES_PER_SKILL, HELD_OUT_LINES_PER_SKILL, seed)
+    lines = [line for group in held_out.values() for line in group]
+    return Dataset.from_dict({"prompt": [p for p, _ in lines], "completion": [a for _, a in lines]})
+
+
 class ExactMatch(TrainerCallback):
     """Measures, before and after training, the share of held-out lines that greedy decoding answers exactly.
 
-    It runs inside training because a model under ZeRO-3 can only be used once the engine exists. Each rank answers
-    every `world_size`-th line; the verdicts are gathered (a few hundred short tuples).
+    It runs inside training because a model under ZeRO-3 can only be used once the engine exists.
 
     Args:
-        tokenizer: of the model; it pads on the left.
+        tokenizer: of the model.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -91,35 +93,18 @@ class ExactMatch(TrainerCallback):
             table.add_row(skill, f"{100 * self.accuracy['before'][skill]:.1f} %", f"{100 * after:.1f} %")
         Console().print(table)
 
-    @torch.no_grad()
     def _measure(self, model: nn.Module, args: TrainingArguments, title: str) -> dict[str, float]:
         _, held_out = split_lines(TRAINING_LINES_PER_SKILL, HELD_OUT_LINES_PER_SKILL, args.seed)
         lines = [(skill, prompt, answer) for skill, group in held_out.items() for prompt, answer in group]
-        # Every rank runs the same number of batches, which ZeRO-3's gathering needs; what is counted twice is dropped.
-        share = -(-len(lines) // args.world_size)
-        mine = [(lines * 2)[args.process_index * share + i] for i in range(share)]
-        was_training = model.training
-        model.eval()
-        verdicts = []
-        for start in tqdm(range(0, share, EVALUATION_BATCH), desc=title, disable=args.process_index != 0):
-            part = mine[start : start + EVALUATION_BATCH]
-            answers = self._answer(model, [prompt for _, prompt, _ in part])
-            verdicts += [(skill, given == wanted) for (skill, _, wanted), given in zip(part, answers, strict=True)]
-        model.train(was_training)
-        gathered = gather_object(verdicts)[: len(lines)]
-        right, total = Counter(skill for skill, ok in gathered if ok), Counter(skill for skill, _ in gathered)
-        accuracy = {skill: right[skill] / total[skill] for skill in held_out}
-        return {**accuracy, "all skills": sum(right.values()) / len(gathered)}
-
-    def _answer(self, model: nn.Module, prompts: list[str]) -> list[str]:
-        encoded = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-        encoded = {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        generated = model.generate(
-            **encoded,
+        given = write_answers_on_all_ranks(
+            model,
+            self.tokenizer,
+            [prompt for _, prompt, _ in lines],
+            args,
+            batch_size=EVALUATION_BATCH,
+            description=title,
             max_new_tokens=MAX_ANSWER_TOKENS,
-            do_sample=False,
-            # Every rank takes part in every forward pass: to gather weights (ZeRO-3), or experts (ep_size > 1).
-            synced_gpus=is_deepspeed_zero3_enabled() or bool(sharded_experts(model)),
-            pad_token_id=self.tokenizer.pad_token_id,
         )
-        return self.tokenizer.batch_decode(generated[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+        right = Counter(skill for (skill, _, answer), text in zip(lines, given, strict=True) if text == answer)
+        accuracy = {skill: right[skill] / len(group) for skill, group in held_out.items()}
+        return {**accuracy, "all skills": right.total() / len(lines)}

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 TASKS = ("causal-lm", "sequence-classification", "image-classification", "image-text-to-text")
+SCORED_TASKS = TASKS[:3]  # by launch/evaluate.py
 LANGUAGE = ("causal-lm", "image-text-to-text")  # what SFTTrainer trains
 DEFAULT_OPTIM = "adamw_torch"
 
@@ -17,6 +18,9 @@ DEFAULT_OPTIM = "adamw_torch"
 def _flag(default: Any, help_text: str) -> Any:
     """A dataclass field with a help text."""
     return field(default=default, metadata={"help": help_text})
+
+
+flag = _flag  # for the flags of the other programs
 
 
 def _pattern(name: str) -> Any:
@@ -88,6 +92,7 @@ class RunArguments:
     image_column: str | None = _flag(None, "Images: the column with the pictures. Default: image, img or picture.")
     label_column: str | None = _flag(None, "Classification: the column with the label. Default: label or answer.")
     load_in_4bit: bool = _flag(False, "Keep the frozen base in 4 bits (NF4), by bitsandbytes. ZeRO 0 to 2.")
+    regression: bool = _flag(False, "Classification: labels are numbers (STS-B), learnt by least squares.")
     overwrite_output_dir: bool = _flag(False, "Accept a non-empty output_dir; its old checkpoints are removed.")
     show_traceback: bool = _flag(False, "Show the traceback of errors that are otherwise one message.")
 
@@ -135,6 +140,28 @@ class AdapterArguments:
     modules_to_save: list[str] = field(
         default_factory=list, metadata={"help": "Modules trained and saved in full beside the adapter."}
     )
+
+
+@dataclass
+class ScoringArguments:
+    """How a model is scored on evaluation data: while it trains (`launch/train.py`) and afterwards (`evaluate.py`)."""
+
+    score: str = field(
+        default="auto",
+        metadata={
+            "help": "causal-lm: answers (written, and compared with the data's), loss (perplexity alone), or auto: "
+            "answers if --answer_pattern or --answer_ignore is given.",
+            "choices": ["auto", "answers", "loss"],
+        },
+    )
+    answer_pattern: str | None = _flag(
+        None, "causal-lm: a regular expression; its first group in what the model writes is the answer."
+    )
+    answer_ignore: list[str] = field(
+        default_factory=list,
+        metadata={"help": "What answers may differ in: case, punctuation, articles, whitespace, number (spelling)."},
+    )
+    max_new_tokens: int = _flag(64, "causal-lm: longest answer in tokens.")
 
 
 class _Deferred:

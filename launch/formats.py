@@ -26,6 +26,8 @@ TEXT_PAIRS = (
     ("question", "passage"),
 )
 LABEL_COLUMNS = ("label", "answer")
+# What the config of a model with --regression must know.
+REGRESSION: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
 
 
 def classification_texts(rows: Dataset, run: RunArguments, flag: str) -> Dataset:
@@ -88,7 +90,9 @@ def label_names(rows: Dataset, flag: str) -> list[str]:
     if isinstance(feature, ClassLabel):
         return feature.names
     if getattr(feature, "dtype", "list").startswith(("float", "double", "list")):
-        raise UserError(f"{flag}: labels of type {feature} are no classes; use text, whole numbers or booleans.")
+        raise UserError(
+            f"{flag}: labels of type {feature} are no classes; use text, whole numbers or booleans, or --regression."
+        )
     # Sorted as numbers where they are numbers: "10" comes after "9".
     names = [str(value) for value in sorted(set(rows["label"]))]
     if len(names) < 2:
@@ -109,6 +113,18 @@ def number_labels(rows: Dataset, names: list[str], flag: str) -> Dataset:
         raise UserError(f"{flag} has labels that the training data lacks: {', '.join(unknown)}. Known: {names}.")
     ids = {name: number for number, name in enumerate(names)}
     return rows.remove_columns("label").add_column("labels", [ids[name] for name in stored])
+
+
+def number_targets(rows: Dataset, flag: str) -> Dataset:
+    """Replaces `label` by `labels`, float32: the numbers that a model with one output learns.
+
+    Raises:
+        UserError: labels that are no numbers.
+    """
+    feature = rows.features["label"]
+    if isinstance(feature, ClassLabel) or not getattr(feature, "dtype", "").startswith(("float", "double", "int")):
+        raise UserError(f"{flag}: labels of type {feature} are no numbers, which --regression needs.")
+    return rows.cast_column("label", Value("float32")).rename_column("label", "labels")
 
 
 def _compile(pattern: str | None) -> re.Pattern[str] | None:

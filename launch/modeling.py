@@ -59,11 +59,16 @@ def load_tokenizer(arguments: Arguments) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         raise UserError(f"--model_name_or_path {run.model_name_or_path}: no tokenizer: {error}") from error
-    if run.task == "causal-lm" and tokenizer.eos_token is None:
-        raise UserError(f"the tokenizer of {run.model_name_or_path} has no end-of-sequence token; set eos_token in it.")
+    return complete_tokenizer(tokenizer, run.task, str(run.model_name_or_path))
+
+
+def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, task: str, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer with a padding token; `name` is the model's, for messages."""
+    if task == "causal-lm" and tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer of {name} has no end-of-sequence token; set eos_token in it.")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise UserError(f"the tokenizer of {run.model_name_or_path} has no padding token; set pad_token in it.")
+            raise UserError(f"the tokenizer of {name} has no padding token; set pad_token in it.")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

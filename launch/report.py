@@ -77,10 +77,15 @@ def summarize(
 
 
 def write_summary(summary: dict[str, Any], output_dir: str) -> Path:
-    """Writes `train_summary.json`; whoever reads it never sees half a file."""
-    path = Path(output_dir) / SUMMARY_NAME
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    """Writes `train_summary.json`."""
+    return write_text(Path(output_dir) / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes a file, and its folder; whoever reads it never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
     os.replace(temporary, path)
     return path
 

@@ -55,6 +55,9 @@ def load_data(
     if run.task in LANGUAGE:
         return train, evaluation, {}
 
+    if run.regression:
+        evaluation = evaluation and formats.number_targets(evaluation, flag_of_evaluation)
+        return formats.number_targets(train, flag), evaluation, formats.REGRESSION
     names = formats.label_names(train, flag)
     train = formats.number_labels(train, names, flag)
     if evaluation is not None:

@@ -15,7 +15,6 @@ import re
 import shutil
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -33,7 +32,8 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorM
 from transformers.trainer_utils import set_seed
 
 import ds_moelora  # noqa: F401  (registers the optimizers and the tuner)
-from launch import checks, demo, image_text, images, modeling, report, trainers
+from ds_moelora.adapters import record_training
+from launch import answering, card, checks, demo, image_text, images, modeling, report, trainers
 from launch.arguments import Arguments, parse_arguments
 from launch.errors import UserError, process_rank, run_guarded
 from launch.extensions import find_free_port, load_collectives, unlink_buffers
@@ -56,11 +56,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     quieten()
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv, demo.DEFAULTS)
     optimizer = checks.preflight(arguments)
+    answers = answering.wants_answers(arguments.scoring, arguments.run.task)
     config = modeling.adapter_config(arguments.adapter, arguments.run.task)
     if arguments.demo:
         arguments.run.model_name_or_path = str(demo.base_model())
     processor = load_processor(arguments)
     train, evaluation, model_options = load_data(arguments, processor)
+    if answers and evaluation is None:
+        raise UserError("--score answers (or --answer_pattern) needs --eval_dataset_name, or --eval_fraction.")
     modeling.check_model(arguments, config, model_options)
 
     start(arguments)
@@ -72,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainer = trainers.build_trainer(arguments, model, processor, train, evaluation, callbacks)
     if trainer.is_world_process_zero():
         report.print_truncation(trainer.truncation)
+    if answers:
+        trainer.add_callback(answering.AnswerScores(trainer, evaluation, arguments.scoring))
     summary = run(trainer, arguments, optimizer, callbacks)
     if dist.is_initialized():
         # Left to the interpreter's end, a rank that is late finds its peers' sockets gone, and aborts.
@@ -134,14 +139,14 @@ def run(trainer: Trainer, arguments: Arguments, optimizer: str, callbacks: list[
     training = arguments.training
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     eval_metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    record_training(trainer.model, card.training_record(arguments, trainer, optimizer, eval_metrics))
     # Gathers what ZeRO-3 has sharded; PEFT then writes the adapter alone.
     trainer.save_model(training.output_dir)
     extra: dict[str, Any] = {"truncation": {name: count.as_dict() for name, count in trainer.truncation.items()}}
     if arguments.run.task not in LANGUAGE:
-        extra["classes"] = [name for _, name in sorted(trainer.model.config.id2label.items())]
-        if trainer.eval_dataset is not None:
-            counts = Counter(trainer.eval_dataset.with_format(None)["labels"])
-            eval_metrics["eval_majority_class_accuracy"] = max(counts.values()) / counts.total()
+        extra["regression"] = arguments.run.regression
+        classes = [] if arguments.run.regression else sorted(trainer.model.config.id2label.items())
+        extra["classes"] = [name for _, name in classes]
     exact_match = next((callback for callback in callbacks if isinstance(callback, demo.ExactMatch)), None)
     if exact_match is not None:
         extra["exact_match"] = exact_match.accuracy

@@ -12,7 +12,6 @@ from peft import PeftModel
 from transformers import (
     BaseImageProcessor,
     DataCollatorWithPadding,
-    EvalPrediction,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -29,7 +28,9 @@ from launch import images
 from launch.arguments import Arguments
 from launch.columns import Rows
 from launch.errors import UserError
+from launch.evaluation import TokenScores
 from launch.flags import LANGUAGE
+from launch.metrics import head_scores
 from launch.preparation import CountingTrainer, PackingGuard, Truncation
 
 ELASTIC = "elastic"  # folder of a checkpoint
@@ -55,6 +56,11 @@ class GatheringTrainer(Trainer):
         with without_experts():
             super()._save(output_dir, state_dict)
         append_experts(model, output_dir if output_dir is not None else self.args.output_dir)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's card with the adapter's part (`ds_moelora.adapters.card`), not those of transformers and TRL."""
+        if self.is_world_process_zero():
+            self.accelerator.unwrap_model(self.model).create_or_update_model_card(self.args.output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -98,7 +104,7 @@ class GatheringTrainer(Trainer):
         load_elastic(self.deepspeed, elastic)
 
 
-class MixtureSFTTrainer(GatheringTrainer, CountingTrainer):
+class MixtureSFTTrainer(TokenScores, GatheringTrainer, CountingTrainer):
     """SFTTrainer that trains on the model's own `loss`.
 
     TRL 1.16 computes the loss from the log-probabilities that its fused head returns, and so leaves out what a tuner
@@ -118,9 +124,7 @@ class MixtureSFTTrainer(GatheringTrainer, CountingTrainer):
             self, model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         if not model.training:
-            counts = torch.stack([outputs.is_top1.sum(), outputs.label_mask.sum()]).unsqueeze(0)
-            right, total = self.accelerator.gather_for_metrics(counts).sum(0).tolist()
-            self._metrics["eval"]["mean_token_accuracy"].append(right / max(total, 1))
+            self.count_tokens(outputs)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -166,12 +170,6 @@ def tokenize_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length
     count.tokens, count.rows_cut = int(lengths.sum()), int((lengths > max_length).sum())
     count.tokens_cut = int((lengths - max_length).clip(min=0).sum())
     return made.remove_columns("whole_length"), count
-
-
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of rows whose most probable class is the label."""
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == prediction.label_ids))}
 
 
 def build_trainer(
@@ -232,7 +230,7 @@ def _head_trainer(
         train_dataset=sets["train"],
         eval_dataset=sets["eval"],
         data_collator=collator,
-        compute_metrics=accuracy,
+        compute_metrics=head_scores,
         callbacks=callbacks,
         **common,
     )

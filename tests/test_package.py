@@ -18,10 +18,10 @@ ROOT = Path(ds_moelora.__file__).parent
 ALLOWED = {
     "core": {"torch"},
     "parallel": {"torch", "deepspeed", "safetensors", "core", "parallel"},
-    "adapters": {"torch", "peft", "transformers", "safetensors", "core", "adapters"},
+    "adapters": {"torch", "peft", "transformers", "huggingface_hub", "safetensors", "core", "adapters"},
     "optim": {"torch", "core", "parallel", "optim"},
     "planning": {"torch", "transformers", "adapters", "parallel", "planning"},
-    "cli": {"transformers", "rich", "planning", "cli"},
+    "cli": {"transformers", "rich", "adapters", "planning", "cli"},
 }
 ALLOWED["core"] |= {"core"}
 

@@ -9,6 +9,7 @@ from peft.mapping import (
 )
 from peft.tuners.tuners_utils import BaseTuner
 
+from .card import TrainingRecord, describe_adapters_in_cards, record_training
 from .config import PEFT_TYPE, MoELoRAConfig
 from .conversion import save_without_residual
 from .experts import MoELoRAExperts
@@ -23,8 +24,10 @@ __all__ = [
     "MoELoRAExperts",
     "MoELoRALayer",
     "MoELoRAModel",
+    "TrainingRecord",
     "append_experts",
     "gather_experts",
+    "record_training",
     "register_with_peft",
     "save_without_residual",
     "sharded_experts",
@@ -46,5 +49,6 @@ def register_with_peft() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = MoELoRAConfig
     PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = MoELoRAModel
     PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PREFIX
+    describe_adapters_in_cards()
     let_first_rank_write()
     load_without_decomposing()

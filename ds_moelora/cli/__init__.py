@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-COMMANDS = ("plan", "preview")
+COMMANDS = ("plan", "preview", "inspect", "export")
 
 
 class _Parser(argparse.ArgumentParser):

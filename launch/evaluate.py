@@ -1,0 +1,251 @@
+"""Scores an adapter (or a base model) on evaluation data; needs no DeepSpeed.
+
+    python launch/evaluate.py --adapter outputs/boolq --dataset_name ../shared/data/boolq.test.jsonl
+    python launch/evaluate.py --adapter outputs/arc --dataset_name arc.test.jsonl --answer_pattern 'is (answer\\d)'
+    python launch/evaluate.py --config recipe.yaml              # the recipe's output_dir on its evaluation data
+
+docs/evaluation.md has the metrics and all flags. The model is scored by the trainer that `launch/train.py` evaluates
+with while it trains, so that both give the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    # Started as a script: Python put this folder first on the path; the repository's root is what is needed.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+from launch import answering, demo, formats, images, trainers
+from launch.arguments import Arguments, command_line, read_flags
+from launch.data import load_rows
+from launch.errors import UserError, run_guarded
+from launch.flags import SCORED_TASKS, TASKS, TRAINING_CLASSES, AdapterArguments, RunArguments, ScoringArguments, flag
+from launch.loading import Source, find_source, inference_precision, load_for_inference, load_processor, quieten
+from launch.report import write_text
+
+DEMO = "demo"
+LIBRARIES = ("ds_moelora", "torch", "transformers", "peft", "trl", "datasets")
+# What the trainer says about its own work.
+NOT_SCORES = ("_runtime", "_per_second", "_model_preparation_time", "epoch")
+
+
+@dataclass
+class EvaluationArguments(RunArguments):
+    """What is scored on which data. Columns, patterns and templates are those of `launch/train.py`."""
+
+    adapter: str | None = flag(None, "The adapter: a folder or a hub id; none: the base model alone.")
+    model_name_or_path: str | None = flag(None, "Base model. Default: the one that the adapter names.")
+    task: str | None = field(
+        default=None,
+        metadata={"help": f"{', '.join(SCORED_TASKS)}. Default: the adapter's.", "choices": list(SCORED_TASKS)},
+    )
+    dataset_name: str | None = flag(None, "Data: a file, a folder or a hub id; demo: the demo's held-out lines.")
+    dataset_split: str | None = flag(None, "Its split. Default: the first of validation, test, dev, train it has.")
+    batch_size: int = flag(16, "Rows per batch; scores do not depend on it.")
+    max_length: int | None = flag(None, "Longest row in tokens, as in training. Default: that of the task.")
+    dtype: str = flag("auto", "Of the base model: float32, bfloat16, float16; auto: bfloat16 where a GPU has it.")
+    classes: list[str] = field(
+        default_factory=list, metadata={"help": "Names of the classes by id. Default: those in train_summary.json."}
+    )
+    output: str | None = flag(None, "Results (JSON). Default: evaluation-DATA.json in the adapter's folder.")
+    predictions: str | None = flag(None, "With answers: a jsonl file that gets every prompt, answer and reference.")
+    trust_remote_code: bool = flag(False, "Run code that a model's repository brings. Off unless you trust it.")
+    dataset_weights: list[float] = field(default_factory=list, init=False)
+    dataset_stopping: str = field(default="first_exhausted", init=False)
+    streaming: bool = field(default=False, init=False)
+    load_in_4bit: bool = field(default=False, init=False)
+    eval_dataset_name: str | None = field(default=None, init=False)
+    eval_dataset_split: str | None = field(default=None, init=False)
+    eval_fraction: float = field(default=0.0, init=False)
+    max_train_samples: int | None = field(default=None, init=False)
+    overwrite_output_dir: bool = field(default=False, init=False)
+    regression: bool = field(default=False, init=False)  # the adapter says so
+
+    def __post_init__(self) -> None:
+        """One data set, as it was named."""
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Evaluates, prints a table and writes the results.
+
+    Args:
+        argv: arguments without the program's name; None: those of the command line.
+
+    Returns:
+        The results, as they are written.
+
+    Raises:
+        UserError: something that the caller can put right.
+    """
+    quieten()
+    started = time.monotonic()
+    wish, scoring = read_arguments(sys.argv[1:] if argv is None else argv)
+    source = find_source(
+        wish.adapter,
+        wish.model_name_or_path,
+        wish.task,
+        wish.revision,
+        wish.dtype,
+        wish.trust_remote_code,
+        wish.classes,
+    )
+    wish.task = source.task
+    answers = answering.wants_answers(scoring, source.task)
+    if wish.predictions and not answers:
+        raise UserError("--predictions needs answers: --score answers, or --answer_pattern.")
+    processor = load_processor(source)
+    rows = load_evaluation_rows(wish, source, processor)
+    model = load_for_inference(source, processor)
+    with tempfile.TemporaryDirectory() as folder, inference_precision(model, source.dtype):
+        trainer = build_evaluator(wish, scoring, model, processor, rows, folder)
+        writer = answering.AnswerScores(trainer, rows, scoring) if answers else None
+        if writer is not None:
+            trainer.add_callback(writer)
+        metrics = trainer.evaluate()
+    results = {
+        "command": command_line(),
+        "adapter": source.adapter,
+        "base_model": source.base,
+        "task": source.task,
+        "dataset": wish.dataset_name,
+        "rows": len(rows),
+        "metrics": {k.removeprefix("eval_"): v for k, v in metrics.items() if not k.endswith(NOT_SCORES)},
+        "batch_size": wish.batch_size,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "seconds": round(time.monotonic() - started, 2),
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+    paths = [write_results(results, wish, source)]
+    if writer is not None and wish.predictions:
+        paths.append(write_predictions(Path(wish.predictions), writer))
+    print_results(results, [path for path in paths if path is not None])
+    return results
+
+
+def read_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, ScoringArguments]:
+    """The flags, and those of the recipe that mean something here.
+
+    Of a recipe for training the evaluation data is taken, and `output_dir` as the adapter.
+
+    Raises:
+        UserError: wrong flags, or no data.
+    """
+
+    def translate(recipe: dict[str, Any]) -> dict[str, Any]:
+        data = {name: recipe.pop(f"eval_{name}", None) for name in ("dataset_name", "dataset_split")}
+        recipe = {key: value for key, value in recipe.items() if key not in data}
+        task = TRAINING_CLASSES.get(recipe.get("task", TASKS[0]), TRAINING_CLASSES[TASKS[0]])
+        known = {item.name for kind in (EvaluationArguments, ScoringArguments) for item in fields(kind) if item.init}
+        for_training = {item.name for kind in (RunArguments, AdapterArguments, task) for item in fields(kind)} - known
+        kept = {key: value for key, value in recipe.items() if key not in for_training}
+        if "output_dir" in recipe:
+            kept.setdefault("adapter", recipe["output_dir"])
+        return kept | {key: value for key, value in data.items() if value is not None}
+
+    wish, scoring = read_flags((EvaluationArguments, ScoringArguments), argv, "launch/evaluate.py", translate)
+    if not wish.dataset_name:
+        raise UserError("--dataset_name is missing: the data to evaluate on (a file, a folder, a hub id, or demo).")
+    if wish.batch_size < 1:
+        raise UserError(f"--batch_size {wish.batch_size} must be at least 1.")
+    return wish, scoring
+
+
+def load_evaluation_rows(
+    wish: EvaluationArguments, source: Source, processor: PreTrainedTokenizerBase | BaseImageProcessor
+) -> Dataset:
+    """The rows as the task's trainer takes them.
+
+    Raises:
+        UserError: as `launch.data` and `launch.formats`, or a label that is none of the model's classes.
+    """
+    where = f"--dataset_name {wish.dataset_name}"
+    if wish.dataset_name == DEMO:
+        return demo.held_out_rows(TRAINING_CLASSES[TASKS[0]].seed)
+    pictures = source.task == "image-classification"
+    rows = load_rows(
+        wish.dataset_name, "--dataset_name", wish.dataset_split, wish.dataset_config, wish.max_eval_samples, pictures
+    )
+    if source.task == "causal-lm":
+        return formats.causal_rows(rows, wish, where, bool(processor.chat_template))
+    rows = (images.labelled_images if pictures else formats.classification_texts)(rows, wish, where)
+    if source.regression:
+        return formats.number_targets(rows, where)
+    return formats.number_labels(rows, source.classes or formats.label_names(rows, where), where)
+
+
+def build_evaluator(
+    wish: EvaluationArguments,
+    scoring: ScoringArguments,
+    model: Any,
+    processor: PreTrainedTokenizerBase | BaseImageProcessor,
+    rows: Dataset,
+    folder: str,
+) -> trainers.Trainer:
+    """The task's trainer, which will train nothing."""
+    options: dict[str, Any] = {"per_device_eval_batch_size": wish.batch_size, "report_to": "none", "output_dir": folder}
+    options["disable_tqdm"] = False  # it would go by the verbosity
+    if wish.max_length is not None:
+        options["max_length"] = wish.max_length
+    training = TRAINING_CLASSES[wish.task](**options)
+    training.bf16 = False  # `inference_precision` sees to it
+    training.gradient_checkpointing = False
+    training.include_num_input_tokens_seen = "no"
+    training.start()
+    arguments = Arguments(run=wish, adapter=AdapterArguments(), scoring=scoring, training=training, demo=False)
+    # TRL insists on training rows.
+    train = Dataset.from_dict({"prompt": ["-"], "completion": ["-"]}) if wish.task == "causal-lm" else rows.select([0])
+    return trainers.build_trainer(arguments, model, processor, train, rows, [])
+
+
+def write_results(results: dict[str, Any], wish: EvaluationArguments, source: Source) -> Path | None:
+    """Writes the JSON file; None where nobody has said where to."""
+    if wish.output is None and (source.adapter is None or not Path(source.adapter).is_dir()):
+        return None
+    name = f"evaluation-{Path(str(wish.dataset_name)).name.removesuffix('.jsonl')}.json"
+    path = Path(wish.output) if wish.output is not None else Path(source.adapter) / name
+    return write_text(path, json.dumps(results, indent=2) + "\n")
+
+
+def write_predictions(path: Path, writer: answering.AnswerScores) -> Path:
+    """One JSON line per row: prompt, what the model wrote, the reference, the answer taken from it, and the verdict."""
+    lines = []
+    for prompt, given, wanted in zip(writer.prompts, writer.given, writer.wanted, strict=True):
+        answer = writer.rule.extract(given)
+        right = answer is not None and answer == writer.rule.reference(wanted)
+        lines.append({"prompt": prompt, "written": given, "reference": wanted, "answer": answer, "right": right})
+    return write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def print_results(results: dict[str, Any], paths: list[Path]) -> None:
+    """The results as a table."""
+    table = Table(title="Evaluation", show_header=False, title_justify="left")
+    table.add_row("adapter", results["adapter"] or "none")
+    for key in ("base_model", "task", "dataset"):
+        table.add_row(key.replace("_", " "), str(results[key]))
+    table.add_row("rows", f"{results['rows']:,}")
+    for key, value in results["metrics"].items():
+        table.add_row(key.replace("_", " "), f"{value:,.0f}" if key == "tokens" else f"{value:.4f}")
+    table.add_row("run", f"{results['seconds']:.1f} s, {results['dtype']} on {results['device']}")
+    for path in paths:
+        table.add_row("written", str(path))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run_guarded(main, debug="--show_traceback" in sys.argv or bool(os.environ.get("DS_MOELORA_TRACEBACK")))

@@ -1,0 +1,177 @@
+"""Lets an adapter (or a base model) answer prompts; needs no DeepSpeed.
+
+    python launch/generate.py --adapter outputs/demo --prompt 'rev:abc=' 'upp:xyz='
+    python launch/generate.py --adapter outputs/chat --prompt_template chat             # asks for prompts, one per line
+    python launch/generate.py --adapter outputs/alpaca --prompt_template alpaca --prompt_file questions.txt --json
+
+A model answers best to prompts worded as those that it was trained on: --prompt_template alpaca for instructions that
+the launcher worded so, chat for a tokenizer's chat template. docs/evaluation.md has more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    # Started as a script: Python put this folder first on the path; the repository's root is what is needed.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from datasets import Dataset
+from transformers import TextStreamer, set_seed
+
+from launch.answering import write_answers
+from launch.arguments import read_flags
+from launch.errors import UserError, run_guarded
+from launch.flags import RunArguments, flag
+from launch.formats import causal_rows
+from launch.loading import find_source, inference_precision, load_for_inference, load_processor, quieten
+
+TEMPLATES = ("none", "alpaca", "plain", "chat")
+
+
+@dataclass
+class GenerationArguments:
+    """Which model answers which prompts, and how."""
+
+    adapter: str | None = flag(None, "The adapter: a folder or a hub id; none: the base model alone.")
+    model_name_or_path: str | None = flag(None, "Base model. Default: the one that the adapter names.")
+    revision: str = flag("main", "Branch, tag or commit of a model from the hub.")
+    dtype: str = flag("auto", "Of the base model: float32, bfloat16, float16; auto: bfloat16 where a GPU has it.")
+    prompt: list[str] = field(default_factory=list, metadata={"help": "One or several prompts."})
+    prompt_file: str | None = flag(None, "A text file with one prompt per line. Neither: prompts are read from stdin.")
+    prompt_template: str = field(
+        default="none",
+        metadata={
+            "help": "What is made of a prompt: nothing (none), an instruction in Stanford Alpaca's wording (alpaca), a "
+            "line (plain), or a user's message in the tokenizer's chat template (chat).",
+            "choices": list(TEMPLATES),
+        },
+    )
+    system: str | None = flag(None, "With --prompt_template chat: the system message.")
+    max_new_tokens: int = flag(256, "Longest answer in tokens.")
+    batch_size: int = flag(8, "Prompts that are answered together (--prompt, --prompt_file).")
+    temperature: float = flag(0.0, "0: the most probable token each time; above: sampled from logits / temperature.")
+    top_p: float = flag(1.0, "With a temperature: sample from the most probable tokens up to this probability.")
+    top_k: int = flag(0, "With a temperature: sample from so many most probable tokens; 0: from all.")
+    repetition_penalty: float = flag(1.0, "Above 1: tokens that occurred become less probable.")
+    seed: int = flag(42, "Of the sampling.")
+    json: bool = flag(False, "One JSON object per answer instead of text.")
+    trust_remote_code: bool = flag(False, "Run code that a model's repository brings. Off unless you trust it.")
+    show_traceback: bool = flag(False, "Show the traceback of errors that are otherwise one message.")
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "temperature": (self.temperature >= 0, "at least 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+        }
+        for name, (holds, bound) in bounds.items():
+            if not holds:
+                raise UserError(f"--{name} {getattr(self, name)} must be {bound}.")
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
+            raise UserError("--top_p and --top_k have no effect without --temperature, e.g. --temperature 0.7.")
+        if self.system is not None and self.prompt_template != "chat":
+            raise UserError("--system has no effect without --prompt_template chat.")
+        if self.prompt and self.prompt_file:
+            raise UserError("--prompt and --prompt_file both name the prompts; keep one.")
+
+    def options(self) -> dict[str, Any]:
+        """For `model.generate`."""
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
+        if self.temperature > 0:
+            options |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return options
+
+
+def main(argv: Sequence[str] | None = None) -> list[str]:
+    """Answers all prompts.
+
+    Args:
+        argv: arguments without the program's name; None: those of the command line.
+
+    Returns:
+        the answers; [] where they were asked for one by one.
+
+    Raises:
+        UserError: something that the caller can put right.
+    """
+    quieten()
+    (wish,) = read_flags((GenerationArguments,), sys.argv[1:] if argv is None else argv, "launch/generate.py")
+    prompts = wish.prompt or (_read_prompts(wish.prompt_file) if wish.prompt_file else [])
+    source = find_source(
+        wish.adapter, wish.model_name_or_path, "causal-lm", wish.revision, wish.dtype, wish.trust_remote_code
+    )
+    tokenizer = load_processor(source)
+    model = load_for_inference(source, tokenizer)
+    set_seed(wish.seed)
+    with inference_precision(model, source.dtype):
+        if not prompts:
+            for text in _typed_prompts():
+                streamer = None if wish.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+                prompt = worded([text], wish, bool(tokenizer.chat_template))
+                (answer,) = write_answers(model, tokenizer, prompt, streamer=streamer, **wish.options())
+                if wish.json:
+                    _print_json(text, answer)
+            return []
+        worded_prompts = worded(prompts, wish, bool(tokenizer.chat_template))
+        title = "Answers" if len(prompts) > wish.batch_size else None
+        answers = write_answers(model, tokenizer, worded_prompts, wish.batch_size, title, **wish.options())
+    for text, answer in zip(prompts, answers, strict=True):
+        if wish.json:
+            _print_json(text, answer)
+        else:
+            print(answer if len(prompts) == 1 else f"> {text}\n{answer}\n")
+    return answers
+
+
+def worded(texts: list[str], wish: GenerationArguments, has_chat_template: bool) -> list[Any]:
+    """What the model reads: text, or chat messages. Worded as in training, by the same function."""
+    if wish.prompt_template == "none":
+        return texts
+    rows = Dataset.from_dict({"instruction": texts, "output": ["-"] * len(texts)})
+    run = RunArguments(prompt_template=wish.prompt_template)
+    prompts = causal_rows(rows, run, f"--prompt_template {wish.prompt_template}:", has_chat_template)["prompt"]
+    system = [] if wish.system is None else [{"role": "system", "content": wish.system}]
+    return [[*system, *prompt] if isinstance(prompt, list) else prompt for prompt in prompts]
+
+
+def _read_prompts(name: str) -> list[str]:
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"--prompt_file {name}: there is no such file (working directory: {Path.cwd()}).")
+    prompts = [line for line in path.read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompt_file {name} has no line with text.")
+    return prompts
+
+
+def _typed_prompts() -> Iterator[str]:
+    """Lines from stdin until it ends; a person is asked for them."""
+    person = sys.stdin.isatty()
+    if person:
+        print("One prompt per line; an empty line or Ctrl-D ends.", file=sys.stderr)
+    while True:
+        if person:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line or (person and not line.strip()):
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _print_json(prompt: str, answer: str) -> None:
+    print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    run_guarded(main, debug="--show_traceback" in sys.argv or bool(os.environ.get("DS_MOELORA_TRACEBACK")))
