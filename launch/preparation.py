@@ -10,13 +10,13 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
+from launch.columns import Rows
 from launch.errors import UserError
 
-Rows = Dataset | IterableDataset
 # Half a document each: enough for any attention pattern, little enough for any model.
 PROBE_LENGTH = 16
 # Documents that do not see each other give equal logits; rounding in kernels whose work depends on values does not

@@ -26,14 +26,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_model(folder: Path, chat_template: str | None = None) -> Path:
+def tiny_model(folder: Path, chat_template: str | None = None, hidden_size: int = 32) -> Path:
     """A two-layer Llama over bytes with random weights, and its tokenizer, as a hub model looks on disk."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = chat_template
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden_size,
+        intermediate_size=max(48, hidden_size),
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,

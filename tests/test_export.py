@@ -97,14 +97,15 @@ def test_the_parts_make_up_the_mixture(case: str, tmp_path: Path):
 def test_one_expert_is_one_plain_lora(builder: Any, start: Any, tmp_path: Path):
     """Merged or not, heads included, on the unchanged base model."""
     shape = {"num_experts": 1, "top_k": 1, "init_lora_weights": start, "shared_expert": start is False}
-    model = saved_mixture(tmp_path / "adapter", builder, **shape)
+    model = saved_mixture(tmp_path / "adapter", builder, dtype=torch.float64, **shape)
     assert export_adapter(tmp_path / "adapter", tmp_path / "out") == ["."]
-    plain = PeftModel.from_pretrained(builder(), tmp_path / "out").eval()
+    plain = PeftModel.from_pretrained(builder().double(), tmp_path / "out").eval()
     assert plain.peft_config["default"].peft_type == "LORA"
     with torch.no_grad():
         expected = model(**batch(builder)).logits
-        assert max_relative_error(plain(**batch(builder)).logits, expected) <= 1e-5  # a whole model, not one layer
-        assert max_relative_error(plain.merge_and_unload()(**batch(builder)).logits, expected) <= 1e-5
+        # float64: in a whole model with such large experts fp32 rounding grows to 3e-5.
+        assert max_relative_error(plain(**batch(builder)).logits, expected) <= 1e-10
+        assert max_relative_error(plain.merge_and_unload()(**batch(builder)).logits, expected) <= 1e-10
 
 
 def test_loads_where_ds_moelora_is_not(tmp_path: Path):

@@ -16,6 +16,8 @@ from launch.errors import UserError
 from tests.launch_support import alpaca_rows, launch, tiny_model, write_jsonl
 from tests.test_launch_runs import adapter_of, arguments, summary_of
 
+# On CPUs bitsandbytes 0.50.2 dequantises rows shorter than its blocks wrongly.
+BLOCK = 64
 WISH = parse_arguments(["--model_name_or_path", "m", "--dataset_name", "d", "--load_in_4bit"], {})
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install bitsandbytes"
@@ -37,7 +39,7 @@ def test_what_stands_in_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 @needs_bitsandbytes
 def test_a_4bit_base_trains_and_an_evaluation_in_between_changes_nothing(tmp_path: Path) -> None:
     """Two ranks, ZeRO-2. On CPUs bitsandbytes would repack the weights in the first evaluation."""
-    model = tiny_model(tmp_path / "model")
+    model = tiny_model(tmp_path / "model", hidden_size=BLOCK)
     data = write_jsonl(tmp_path / "rows.jsonl", alpaca_rows(24))
     more = ("--load_in_4bit", "--max_steps", "4", "--eval_fraction", "0.25", "--save_strategy", "no")
     outputs = {}
@@ -62,7 +64,7 @@ def test_the_base_is_in_4_bits_and_stays_readable(tmp_path: Path, init: str) -> 
 
     from launch import modeling
 
-    folder = tiny_model(tmp_path / "model")
+    folder = tiny_model(tmp_path / "model", hidden_size=BLOCK)
     parsed = parse_arguments(["--model_name_or_path", str(folder), "--dataset_name", "d", "--load_in_4bit",
                               "--num_experts", "2", "--lora_r", "2", "--init_lora_weights", init], {})  # fmt: skip
     config = modeling.adapter_config(parsed.adapter, "causal-lm")
@@ -84,4 +86,4 @@ def test_the_base_is_in_4_bits_and_stays_readable(tmp_path: Path, init: str) -> 
     for name, weight in dequantised().items():
         assert torch.equal(weight, before[name]), name
         original = stored[name.removeprefix("base_model.model.").removesuffix(".base_layer") + ".weight"]
-        assert (weight - original).norm() < 0.15 * original.norm(), name  # 4 bits: about a tenth
+        assert (weight - original).norm() < 0.12 * original.norm(), name  # the nearest of NF4's values: 0.09

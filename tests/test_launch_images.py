@@ -20,7 +20,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from launch import formats, images
+from launch import evaluate, formats, images
 from launch.arguments import parse_arguments
 from launch.checks import check_task
 from launch.data import load_rows
@@ -72,6 +72,9 @@ def test_a_run_on_pictures(tmp_path: Path) -> None:
     assert summary["eval"]["eval_majority_class_accuracy"] == 0.5
     assert summary["eval"]["eval_accuracy"] == 1.0
     assert math.isfinite(summary["eval"]["eval_loss"])
+    after = evaluate.main(["--adapter", str(output_dir), "--dataset_name", str(tmp_path / "held_out")])["metrics"]
+    assert after["accuracy"] == 1.0
+    assert after["loss"] == pytest.approx(summary["eval"]["eval_loss"], rel=1e-4)
     saved = load_file(output_dir / "adapter_model.safetensors")
     assert any(name.endswith("classifier.weight") for name in saved)
     assert not any("classifier" in name and "lora" in name for name in saved)

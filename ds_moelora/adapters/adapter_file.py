@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
     try:
         config = MoELoRAConfig.from_pretrained(str(path))
         tensors = load_file(weights)
-    except (SafetensorError, OSError, TypeError, KeyError) as error:
+    except (SafetensorError, OSError, TypeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} cannot be read: {error}") from error
     if not isinstance(config, MoELoRAConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)

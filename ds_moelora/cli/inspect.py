@@ -89,7 +89,8 @@ def findings(facts: Sequence[LayerFacts]) -> list[str]:
         if found:
             shown = ", ".join(_named(f, what) for f in found[:SHOWN_FINDINGS])
             more = ", ..." if len(found) > SHOWN_FINDINGS else ""
-            lines.append(f"{what}: {len(found)} of {len(facts)} layers ({shown}{more})")
+            where = "" if len(found) == len(facts) > 1 else f" ({shown}{more})"
+            lines.append(f"{what}: {len(found)} of {len(facts)} layers{where}")
     return lines
 
 
