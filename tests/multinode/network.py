@@ -66,32 +66,42 @@ class Host:
     pid: int
 
     def start(
-        self, command: Sequence[str], env: Mapping[str, str] | None = None, **options: object
+        self, command: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> subprocess.Popen[str]:
         """Starts a command there as a session of its own; output and errors come in one stream."""
         enter = ["nsenter", "--target", str(self.pid), "--mount", "--uts", "--ipc", "--net", "--pid", "--"]
-        merged = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, **options}
+        enter += ["env", "-C", str(cwd or Path.cwd())]  # a mount namespace begins at its root
         return subprocess.Popen(
-            [*enter, *command], env=env, text=True, errors="replace", start_new_session=True, **merged
+            [*enter, *command],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
         )
 
     def run(
-        self, command: Sequence[str], env: Mapping[str, str] | None = None, timeout: float = 60, **options: object
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        timeout: float = 60,
+        cwd: Path | None = None,
     ) -> tuple[int, str]:
         """Exit code and output of a command there.
 
         Raises:
-            AssertionError: it did not end in time (it is killed).
+            AssertionError: it did not end in time (everything on this host is killed).
         """
-        process = self.start(command, env, **options)
+        process = self.start(command, env, cwd)
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             self.kill_all()
             output, _ = process.communicate()
-            raise AssertionError(
-                f"on {self.name}, {shlex.join(command)[:200]}:\nno end in {timeout} s:\n{output[-6000:]}"
-            ) from None
+            what = f"{self.name}: no end in {timeout} s of {shlex.join(command)[:200]}"
+            raise AssertionError(f"{what}\n{output[-6000:]}") from None
         return process.returncode, output
 
     def processes(self) -> list[str]:
