@@ -106,17 +106,17 @@ class Host:
 
     def processes(self) -> list[str]:
         """Command lines of what runs there, but for sshd that listens and number 1."""
-        code, output = self.run(["ps", "-eo", "pid=,stat=,args="])
+        code, output = self.run(["ps", "-ww", "-eo", "pid=,stat=,args="])
         assert code == 0, output
         lines = [line.split(None, 2) for line in output.splitlines()]
         return [
             args for pid, stat, args in lines
-            if pid != "1" and "Z" not in stat and "[listener]" not in args and not args.startswith("ps -eo")
+            if pid != "1" and "Z" not in stat and "[listener]" not in args and not args.startswith("ps -ww")
         ]  # fmt: skip
 
     def kill_all(self) -> None:
         """Kills everything there but number 1 and sshd that listens."""
-        others = "ps -eo pid=,args= | grep -v '\\[listener\\]' | awk -v self=$$ '$1 != 1 && $1 != self {print $1}'"
+        others = "ps -ww -eo pid=,args= | grep -v '\\[listener\\]' | awk -v self=$$ '$1 != 1 && $1 != self {print $1}'"
         self.start(["bash", "-c", f"kill -9 $({others}) 2> /dev/null"]).communicate(timeout=20)
 
     def drop(self) -> None:
