@@ -65,24 +65,29 @@ def test_entry_script(net: TwoHosts, place: Workplace, one_host: str, launcher: 
     tell(report, f"multinode.sh --launcher {launcher}", time.monotonic() - started, "losses equal to the bit")
 
 
-def test_without_ssh(net: TwoHosts, place: Workplace, one_host: str, report: Report):
-    """One command by hand on each host."""
+@pytest.mark.parametrize("launcher", ["no_ssh", "torchrun"])
+def test_one_command_on_each_host(net: TwoHosts, place: Workplace, one_host: str, launcher: str, report: Report):
+    """By hand: `deepspeed --no_ssh`, and torchrun whose nodes find each other."""
     started = time.monotonic()
-    processes = [
-        host.start([*place.multinode("no_ssh"), "--node_rank", str(rank), *place.script("no_ssh")], place.environment,
-                   place.copy)
-        for rank, host in enumerate(net.hosts)
-    ]  # fmt: skip
+    rendezvous = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", "host-a:29400"]
+    output = f"{launcher} by hand"
+    processes = []
+    for rank, host in enumerate(net.hosts):
+        command = [*place.multinode("no_ssh"), "--node_rank", str(rank)]
+        if launcher == "torchrun":
+            command = [PYTHON, "-m", "torch.distributed.run", *rendezvous]
+        processes.append(host.start([*command, *place.script(output)], place.environment, place.copy))
     for host, process in zip(net.hosts, processes, strict=True):
         try:
-            output, _ = process.communicate(timeout=TIMEOUT)
+            said, _ = process.communicate(timeout=TIMEOUT)
         except subprocess.TimeoutExpired:
             for other in net.hosts:
                 other.kill_all()
             raise
-        assert process.returncode == 0, f"{host.name}\n{output[-4000:]}"
-    place.assert_equal("no_ssh", one_host)
-    tell(report, "multinode.sh --launcher no_ssh", time.monotonic() - started, "losses equal to the bit")
+        assert process.returncode == 0, f"{host.name}\n{said[-4000:]}"
+    place.assert_equal(output, one_host)
+    what = "multinode.sh --launcher no_ssh" if launcher == "no_ssh" else "torchrun --rdzv_backend c10d"
+    tell(report, what, time.monotonic() - started, "losses equal to the bit")
 
 
 def test_mpirun_by_hand(net: TwoHosts, place: Workplace, one_host: str, report: Report):
