@@ -24,6 +24,9 @@ INTERFACE = "veth0"
 NAMES = ("host-a", "host-b")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
+# Daemons are not on every user's PATH.
+ENVIRONMENT = {**os.environ, "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"}
+
 # Number 1 of a host. `$1` is its name, `$2` the folder with its files.
 BOOT = """
 set -e
@@ -73,7 +76,7 @@ class Host:
         enter += ["env", "-C", str(cwd or Path.cwd())]  # a mount namespace begins at its root
         return subprocess.Popen(
             [*enter, *command],
-            env=env,
+            env=ENVIRONMENT if env is None else env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -149,7 +152,7 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
         pids = [_first_process(boot) for boot in boots]
         subprocess.run(
             ["ip", "link", "add", INTERFACE, "netns", str(pids[0]), "type", "veth",
-             "peer", "name", INTERFACE, "netns", str(pids[1])], check=True)  # fmt: skip
+             "peer", "name", INTERFACE, "netns", str(pids[1])], check=True, env=ENVIRONMENT)  # fmt: skip
         hosts = [Host(*facts) for facts in zip(NAMES, ADDRESSES, pids, strict=True)]
         for host, boot in zip(hosts, boots, strict=True):
             assert host.run(["ip", "address", "add", f"{host.address}/24", "dev", INTERFACE]) == (0, "")
@@ -169,13 +172,15 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
 
 
 def _program(name: str) -> str | None:
-    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    return shutil.which(name, path=ENVIRONMENT["PATH"])
 
 
 def _boot(name: str, folder: Path) -> subprocess.Popen[str]:
     command = ["unshare", "--net", "--uts", "--mount", "--pid", "--ipc", "--fork", "--kill-child", "--mount-proc",
                "bash", "-c", BOOT, "boot", name, str(folder), str(_program("sshd"))]  # fmt: skip
-    boot = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    boot = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, env=ENVIRONMENT
+    )
     _await_ready(boot)
     return boot
 

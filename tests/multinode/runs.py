@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +56,3 @@ class Workplace:
         assert any(tensor.abs().sum() > 0 for name, tensor in mine.items() if "lora_B" in name)
         for name, tensor in mine.items():
             assert torch.equal(tensor, theirs[name]), name
-
-
-PYTHON = sys.executable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.launch_support import ROOT, launch
-from tests.multinode.network import INTERFACE, NAMES, TwoHosts
-from tests.multinode.runs import PYTHON, Workplace
+from tests.multinode.network import INTERFACE, NAMES, Host, TwoHosts
+from tests.multinode.runs import Workplace
 
 STANDIN = Path(__file__).parent / "standin"
 TIMEOUT = 300.0
@@ -42,10 +43,10 @@ def run(net: TwoHosts, place: Workplace, command: list[str], **more: str) -> str
     return output
 
 
-def wait_for_silence(host: object) -> None:
+def wait_for_silence(host: Host) -> None:
     """Launchers end a moment before what they started has been reaped."""
     for _ in range(50):
-        left = host.processes()  # type: ignore[attr-defined]
+        left = host.processes()
         if not left:
             return
         time.sleep(0.1)
@@ -75,7 +76,7 @@ def test_one_command_on_each_host(net: TwoHosts, place: Workplace, one_host: str
     for rank, host in enumerate(net.hosts):
         command = [*place.multinode("no_ssh"), "--node_rank", str(rank)]
         if launcher == "torchrun":
-            command = [PYTHON, "-m", "torch.distributed.run", *rendezvous]
+            command = [sys.executable, "-m", "torch.distributed.run", *rendezvous]
         processes.append(host.start([*command, *place.script(output)], place.environment, place.copy))
     for host, process in zip(net.hosts, processes, strict=True):
         try:
@@ -93,7 +94,7 @@ def test_one_command_on_each_host(net: TwoHosts, place: Workplace, one_host: str
 def test_mpirun_by_hand(net: TwoHosts, place: Workplace, one_host: str, report: Report):
     """Ranks and master are found by DeepSpeed through mpi4py: nothing tells them but MPI."""
     started = time.monotonic()
-    command = ["mpirun", "-np", "2", "--host", ",".join(NAMES), *MPI_EXPORTS, PYTHON]
+    command = ["mpirun", "-np", "2", "--host", ",".join(NAMES), *MPI_EXPORTS, sys.executable]
     run(net, place, [*command, *place.script("mpi4py")])
     place.assert_equal("mpi4py", one_host)
     tell(report, "mpirun python launch/train.py", time.monotonic() - started, "losses equal to the bit")
@@ -136,7 +137,7 @@ def test_ranks_and_groups_on_four_ranks(net: TwoHosts, place: Workplace, report:
     assert "lie on several nodes" not in output
 
     command = ["mpirun", "-np", "4", "--hostfile", str(place.folder / "hosts2"), "--map-by", "node"]
-    output = run(net, place, [*command, "-x", "PYTHONPATH", *MPI_EXPORTS, PYTHON, script], PYTHONPATH=str(ROOT))
+    output = run(net, place, [*command, "-x", "PYTHONPATH", *MPI_EXPORTS, sys.executable, script], PYTHONPATH=str(ROOT))
     assert (
         "2 of 2 expert-parallel groups of 2 ranks lie on several nodes, such as ranks 0 (host-a), 1 (host-b)" in output
     )
