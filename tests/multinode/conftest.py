@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import shutil
 import sys
@@ -31,6 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     copy = folder / 'it\'s a "copy" of $HOME; `id`'
     for name in ("launch", "ds_moelora", "configs"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    compileall.compile_dir(copy, quiet=1)  # or every rank of every run would, where writing bytecode is off
     tiny_model(folder / "model")
     write_jsonl(folder / "rows.jsonl", alpaca_rows(24))
     for slots in (1, 2):
