@@ -62,6 +62,9 @@ class RunArguments:
     image_column: str | None = _flag(None, "Images: the column with the pictures. Default: image, img or picture.")
     label_column: str | None = _flag(None, "Classification: the column with the label. Default: label or answer.")
     overwrite_output_dir: bool = _flag(False, "Accept a non-empty output_dir; its old checkpoints are removed.")
+    lost_rank_seconds: float = _flag(30.0, "Seconds without a sign of a rank's host until all ranks end.")
+    stop_after_nan_steps: int = _flag(3, "End after so many steps in a row with a loss not finite; 0: never.")
+    status_file: str | None = _flag(None, "launch/supervise.sh reads here how far the run has come.")
     show_traceback: bool = _flag(False, "Show the traceback of errors that are otherwise one message.")
 
 

@@ -11,7 +11,6 @@ checked before torch.distributed opens, and every rank finds it out alone (see `
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import warnings
@@ -34,21 +33,22 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase, Trainer, T
 from transformers.trainer_utils import set_seed
 
 import ds_moelora  # noqa: F401  (registers the optimizers and the tuner)
-from launch import checks, demo, formats, images, modeling, report, trainers
+from launch import checks, demo, formats, images, modeling, report, resume, saving, trainers, watchdog
 from launch.arguments import Arguments, parse_arguments
 from launch.data import load_splits
 from launch.errors import UserError, process_rank, run_guarded
 from launch.extensions import find_free_port, load_collectives, unlink_buffers
+from launch.stopping import Stopping
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Runs the launcher in this process.
 
     Args:
         argv: arguments without the program's name; None: those of the command line.
 
     Returns:
-        The closing summary.
+        The closing summary; None if the run was told to stop (SIGTERM), and has saved a checkpoint instead.
 
     Raises:
         UserError: something that the caller can put right; raised before a model is loaded where that is possible.
@@ -64,15 +64,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     train, evaluation, model_options = load_data(arguments, processor)
     modeling.check_model(arguments, config, model_options)
 
-    start(arguments)
+    watch = start(arguments)
     set_seed(arguments.training.seed)
     model = modeling.load_model(arguments, config, model_options, None if pictures else processor)
-    callbacks: list[TrainerCallback] = [trainers.OptimizerGuard(optimizer)]
+    stopping = Stopping(arguments.run.stop_after_nan_steps)
+    status = saving.StatusFile(arguments.run.status_file)
+    callbacks: list[TrainerCallback] = [trainers.OptimizerGuard(optimizer), stopping, status]
     if arguments.demo:
         callbacks.append(demo.ExactMatch(processor))
     trainer = trainers.build_trainer(arguments, model, processor, train, evaluation, callbacks)
     summary = run(trainer, arguments, optimizer, callbacks)
+    status.write(trainer.state, f"{'preempted' if stopping.preempted else 'finished'} {trainer.state.global_step}")
     if dist.is_initialized():
+        dist.barrier()
+        if watch is not None:
+            watch.stop()
         # Left to the interpreter's end, a rank that is late finds its peers' sockets gone, and aborts.
         dist.barrier()
         dist.destroy_process_group()
@@ -111,8 +117,8 @@ def load_data(
     return train, evaluation, {"num_labels": len(names), "id2label": ids, "label2id": {n: i for i, n in ids.items()}}
 
 
-def start(arguments: Arguments) -> None:
-    """Opens torch.distributed and completes the training arguments."""
+def start(arguments: Arguments) -> watchdog.Watchdog | None:
+    """Opens torch.distributed, completes the training arguments, and settles which checkpoint the run goes on from."""
     if process_rank()[1] == 1:
         # Started by plain `python`: DeepSpeed would look for MPI, which need not be there, to learn that it is alone.
         # A port of its own, because DeepSpeed names its shared memory after it.
@@ -125,6 +131,7 @@ def start(arguments: Arguments) -> None:
         # Before transformers does: it reads the launcher's environment alone, while DeepSpeed also asks MPI.
         deepspeed.init_distributed(timeout=timedelta(seconds=arguments.training.ddp_timeout))
         unlink_buffers()
+    watch = watchdog.start(arguments.run.lost_rank_seconds)
     try:
         arguments.training.start()
     except ValueError as error:
@@ -135,18 +142,44 @@ def start(arguments: Arguments) -> None:
             f"{arguments.training.deepspeed} and the flags disagree: {'; '.join(ds_config.mismatches)}. "
             'Write "auto" into the DeepSpeed config, or change the flag.'
         )
-    output_dir = Path(arguments.training.output_dir)
-    if arguments.run.overwrite_output_dir and arguments.training.process_index == 0 and output_dir.is_dir():
-        # A later --resume_from_checkpoint true would take the old run's checkpoints for this one's.
-        for path in output_dir.iterdir():
-            if re.fullmatch(r"checkpoint-\d+", path.name):
-                shutil.rmtree(path)
+    prepare_output_dir(arguments)
+    resume.choose_checkpoint(arguments)
+    return watch
 
 
-def run(trainer: Trainer, arguments: Arguments, optimizer: str, callbacks: list[TrainerCallback]) -> dict[str, Any]:
-    """Trains, evaluates, saves and reports."""
+def prepare_output_dir(arguments: Arguments) -> None:
+    """Removes what is not to be gone on from: half-saved checkpoints, and with --overwrite_output_dir all of them."""
     training = arguments.training
+    output_dir = Path(training.output_dir)
+    if training.process_index == 0:
+        resume.clear_partial(output_dir)
+        if arguments.run.overwrite_output_dir:
+            # A later --resume_from_checkpoint true would take the old run's checkpoints for this one's.
+            for path in resume.checkpoints(output_dir):
+                shutil.rmtree(path)
+    if str(getattr(training.save_strategy, "value", training.save_strategy)) != "no":
+        saving.check_shared(output_dir)
+
+
+def run(
+    trainer: Trainer, arguments: Arguments, optimizer: str, callbacks: list[TrainerCallback]
+) -> dict[str, Any] | None:
+    """Trains, evaluates, saves and reports; None if training was told to stop before its end."""
+    training, stopping = arguments.training, trainer.stopping
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    if stopping.preempted:
+        if trainer.is_world_process_zero():
+            print(
+                f"Stopped by a signal after step {trainer.state.global_step}; the newest complete checkpoint is "
+                f"{resume.newest_complete(training.output_dir)}. Go on with --resume_from_checkpoint auto.",
+                flush=True,
+            )
+        return None
+    if stopping.nan_steps and not stopping.last_step_was_finite():
+        raise UserError(
+            f"the loss of the last step was not finite, so the adapter is not saved. The newest complete checkpoint is "
+            f"{resume.newest_complete(training.output_dir)}."
+        )
     eval_metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     # Gathers what ZeRO-3 has sharded; PEFT then writes the adapter alone.
     trainer.save_model(training.output_dir)

@@ -30,11 +30,13 @@ from ds_moelora.parallel.elastic import read_manifest, topology_changes, why_not
 from launch import images
 from launch.arguments import Arguments
 from launch.errors import UserError
+from launch.saving import AtomicTrainer
+from launch.stopping import Stopping
 
 ELASTIC = "elastic"  # folder of a checkpoint
 
 
-class GatheringTrainer(Trainer):
+class GatheringTrainer(AtomicTrainer):
     """A Trainer that saves whole experts when they are spread over ranks (`ep_size > 1`), and resumes anywhere.
 
     transformers calls `_save` on every rank, but `save_pretrained`, which would gather them, on one. So it saves the
@@ -45,6 +47,21 @@ class GatheringTrainer(Trainer):
     """
 
     saves_elastic = False
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """transformers' own; the loss is watched."""
+        loss = super().training_step(*args, **kwargs)
+        if self.stopping is not None:
+            self.stopping.see(loss)
+        return loss
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from the last checkpoint of a run that was finished, or nearly: transformers would do one more
+            # step before it looks.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -206,4 +223,6 @@ def build_trainer(
     for callback in callbacks:
         if isinstance(callback, OptimizerGuard):
             callback.trainer = trainer
+        if isinstance(callback, Stopping):
+            trainer.stopping = callback
     return trainer
