@@ -215,17 +215,25 @@ def _accept_all(server: socket.socket, key: str, count: int) -> list[Peer]:
         server.settimeout(max(deadline - time.monotonic(), 0.01))
         try:
             connection, _ = server.accept()
-            connection.settimeout(CONNECT_SECONDS / 4)
-            greeting = json.loads(_read_line(connection))
-            if not secrets.compare_digest(str(greeting["key"]), key):
-                raise ValueError("a stranger")
-            peer = Peer(int(greeting["rank"]), str(greeting["host"]), int(greeting["pid"]), connection)
-            connection.sendall(b"\n")
-            connection.settimeout(None)
+        except OSError:
+            continue  # nobody came
+        try:
+            peers.append(_greet(connection, key))
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # nobody came, or nobody of this run
-        peers.append(peer)
+            connection.close()  # nobody of this run
     return peers
+
+
+def _greet(connection: socket.socket, key: str) -> Peer:
+    """Who has connected. Raises one of several errors unless it is a rank of this run."""
+    connection.settimeout(CONNECT_SECONDS / 4)
+    greeting = json.loads(_read_line(connection))
+    if not secrets.compare_digest(str(greeting["key"]), key):
+        raise ValueError("the key of another run")
+    peer = Peer(int(greeting["rank"]), str(greeting["host"]), int(greeting["pid"]), connection)
+    connection.sendall(b"\n")
+    connection.settimeout(None)
+    return peer
 
 
 def _read_line(connection: socket.socket) -> bytes:

@@ -73,6 +73,10 @@ class Run:
         """The pid of a rank: the oldest process with its number (younger ones are its children)."""
         return min(pid for pid, rank in self.processes().items() if rank == str(number))
 
+    def parent(self, pid: int) -> int:
+        """The pid of a process's parent."""
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
     def wait_for(self, pattern: str, timeout: float = 120.0) -> None:
         """Waits until the output has a match of `pattern`."""
         deadline = time.monotonic() + timeout
