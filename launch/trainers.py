@@ -83,6 +83,11 @@ class GatheringTrainer(AtomicTrainer):
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # the engine exists from here on
+        if self.deepspeed.checkpoint_engine.is_decoupled():
+            raise UserError(
+                'the DeepSpeed config\'s "checkpoint.writer" writes in the background: a checkpoint would be called '
+                "complete before it is. Remove it."
+            )
         obstacle = why_not_elastic(self.deepspeed)
         self.saves_elastic = obstacle is None
         if obstacle and self.is_world_process_zero():

@@ -75,6 +75,8 @@ elif KIND == "saving":
     replace(trainers, "save_elastic", die)
 elif KIND == "manifest":
     replace(saving, "write_manifest", die)
+elif KIND == "end":
+    replace(saving.AtomicTrainer, "_finalize_training", die)
 elif KIND == "nan":
     spoil_losses()
 else:
