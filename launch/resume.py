@@ -121,8 +121,8 @@ def choose_checkpoint(arguments: Arguments) -> None:
     if wish is None:
         return
     candidates = [str(path) for path in checkpoints(training.output_dir)] if wish == AUTO else [wish]
-    for folder in _everyone(candidates)[0]:  # rank 0's list: a network file system may show another to others
-        found = next((text for text in _everyone(_damage(folder)) if text), None)
+    for folder in everyone(candidates)[0]:  # rank 0's list: a network file system may show another to others
+        found = next((text for text in everyone(_damage(folder)) if text), None)
         if found is None:
             if wish == AUTO:
                 check_resumed_topology(folder, arguments.adapter.ep_size)
@@ -174,7 +174,7 @@ def _damage(folder: str) -> str | None:
     return found
 
 
-def _everyone(mine: Any) -> list[Any]:
+def everyone(mine: Any) -> list[Any]:
     """Every rank's value, on every rank."""
     if not dist.is_initialized():
         return [mine]

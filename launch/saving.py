@@ -18,9 +18,9 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ds_moelora.parallel.manifest import describe_files, write_manifest
+from ds_moelora.parallel.manifest import describe_files, files_in, write_manifest
 from launch.errors import UserError
-from launch.resume import PARTIAL, checkpoints, newest_complete, step_of
+from launch.resume import PARTIAL, checkpoints, everyone, newest_complete, step_of
 from launch.stopping import Stopping
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -68,9 +68,10 @@ class AtomicTrainer(Trainer):
             super().save_model(str(partial), _internal_call=True)
             _barrier()
             if self.is_world_process_zero():
-                describe_files(partial)  # flushes them
-                for path in sorted(partial.iterdir()):
-                    path.replace(target / path.name)
+                describe_files(partial, files_in(partial))  # flushes them
+                for name in sorted(files_in(partial)):
+                    (target / name).parent.mkdir(exist_ok=True)
+                    (partial / name).replace(target / name)
                 shutil.rmtree(target / PARTIAL)
             _barrier()
         except (OSError, RuntimeError) as error:
@@ -87,12 +88,9 @@ class AtomicTrainer(Trainer):
             self._correct_best(partial, final)
         _barrier()  # every rank has written everything
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        shares: list[Any] = [None] * world_size
-        mine = describe_files(partial, rank, world_size)
-        if dist.is_initialized():
-            dist.all_gather_object(shares, mine)
-        else:
-            shares = [mine]
+        # Not one rank's list: a network file system may show it late what others have written.
+        names = sorted(set().union(*everyone(files_in(partial))))
+        shares = everyone(describe_files(partial, names[rank::world_size]))
         if rank == 0:
             write_manifest(partial, {name: entry for share in shares for name, entry in share.items()})
             if final.exists():  # damaged, or of a run that went on from an older one
@@ -187,8 +185,7 @@ def check_shared(output_dir: str | Path) -> None:
     _barrier()
     os.listdir(token.parent.parent if token.parent.parent.is_dir() else ".")  # refreshes what NFS remembers
     mine = None if token.is_dir() else f"rank {dist.get_rank()} on {socket.gethostname()}"
-    blind: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(blind, mine)
+    blind = everyone(mine)
     if dist.get_rank() == 0:
         shutil.rmtree(token.parent)
     if any(blind):

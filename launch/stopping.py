@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +114,22 @@ class Stopping(TrainerCallback):
             return _Exchange(step, [mine], None)
         gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         return _Exchange(step, gathered, dist.all_gather(gathered, mine, group=self._group, async_op=True))
+
+
+def ignore_signals(initialize: Callable[[int], None] | None, worker: int) -> None:
+    """First act of a data loader's worker: signals to a whole process tree are the rank's business alone.
+
+    DeepSpeed's launcher signals a rank's children before the rank, which would then fail instead of saving. Workers end
+    with their rank in any case.
+
+    Args:
+        initialize: the worker's own `worker_init_fn`.
+        worker: its number.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if initialize is not None:
+        initialize(worker)
 
 
 def _to_host(flag: Tensor | None) -> tuple[Tensor, Any] | None:

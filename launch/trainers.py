@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from transformers import (
     BaseImageProcessor,
     DataCollatorWithPadding,
@@ -31,7 +32,7 @@ from launch import images
 from launch.arguments import Arguments
 from launch.errors import UserError
 from launch.saving import AtomicTrainer
-from launch.stopping import Stopping
+from launch.stopping import Stopping, ignore_signals
 
 ELASTIC = "elastic"  # folder of a checkpoint
 
@@ -54,6 +55,11 @@ class GatheringTrainer(AtomicTrainer):
         if self.stopping is not None:
             self.stopping.see(loss)
         return loss
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
+        loader.worker_init_fn = partial(ignore_signals, loader.worker_init_fn)
+        return loader
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:

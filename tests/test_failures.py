@@ -117,6 +117,7 @@ class Failure:
         saves: whether the step in which it stops is saved.
         says: rank -> what it must have said.
         at: the step; None: three or four after the last checkpoint.
+        more: arguments.
     """
 
     name: str
@@ -126,9 +127,10 @@ class Failure:
     saves: bool = False
     ends_well: bool | None = False  # None: the launcher ends with an error though its ranks do not
     at: int | None = None
+    more: tuple[str, ...] = ()
 
     def start(self, setting: Setting, output_dir: Path, step: int) -> Run:
-        arguments = [*setting.arguments, *BATCH, "--output_dir", str(output_dir)]
+        arguments = [*setting.arguments, *BATCH, *self.more, "--output_dir", str(output_dir)]
         script = TRAIN if self.fault is None else FAULTY
         environment = {} if self.fault is None else {"FAULT": f"{self.fault}:{step}"}
         log = output_dir.with_name(f"{self.name.replace(' ', '-')}.log")
@@ -157,7 +159,15 @@ FAILURES = [
         dict.fromkeys("01", r"not finite for 3 steps in a row.*rank 1 since step \d+.*checkpoint-\d+ is from before"),
     ),
     Failure("SIGTERM to rank 1", None, terminate(lambda run: run.rank(1)), {}, saves=True, ends_well=True),
-    Failure("SIGTERM to DeepSpeed's launcher", None, terminate(helper_of), {}, saves=True, ends_well=None),
+    Failure(  # it signals the data loaders' workers, too
+        "SIGTERM to DeepSpeed's launcher",
+        None,
+        terminate(helper_of),
+        {},
+        saves=True,
+        ends_well=None,
+        more=("--dataloader_num_workers", "1"),
+    ),
     # The next attempt finds the last step done already, and must not do another.
     Failure("rank 1 killed before the final adapter is saved", "end:1", by_itself, {"0": LOST.format(1)}, at=STEPS),
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,25 @@ FORMAT = 1
 BLOCK = 1 << 20  # bytes read at a time
 
 
-def describe_files(folder: str | Path, rank: int = 0, world_size: int = 1) -> dict[str, dict[str, Any]]:
-    """{relative path: {"size": bytes, "sha256": hex digest}} of this rank's share of the files, all flushed to disk.
+def files_in(folder: str | Path) -> set[str]:
+    """The relative paths of a checkpoint's files, the manifest left out."""
+    folder = Path(folder)
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
+
+
+def describe_files(folder: str | Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """{relative path: {"size": bytes, "sha256": hex digest}}, all flushed to disk.
 
     Args:
         folder: a checkpoint that every rank has finished writing.
-        rank, world_size: the files number `rank`, `rank + world_size`, ... in the order of their names.
+        names: the relative paths; of n ranks, each may take every n-th of `files_in`.
 
     Raises:
         OSError: a file could not be read or flushed.
     """
     folder = Path(folder)
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     entries = {}
-    for name in [name for name in names if name != MANIFEST][rank::world_size]:
+    for name in names:
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
         entries[name] = {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
@@ -39,7 +44,7 @@ def describe_files(folder: str | Path, rank: int = 0, world_size: int = 1) -> di
 
 
 def write_manifest(folder: str | Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes the manifest, flushed to disk; `files` is what `describe_files` gave on all ranks together.
+    """Writes the manifest, flushed to disk; `files` is what `describe_files` gave, on all ranks together.
 
     Raises:
         OSError: it could not be written.
@@ -65,7 +70,7 @@ def check_manifest(folder: str | Path, hashes: bool = False, rank: int = 0, worl
         folder: a checkpoint with a manifest.
         hashes: also hash this rank's share of the files; sizes alone tell a save that was cut short, hashes what a
             disk or a copy has changed.
-        rank, world_size: the share, as in `describe_files`.
+        rank, world_size: the share: the files number `rank`, `rank + world_size`, ... in the order of their names.
     """
     folder = Path(folder)
     try:
