@@ -187,6 +187,7 @@ def check_end_of_attempt(failure: Failure, run: Run, code: int) -> str:
     return f"[rank {rank}] error: {said[rank]}"
 
 
+@pytest.mark.timeout(1800)  # eleven launches: two minutes on a quiet machine with two cores, many more on a busy one
 def test_every_failure_and_the_run_goes_on(
     setting: Setting, tmp_path: Path, report: Callable[[str, str], None]
 ) -> None:
