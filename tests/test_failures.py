@@ -18,73 +18,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from ds_moelora.parallel.checkpoint import check_checkpoint
-from launch.resume import checkpoints, newest_complete, step_of
-from tests.launch_support import alpaca_rows, tiny_model, write_jsonl
+from launch.resume import checkpoints
 from tests.soak import Soak, differences
-from tests.support.failures import FAULTY, TRAIN, Run, deepspeed_command, errors_in, losses_of
+from tests.support.failures import (
+    BATCH,
+    FAULTY,
+    STEPS,
+    TRAIN,
+    Run,
+    Setting,
+    check_end,
+    deepspeed_command,
+    equal_so_far,
+    errors_in,
+    losses_of,
+    undisturbed_run,
+    wait_for_step,
+)
 
 pytestmark = pytest.mark.dist
 
-STEPS, SAVE_STEPS = 24, 2
 LIMIT = 60.0  # seconds from a fault until every process is gone
-SETTINGS = ["--deepspeed", "configs/zero2.json", "--lora_r", "2", "--num_experts", "2", "--top_k", "1", "--seed", "3",
-            "--learning_rate", "1e-3", "--logging_steps", "1", "--max_steps", str(STEPS),
-            "--save_steps", str(SAVE_STEPS), "--report_to", "none", "--resume_from_checkpoint", "auto"]  # fmt: skip
-BATCH = ["--per_device_train_batch_size", "2"]
-
-
-@dataclass
-class Setting:
-    """What all attempts share, and the run that nothing happens to."""
-
-    arguments: list[str]
-    reference: Path
-
-    def losses(self) -> list[float]:
-        return losses_of(self.reference / f"checkpoint-{STEPS}")
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    folder = tmp_path_factory.mktemp("failures")
-    model = tiny_model(folder / "model")
-    # 36 rows: the run ends in its third epoch.
-    data = write_jsonl(folder / "rows.jsonl", alpaca_rows(36))
-    arguments = [*SETTINGS, "--model_name_or_path", str(model), "--dataset_name", str(data)]
-    reference = folder / "reference"
-    run = Run(deepspeed_command([*arguments, *BATCH, "--output_dir", str(reference)]), folder / "reference.log")
-    assert run.finish() == 0, run.output[-4000:]
-    return Setting(arguments, reference)
-
-
-def equal_so_far(setting: Setting, output_dir: Path) -> int:
-    """Asserts that the newest complete checkpoint has the undisturbed run's losses, to the bit; returns its step."""
-    newest = newest_complete(output_dir)
-    assert newest is not None
-    losses = losses_of(newest)
-    assert losses == setting.losses()[: step_of(newest)]
-    return step_of(newest)
-
-
-def check_end(setting: Setting, output_dir: Path) -> None:
-    """Asserts that a finished run has the losses and the adapter of the undisturbed one, to the bit."""
-    assert equal_so_far(setting, output_dir) == STEPS
-    expected, got = (load_file(path / "adapter_model.safetensors") for path in (setting.reference, output_dir))
-    assert expected.keys() == got.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, got[name]), name
+    return undisturbed_run(tmp_path_factory)
 
 
 # -- the faults: each does something to an attempt that runs, and knows what has to be said ---------------------------
-
-
-def wait_for_step(run: Run, step: int) -> None:
-    """Until the progress bar shows that a step is done."""
-    run.wait_for(rf"\b{step}/{STEPS} \[")
 
 
 def by_itself(run: Run, step: int) -> float:

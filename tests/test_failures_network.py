@@ -13,12 +13,27 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.failures import TRAIN, Run, deepspeed_command, errors_in
-from tests.test_failures import BATCH, LIMIT, Setting, check_end, setting, wait_for_step  # noqa: F401
+from tests.support.failures import (
+    BATCH,
+    TRAIN,
+    Run,
+    Setting,
+    check_end,
+    deepspeed_command,
+    errors_in,
+    undisturbed_run,
+    wait_for_step,
+)
 
 pytestmark = pytest.mark.dist
 
 LOST_RANK_SECONDS = 12
+LIMIT = 60.0  # seconds until every process is gone
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return undisturbed_run(tmp_path_factory)
 
 
 @dataclass
@@ -64,7 +79,7 @@ def hosts() -> Iterator[Hosts]:
 
 
 def test_a_host_drops_off(
-    setting: Setting,  # noqa: F811
+    setting: Setting,
     hosts: Hosts,
     tmp_path: Path,
     report: Callable[[str, str], None],

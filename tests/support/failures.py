@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -10,10 +11,21 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.launch_support import ROOT, compile_once, find_free_port
+import pytest
+import torch
+from safetensors.torch import load_file
 
+from launch.resume import newest_complete, step_of
+from tests.launch_support import ROOT, alpaca_rows, compile_once, find_free_port, tiny_model, write_jsonl
+
+STEPS, SAVE_STEPS = 24, 2
+SETTINGS = ["--deepspeed", "configs/zero2.json", "--lora_r", "2", "--num_experts", "2", "--top_k", "1", "--seed", "3",
+            "--learning_rate", "1e-3", "--logging_steps", "1", "--max_steps", str(STEPS),
+            "--save_steps", str(SAVE_STEPS), "--report_to", "none", "--resume_from_checkpoint", "auto"]  # fmt: skip
+BATCH = ["--per_device_train_batch_size", "2"]
 MARK = "DS_MOELORA_TEST_RUN"  # in the environment of a run's processes, and of nobody else's
 FAULTY = ROOT / "tests" / "support" / "faulty_train.py"
 TRAIN = ROOT / "launch" / "train.py"
@@ -126,3 +138,51 @@ def losses_of(checkpoint: Path) -> list[float]:
 def errors_in(output: str) -> dict[str, str]:
     """{rank: its error message} in a run's output."""
     return dict(re.findall(r"\[rank (\d+)\] error: (.*)", output))
+
+
+@dataclass
+class Setting:
+    """What all attempts share, and the run that nothing happens to."""
+
+    arguments: list[str]
+    reference: Path
+
+    def losses(self) -> list[float]:
+        return losses_of(self.reference / f"checkpoint-{STEPS}")
+
+
+@functools.cache
+def undisturbed_run(factory: pytest.TempPathFactory) -> Setting:
+    """The setting of all tests of failures, and its reference run; once per session."""
+    folder = factory.mktemp("failures")
+    model = tiny_model(folder / "model")
+    # 36 rows: the run ends in its third epoch.
+    data = write_jsonl(folder / "rows.jsonl", alpaca_rows(36))
+    arguments = [*SETTINGS, "--model_name_or_path", str(model), "--dataset_name", str(data)]
+    reference = folder / "reference"
+    run = Run(deepspeed_command([*arguments, *BATCH, "--output_dir", str(reference)]), folder / "reference.log")
+    assert run.finish() == 0, run.output[-4000:]
+    return Setting(arguments, reference)
+
+
+def equal_so_far(setting: Setting, output_dir: Path) -> int:
+    """Asserts that the newest complete checkpoint has the undisturbed run's losses, to the bit; returns its step."""
+    newest = newest_complete(output_dir)
+    assert newest is not None
+    losses = losses_of(newest)
+    assert losses == setting.losses()[: step_of(newest)]
+    return step_of(newest)
+
+
+def check_end(setting: Setting, output_dir: Path) -> None:
+    """Asserts that a finished run has the losses and the adapter of the undisturbed one, to the bit."""
+    assert equal_so_far(setting, output_dir) == STEPS
+    expected, got = (load_file(path / "adapter_model.safetensors") for path in (setting.reference, output_dir))
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, got[name]), name
+
+
+def wait_for_step(run: Run, step: int) -> None:
+    """Until the progress bar shows that a step is done."""
+    run.wait_for(rf"\b{step}/{STEPS} \[")
