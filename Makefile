@@ -15,7 +15,7 @@ ifneq ($(DEEPSPEED),)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 endif
 
-.PHONY: demo test test-multinode conformance bench bench-gpu docs lint format clean
+.PHONY: demo test test-multinode conformance soak bench bench-gpu docs lint format clean
 
 demo: $(VENV)/.ready
 	OMP_NUM_THREADS=1 deepspeed --num_gpus $(RANKS) launch/train.py --deepspeed configs/zero2.json --overwrite_output_dir
@@ -29,6 +29,10 @@ test-multinode: $(VENV)/.ready
 
 conformance: $(VENV)/.ready
 	python -m pytest tests/conformance tests/test_zero_exactness.py $(PYTEST_ARGS)
+
+# A run that is killed 25 times at random and restarts itself: about 10 minutes.
+soak: $(VENV)/.ready
+	OMP_NUM_THREADS=1 python -m tests.soak
 
 # A short form of every benchmark, under 10 minutes, and which ratios moved from benchmarks/results/.
 bench: $(VENV)/.ready

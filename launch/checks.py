@@ -12,18 +12,16 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
-from transformers.trainer_utils import get_last_checkpoint
 
 from ds_moelora.core.expert_parallel import check_ep_size
 from ds_moelora.core.pairs import GATE_SCALINGS
-from ds_moelora.parallel.checkpoint import check_checkpoint
-from ds_moelora.parallel.elastic import read_manifest
 from launch.arguments import Arguments
 from launch.data_checks import check_data
 from launch.errors import UserError, process_rank
 from launch.extensions import check_build_lock
 from launch.flags import LANGUAGE, RunArguments
 from launch.quantization import check_4bit
+from launch.resume import check_output_dir
 
 # The keys that transformers fills in; "auto" anywhere else would reach the optimizer as a string.
 AUTO_KEYS = ("lr", "betas", "eps", "weight_decay")
@@ -40,6 +38,7 @@ TASK_FLAGS = {
     "label_column": ("sequence-classification", "image-classification"),
     "regression": ("sequence-classification", "image-classification"),
 }
+LOST_RANK_SECONDS = (6, 3600)  # keepalive counts in whole seconds, and takes six of its intervals
 OURS = ("GateRiemannianAdamW", "GateRiemannianSGD")
 
 
@@ -142,84 +141,6 @@ def _is_optimizer(candidate: object) -> bool:
     return isinstance(candidate, type) and issubclass(candidate, torch.optim.Optimizer)
 
 
-def check_output_dir(arguments: Arguments) -> None:
-    """Settles where results go and which checkpoint to go on from; writes nothing.
-
-    `resume_from_checkpoint` is replaced by the path of a checkpoint, or None.
-
-    Raises:
-        UserError: a non-empty folder without resume or overwrite, or a checkpoint that is not there.
-    """
-    training = arguments.training
-    output_dir = Path(training.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file; name a folder.")
-    training.resume_from_checkpoint = _find_checkpoint(training.resume_from_checkpoint, output_dir)
-    if training.resume_from_checkpoint is not None:
-        if arguments.run.overwrite_output_dir:
-            raise UserError("--overwrite_output_dir and --resume_from_checkpoint contradict each other; keep one.")
-        return
-    if not arguments.run.overwrite_output_dir and output_dir.is_dir() and any(output_dir.iterdir()):
-        raise UserError(
-            f"--output_dir {output_dir} is not empty. Choose another folder, go on from its newest checkpoint with "
-            "--resume_from_checkpoint true, or write over it with --overwrite_output_dir."
-        )
-
-
-def check_resumed_topology(arguments: Arguments) -> None:
-    """Finds a checkpoint without elastic part whose experts lay on other ranks: their state cannot be moved.
-
-    Raises:
-        UserError: the checkpoint was saved with another `ep_size`, or its elastic part is incomplete.
-    """
-    folder, wanted = arguments.training.resume_from_checkpoint, arguments.adapter.ep_size
-    if folder is None:
-        return
-    elastic = Path(folder) / "elastic"
-    if elastic.is_dir():
-        try:
-            read_manifest(elastic)
-        except ValueError as error:
-            raise UserError(f"--resume_from_checkpoint: {error}") from error
-        return
-    files = sorted(Path(folder).glob("global_step*/layer_*_expert_*_model_states.pt"))
-    saved = 1
-    if files:
-        tensors = torch.load(files[0], map_location="cpu", weights_only=True)
-        saved = next((int(t[0]) for name, t in tensors.items() if name.endswith(".topology")), 0)
-    if saved != wanted:
-        raise UserError(
-            f"--resume_from_checkpoint {folder} was saved with --ep_size {saved}, this run has {wanted}, and it has no "
-            f"elastic part. Resume with --ep_size {saved}; the adapter in that folder can be loaded under any ep_size, "
-            "without optimizer state."
-        )
-
-
-def _find_checkpoint(wish: str | None, output_dir: Path) -> str | None:
-    """The checkpoint folder that `--resume_from_checkpoint` means."""
-    if wish is None or str(wish).lower() in ("false", "no", "none"):
-        return None
-    if str(wish).lower() in ("true", "yes", "last"):
-        newest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-        if newest is None:
-            raise UserError(f"--resume_from_checkpoint {wish}: {output_dir} has no checkpoint-* folder.")
-        return _whole(newest)
-    if not (Path(wish) / "trainer_state.json").is_file():
-        here = sorted(str(p) for p in output_dir.glob("checkpoint-*")) if output_dir.is_dir() else []
-        found = f" {output_dir} has: {', '.join(here)}." if here else f" {output_dir} has none either."
-        raise UserError(f"--resume_from_checkpoint {wish}: there is no checkpoint (no trainer_state.json).{found}")
-    return _whole(str(wish))
-
-
-def _whole(checkpoint: str) -> str:
-    """The checkpoint, if no file of it was cut short when it was saved."""
-    try:
-        check_checkpoint(checkpoint)
-    except ValueError as error:
-        raise UserError(f"--resume_from_checkpoint: {error}") from error
-    return checkpoint
-
-
 def check_numbers(arguments: Arguments) -> None:
     """Bounds of the run's own numbers.
 
@@ -231,6 +152,11 @@ def check_numbers(arguments: Arguments) -> None:
         value = getattr(run, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} must be at least 1.")
+    if run.stop_after_nan_steps < 0:
+        raise UserError(f"--stop_after_nan_steps {run.stop_after_nan_steps} must be at least 1, or 0 for never.")
+    low, high = LOST_RANK_SECONDS
+    if not low <= run.lost_rank_seconds <= high:
+        raise UserError(f"--lost_rank_seconds {run.lost_rank_seconds} must be from {low} to {high}.")
     if not 0.0 <= run.eval_fraction < 1.0:
         raise UserError(f"--eval_fraction {run.eval_fraction} must be at least 0 and below 1.")
     if run.eval_fraction and run.eval_dataset_name:
@@ -300,7 +226,7 @@ def _zero_stage(path: str | None) -> int:
 
 
 def preflight(arguments: Arguments) -> str:
-    """All checks of this module; returns the optimizer's name."""
+    """All checks before torch.distributed opens; returns the optimizer's name."""
     check_build_lock()
     check_numbers(arguments)
     check_task(arguments)
@@ -310,5 +236,4 @@ def preflight(arguments: Arguments) -> str:
     check_4bit(arguments, _zero_stage(arguments.training.deepspeed))
     name = check_optimizer(arguments)
     check_output_dir(arguments)
-    check_resumed_topology(arguments)
     return name

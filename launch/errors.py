@@ -1,7 +1,8 @@
 """One clear error per rank, an exit code, and no hang.
 
 Every rank reaches its verdict alone: the checks of this folder read files and settings, and exchange nothing. A rank
-that fails ends its process with a non-zero code, and the launcher (deepspeed, torchrun, mpirun) then ends the others.
+that fails ends its process with a non-zero code, and the launcher (deepspeed, torchrun, mpirun) then ends the others;
+once torch.distributed is open they end by themselves, as soon as `launch.watchdog` tells them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ EXIT_USAGE = 2
 GRACE_SECONDS = 2.0
 # DeepSpeed's and torch's.
 MASTER_PORT = "29500"
+
+
+# Called with the error of a rank that is about to end with it; `launch.watchdog` tells the other ranks.
+before_end: list[Callable[[BaseException], None]] = []
 
 
 class UserError(ValueError):
@@ -92,6 +97,8 @@ def run_guarded(main: Callable[[], None], debug: bool) -> None:
     try:
         main()
     except Exception as error:  # the one place where every failure of a rank ends up
+        for announce in before_end:
+            announce(error)
         print(describe(error, debug), file=sys.stderr, flush=True)
         _end(EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR)
 

@@ -23,6 +23,7 @@ from launch.errors import UserError
 # build may be running on another, and none takes longer than the second limit.
 ABANDONED_MINUTES = 5
 STALE_MINUTES = 30
+LOADING_SECONDS = 5  # what loading a finished build takes at most
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -78,7 +79,9 @@ def _collectives() -> Any:
 
 
 def check_build_lock() -> None:
-    """Finds a lock that a killed process left behind.
+    """Finds a lock that a killed process left behind, and removes it where nothing is being built.
+
+    So a run that is restarted after a rank was killed in its first seconds does not wait for that rank's lock.
 
     Raises:
         UserError: a lock that nobody holds, or older than any build takes.
@@ -89,6 +92,11 @@ def check_build_lock() -> None:
             minutes = (time.time() - lock.stat().st_mtime) / 60
         except FileNotFoundError:
             continue  # a build that is running right now has just finished
+        if minutes > LOADING_SECONDS / 60 and any(lock.parent.glob("*.so")) and not _is_open(lock):
+            # Should the holder live where this process cannot see it, both load the same finished file.
+            print(f"{lock}: left by a process that was killed while it loaded the extension; removed.", flush=True)
+            lock.unlink(missing_ok=True)
+            continue
         if minutes > STALE_MINUTES or (minutes > ABANDONED_MINUTES and not _is_open(lock)):
             raise UserError(
                 f"{lock} is {minutes:.0f} minutes old: a process was killed while it built or loaded an extension of "

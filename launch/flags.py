@@ -94,6 +94,9 @@ class RunArguments:
     load_in_4bit: bool = _flag(False, "Keep the frozen base in 4 bits (NF4), by bitsandbytes. ZeRO 0 to 2.")
     regression: bool = _flag(False, "Classification: labels are numbers (STS-B), learnt by least squares.")
     overwrite_output_dir: bool = _flag(False, "Accept a non-empty output_dir; its old checkpoints are removed.")
+    lost_rank_seconds: float = _flag(30.0, "Seconds without a sign of a rank's host until all ranks end.")
+    stop_after_nan_steps: int = _flag(3, "End after so many steps in a row with a loss not finite; 0: never.")
+    status_file: str | None = _flag(None, "launch/supervise.sh reads here how far the run has come.")
     show_traceback: bool = _flag(False, "Show the traceback of errors that are otherwise one message.")
 
     def __post_init__(self) -> None:

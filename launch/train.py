@@ -11,7 +11,6 @@ checked before torch.distributed opens, and every rank finds it out alone (see `
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import warnings
@@ -33,22 +32,36 @@ from transformers.trainer_utils import set_seed
 
 import ds_moelora  # noqa: F401  (registers the optimizers and the tuner)
 from ds_moelora.adapters import record_training
-from launch import answering, card, checks, demo, image_text, images, modeling, report, trainers
+from launch import (
+    answering,
+    card,
+    checks,
+    demo,
+    image_text,
+    images,
+    modeling,
+    report,
+    resume,
+    saving,
+    trainers,
+    watchdog,
+)
 from launch.arguments import Arguments, parse_arguments
 from launch.errors import MASTER_PORT, UserError, adopt_rank, process_rank, run_guarded
 from launch.extensions import find_free_port, load_collectives, unlink_buffers
 from launch.flags import LANGUAGE
 from launch.sources import load_data
+from launch.stopping import Stopping
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Runs the launcher in this process.
 
     Args:
         argv: arguments without the program's name; None: those of the command line.
 
     Returns:
-        The closing summary.
+        The closing summary; None if the run was told to stop (SIGTERM), and has saved a checkpoint instead.
 
     Raises:
         UserError: something that the caller can put right; raised before a model is loaded where that is possible.
@@ -67,10 +80,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise UserError("--score answers (or --answer_pattern) needs --eval_dataset_name, or --eval_fraction.")
     modeling.check_model(arguments, config, model_options)
 
-    start(arguments)
+    watch = start(arguments)
     set_seed(arguments.training.seed)
     model = modeling.load_model(arguments, config, model_options, processor)
-    callbacks: list[TrainerCallback] = [trainers.OptimizerGuard(optimizer)]
+    stopping = Stopping(arguments.run.stop_after_nan_steps)
+    status = saving.StatusFile(arguments.run.status_file)
+    callbacks: list[TrainerCallback] = [trainers.OptimizerGuard(optimizer), stopping, status]
     if arguments.demo:
         callbacks.append(demo.ExactMatch(processor))
     trainer = trainers.build_trainer(arguments, model, processor, train, evaluation, callbacks)
@@ -79,7 +94,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if answers:
         trainer.add_callback(answering.AnswerScores(trainer, evaluation, arguments.scoring))
     summary = run(trainer, arguments, optimizer, callbacks)
+    status.write(trainer.state, f"{'preempted' if stopping.preempted else 'finished'} {trainer.state.global_step}")
     if dist.is_initialized():
+        dist.barrier()
+        if watch is not None:
+            watch.stop()
         # Left to the interpreter's end, a rank that is late finds its peers' sockets gone, and aborts.
         dist.barrier()
         dist.destroy_process_group()
@@ -103,8 +122,8 @@ def quieten() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def start(arguments: Arguments) -> None:
-    """Opens torch.distributed and completes the training arguments."""
+def start(arguments: Arguments) -> watchdog.Watchdog | None:
+    """Opens torch.distributed, completes the training arguments, and settles which checkpoint the run goes on from."""
     if process_rank()[1] == 1:
         # Started by plain `python`: DeepSpeed would look for MPI, which need not be there, to learn that it is alone.
         # A port of its own, because DeepSpeed names its shared memory after it.
@@ -120,6 +139,7 @@ def start(arguments: Arguments) -> None:
             distributed_port=int(os.environ.get("MASTER_PORT", MASTER_PORT)),  # for MPI's ranks, whom nobody told
         )
         unlink_buffers()
+    watch = watchdog.start(arguments.run.lost_rank_seconds)
     try:
         arguments.training.start()
     except ValueError as error:
@@ -130,18 +150,44 @@ def start(arguments: Arguments) -> None:
             f"{arguments.training.deepspeed} and the flags disagree: {'; '.join(ds_config.mismatches)}. "
             'Write "auto" into the DeepSpeed config, or change the flag.'
         )
-    output_dir = Path(arguments.training.output_dir)
-    if arguments.run.overwrite_output_dir and arguments.training.process_index == 0 and output_dir.is_dir():
-        # A later --resume_from_checkpoint true would take the old run's checkpoints for this one's.
-        for path in output_dir.iterdir():
-            if re.fullmatch(r"checkpoint-\d+", path.name):
-                shutil.rmtree(path)
+    prepare_output_dir(arguments)
+    resume.choose_checkpoint(arguments)
+    return watch
 
 
-def run(trainer: Trainer, arguments: Arguments, optimizer: str, callbacks: list[TrainerCallback]) -> dict[str, Any]:
-    """Trains, evaluates, saves and reports."""
+def prepare_output_dir(arguments: Arguments) -> None:
+    """Removes what is not to be gone on from: half-saved checkpoints, and with --overwrite_output_dir all of them."""
     training = arguments.training
+    output_dir = Path(training.output_dir)
+    if training.process_index == 0:
+        resume.clear_partial(output_dir)
+        if arguments.run.overwrite_output_dir:
+            # A later --resume_from_checkpoint true would take the old run's checkpoints for this one's.
+            for path in resume.checkpoints(output_dir):
+                shutil.rmtree(path)
+    if str(getattr(training.save_strategy, "value", training.save_strategy)) != "no":
+        saving.check_shared(output_dir)
+
+
+def run(
+    trainer: Trainer, arguments: Arguments, optimizer: str, callbacks: list[TrainerCallback]
+) -> dict[str, Any] | None:
+    """Trains, evaluates, saves and reports; None if training was told to stop before its end."""
+    training, stopping = arguments.training, trainer.stopping
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    if stopping.preempted:
+        if trainer.is_world_process_zero():
+            print(
+                f"Stopped by a signal after step {trainer.state.global_step}; the newest complete checkpoint is "
+                f"{resume.newest_complete(training.output_dir)}. Go on with --resume_from_checkpoint auto.",
+                flush=True,
+            )
+        return None
+    if stopping.nan_steps and not stopping.last_step_was_finite():
+        raise UserError(
+            f"the loss of the last step was not finite, so the adapter is not saved. The newest complete checkpoint is "
+            f"{resume.newest_complete(training.output_dir)}."
+        )
     eval_metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     record_training(trainer.model, card.training_record(arguments, trainer, optimizer, eval_metrics))
     # Gathers what ZeRO-3 has sharded; PEFT then writes the adapter alone.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from transformers import (
     BaseImageProcessor,
     DataCollatorWithPadding,
@@ -32,11 +34,13 @@ from launch.evaluation import TokenScores
 from launch.flags import LANGUAGE
 from launch.metrics import head_scores
 from launch.preparation import CountingTrainer, PackingGuard, Truncation
+from launch.saving import AtomicTrainer
+from launch.stopping import Stopping, ignore_signals
 
 ELASTIC = "elastic"  # folder of a checkpoint
 
 
-class GatheringTrainer(Trainer):
+class GatheringTrainer(AtomicTrainer):
     """A Trainer that saves whole experts when they are spread over ranks (`ep_size > 1`), and resumes anywhere.
 
     transformers calls `_save` on every rank, but `save_pretrained`, which would gather them, on one. So it saves the
@@ -47,6 +51,26 @@ class GatheringTrainer(Trainer):
     """
 
     saves_elastic = False
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """transformers' own; the loss is watched."""
+        loss = super().training_step(*args, **kwargs)
+        if self.stopping is not None:
+            self.stopping.see(loss)
+        return loss
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
+        loader.worker_init_fn = partial(ignore_signals, loader.worker_init_fn)
+        return loader
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from the last checkpoint of a run that was finished, or nearly: transformers would do one more
+            # step before it looks.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -73,6 +97,11 @@ class GatheringTrainer(Trainer):
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # the engine exists from here on
+        if self.deepspeed.checkpoint_engine.is_decoupled():
+            raise UserError(
+                'the DeepSpeed config\'s "checkpoint.writer" writes in the background: a checkpoint would be called '
+                "complete before it is. Remove it."
+            )
         obstacle = why_not_elastic(self.deepspeed)
         self.saves_elastic = obstacle is None
         if obstacle and self.is_world_process_zero():
@@ -195,6 +224,8 @@ def build_trainer(
     for callback in callbacks:
         if isinstance(callback, OptimizerGuard | PackingGuard):
             callback.trainer = trainer
+        if isinstance(callback, Stopping):
+            trainer.stopping = callback
     return trainer
 
 

@@ -75,7 +75,7 @@ def launch(arguments: list[str], ranks: int = 2, script: Path | None = None, tim
     Raises:
         AssertionError: still running after `timeout` seconds (all its processes are ended).
     """
-    _compile_once()
+    compile_once()
     port = find_free_port()
     bin_folder = Path(sys.executable).parent
     command = [str(bin_folder / "deepspeed"), "--master_port", str(port), "--num_gpus", str(ranks)]
@@ -110,7 +110,7 @@ def launch(arguments: list[str], ranks: int = 2, script: Path | None = None, tim
 
 
 @functools.cache
-def _compile_once() -> None:
+def compile_once() -> None:
     """Compiles DeepSpeed's collectives now if they are not yet: a minute or more that is no part of a run's time."""
     load_collectives()
 

@@ -38,6 +38,16 @@ def test_an_abandoned_lock_is_named(lock: Path):
     assert str(lock) in str(caught.value)
 
 
+def test_an_abandoned_lock_of_a_finished_build_is_removed(lock: Path):
+    (lock.parent / "op.so").touch()
+    age(lock, 0.2)
+    with lock.open():
+        extensions.check_build_lock()
+        assert lock.exists(), "somebody is loading it"
+    extensions.check_build_lock()
+    assert not lock.exists()
+
+
 def test_a_held_lock_is_a_build_until_it_is_too_old(lock: Path):
     with lock.open():
         age(lock, extensions.ABANDONED_MINUTES + 1)

@@ -8,13 +8,16 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from .manifest import check_manifest, has_manifest
+
 
 def check_checkpoint(folder: str | Path) -> None:
     """Checks that every file of a checkpoint folder is complete, without loading tensors or unpickling anything.
 
-    Reads the tables at the end of torch's files and at the head of safetensors files, which a save that was killed, or
-    a disk that was full, cannot have left behind; parses JSON; and follows DeepSpeed's `latest`. Files of other ranks
-    that are missing altogether are named by DeepSpeed itself.
+    Compares the files with the sizes in the folder's manifest, if it has one (`ds_moelora.parallel.manifest`; hashes
+    are for `check_manifest`). Reads the tables at the end of torch's files and at the head of safetensors files, which
+    a save that was killed, or a disk that was full, cannot have left behind; parses JSON; and follows DeepSpeed's
+    `latest`. Without a manifest, files of other ranks that are missing altogether are named by DeepSpeed itself.
 
     Args:
         folder: a DeepSpeed checkpoint folder (with `latest`), one of its tags, or a Trainer's `checkpoint-N`.
@@ -31,6 +34,9 @@ def check_checkpoint(folder: str | Path) -> None:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     if not files:
         raise ValueError(f"{folder} is empty. {REMEDY}")
+    fault = check_manifest(folder) if has_manifest(folder) else None
+    if fault:
+        raise ValueError(f"{fault}. {REMEDY}")
     for path in files:
         fault = _fault(path)
         if fault:

@@ -1,0 +1,86 @@
+"""launch/train.py with one fault on one rank, for tests: FAULT=<kind>:<rank>:<step>.
+
+The production code has no hooks for this: the functions in which the fault is to happen are replaced here.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from transformers import LlamaModel
+
+from ds_moelora.parallel.sharded import ShardedPreconditioner
+from launch import saving, train, trainers
+
+KIND, RANK, STEP = os.environ["FAULT"].split(":")
+step = 0  # the one being done
+
+
+def replace(owner: Any, name: str, fault: Any) -> None:
+    """`owner.name` does `fault()` first, on the chosen rank in the chosen step."""
+    original = getattr(owner, name)
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        if step == int(STEP) and os.environ["RANK"] == RANK:
+            fault()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, replacement)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def complain() -> None:
+    raise RuntimeError("made up by a test")
+
+
+def count_steps() -> None:
+    original = trainers.GatheringTrainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        global step
+        step = self.state.global_step + 1
+        return original(self, *args, **kwargs)
+
+    trainers.GatheringTrainer.training_step = training_step
+
+
+def spoil_losses() -> None:
+    """From the chosen step on, the chosen rank's loss is NaN."""
+    original = trainers.MixtureSFTTrainer.compute_loss
+
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, *args, **kwargs)
+        return loss * float("nan") if step >= int(STEP) and os.environ["RANK"] == RANK else loss
+
+    trainers.MixtureSFTTrainer.compute_loss = compute_loss
+
+
+count_steps()
+if KIND == "forward":
+    replace(LlamaModel, "forward", die)
+elif KIND == "raise":
+    replace(LlamaModel, "forward", complain)
+elif KIND == "all-reduce":
+    replace(ShardedPreconditioner, "_all_reduce", die)
+elif KIND == "saving":
+    replace(trainers, "save_elastic", die)
+elif KIND == "manifest":
+    replace(saving, "write_manifest", die)
+elif KIND == "end":
+    replace(saving.AtomicTrainer, "_finalize_training", die)
+elif KIND == "nan":
+    spoil_losses()
+else:
+    raise ValueError(f"FAULT={os.environ['FAULT']}: unknown kind")
+
+if __name__ == "__main__":
+    train.run_guarded(train.main, debug=False)

@@ -1,0 +1,121 @@
+"""A host drops off the network in the midst of a run: two hosts made of Linux network namespaces, one rank on each."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.failures import (
+    BATCH,
+    TRAIN,
+    Run,
+    Setting,
+    check_end,
+    deepspeed_command,
+    errors_in,
+    undisturbed_run,
+    wait_for_step,
+)
+
+pytestmark = pytest.mark.dist
+
+LOST_RANK_SECONDS = 12
+LIMIT = 60.0  # seconds until every process is gone
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return undisturbed_run(tmp_path_factory)
+
+
+@dataclass
+class Hosts:
+    """Two network namespaces and the cable between them."""
+
+    names: list[str]
+    interfaces: list[str]
+    addresses: list[str]
+
+    def command(self, number: int, command: list[str]) -> list[str]:
+        """The command, on one of the hosts."""
+        return ["ip", "netns", "exec", self.names[number], *command]
+
+
+def ip(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    if shutil.which("ip") is None:
+        pytest.skip("needs the ip command (apt-get install iproute2)")
+    tag = f"{os.getpid() % 100000}"
+    made = Hosts([f"fail{tag}a", f"fail{tag}b"], [f"vf{tag}a", f"vf{tag}b"], ["10.213.7.1", "10.213.7.2"])
+    added = ip("netns", "add", made.names[0])
+    if added.returncode:
+        pytest.skip(f"needs the right to make network namespaces (root): {added.stderr.strip()}")
+    try:
+        ip("netns", "add", made.names[1])
+        cable = ip("link", "add", made.interfaces[0], "type", "veth", "peer", "name", made.interfaces[1])
+        if cable.returncode:
+            pytest.skip(f"needs the right to make veth interfaces: {cable.stderr.strip()}")
+        for name, interface, address in zip(made.names, made.interfaces, made.addresses, strict=True):
+            ip("link", "set", interface, "netns", name)
+            for words in (["addr", "add", f"{address}/24", "dev", interface], ["link", "set", interface, "up"]):
+                assert ip("-n", name, *words).returncode == 0
+            ip("-n", name, "link", "set", "lo", "up")
+        yield made
+    finally:
+        for name in made.names:
+            ip("netns", "del", name)
+
+
+def test_a_host_drops_off(
+    setting: Setting,
+    hosts: Hosts,
+    tmp_path: Path,
+    report: Callable[[str, str], None],
+) -> None:
+    output_dir = tmp_path / "run"
+    shutil.copytree(setting.reference / "checkpoint-2", output_dir / "checkpoint-2")
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("first slots=1\nsecond slots=1\n")
+    arguments = [*setting.arguments, *BATCH, "--output_dir", str(output_dir)]
+    runs = []
+    for number in (0, 1):
+        command = ["deepspeed", "--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(number)]
+        command += ["--master_addr", hosts.addresses[0], "--master_port", "29500", str(TRAIN), *arguments]
+        command += ["--lost_rank_seconds", str(LOST_RANK_SECONDS)]
+        environment = {"GLOO_SOCKET_IFNAME": hosts.interfaces[number]}
+        runs.append(Run(hosts.command(number, command), tmp_path / f"host-{number}.log", environment))
+    try:
+        wait_for_step(runs[0], 5)
+        assert ip("-n", hosts.names[1], "link", "set", hosts.interfaces[1], "down").returncode == 0
+        since = time.monotonic()
+        codes = [run.finish(timeout=LIMIT) for run in runs]
+        seconds = time.monotonic() - since
+    finally:
+        for run in runs:
+            run.end()
+    for number, run in enumerate(runs):
+        assert codes[number] != 0, run.output[-4000:]
+        said = errors_in(run.output).get(str(number), "")
+        lost = rf"rank {1 - number} \(\S+, pid \d+\) was lost: no sign of its host for {LOST_RANK_SECONDS} s"
+        assert re.search(lost, said), run.output[-4000:]
+    run = Run(deepspeed_command(arguments), tmp_path / "again.log")
+    assert run.finish() == 0, run.output[-4000:]
+    check_end(setting, output_dir)
+    message = errors_in(runs[0].output)["0"]
+    report(
+        "failures",
+        f"| a host drops off the network (--lost_rank_seconds {LOST_RANK_SECONDS}) | {seconds:.1f} s | {codes[0]} "
+        f"| [rank 0] error: {message} | equal |",
+    )
