@@ -130,7 +130,7 @@ struct AdamW {
   // settings: lr, beta1, beta2, eps, weight_decay
   AdamW(const int64_t* at, int64_t offset, const double* settings) {
     weight = (float*)at[0] + offset, average = (float*)at[1] + offset, square = (float*)at[2] + offset;
-    const double lr = settings[0], step = *(const float*)at[3];
+    const double lr = settings[0], step = *(const float*)at[3] + 1.0;
     decay = 1 - lr * settings[4], beta1 = settings[1], beta2 = settings[2], eps = settings[3];
     rate = lr / (1 - std::pow(settings[1], step));
     correction = 1 / std::sqrt(1 - std::pow(settings[2], step));

@@ -20,6 +20,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 RANKS = (1, 2, 4, 8, 16)
+FLOAT = 4  # bytes
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 
@@ -72,24 +74,33 @@ class Rows:
         self.layout, self.matrix = torch.tensor(layout), torch.tensor(list(matrix), dtype=torch.long)
 
 
-class AdamWState(NamedTuple):
-    """What AdamW's step of a flat tensor needs beside the gradient; all float32 on the CPU.
+@dataclass
+class AdamWState:
+    """What AdamW keeps of a tensor; all float32 on the CPU.
 
     Args:
-        weight, exp_avg, exp_avg_sq: flat, of equal length. step: the number of this step, from 1.
+        exp_avg, exp_avg_sq: contiguous. step: the number of steps done.
         settings: lr, beta1, beta2, eps, weight_decay.
     """
 
-    weight: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
-    settings: tuple[float, float, float, float, float]
+    settings: tuple[float, ...]
 
-    def addresses(self, offset: int) -> list[int]:
-        """Of the element `offset`, and of the step."""
-        tensors = (self.weight, self.exp_avg, self.exp_avg_sq)
-        return [*(t.data_ptr() + offset * t.element_size() for t in tensors), self.step.data_ptr()]
+
+class Update(NamedTuple):
+    """A block's place in a weight and its AdamW state."""
+
+    weight: Tensor
+    state: AdamWState
+    offset: int
+
+    def addresses(self) -> list[int]:
+        """Of the block's first element in weight, exp_avg and exp_avg_sq, and of the step."""
+        at, state = FLOAT * self.offset, self.state
+        moments = (state.exp_avg.data_ptr() + at, state.exp_avg_sq.data_ptr() + at)
+        return [self.weight.data_ptr() + at, *moments, state.step.data_ptr()]
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:
@@ -125,22 +136,20 @@ class Kernels:
         inverses: Tensor,
         rows: Rows,
         addresses: Sequence[int],
-        states: Sequence[tuple[AdamWState, int] | None] = (),
+        updates: Sequence[Update | None] = (),
     ) -> None:
         """Multiplies the rows of every expert by its matrix of `inverses`, (N, r, r): in place, or to step at once.
 
         Args:
             addresses: of the gradients.
-            states: for each block a tensor's state and the block's offset there: AdamW's step is done with the
-                products, and the gradients stay as they are. None: the products replace the gradients.
+            updates: for each block, to do AdamW's step with the products; gradients then stay as they are, and counting
+                the step is left to the caller. None: the products replace the gradients.
         """
         where, inverses = torch.tensor(addresses), inverses.contiguous()
         tables = []
-        if any(states):
-            state = [
-                state.addresses(offset) if state else [0] * 4 for state, offset in (s or (None, 0) for s in states)
-            ]
-            settings = [s[0].settings if s else [0.0] * 5 for s in states]
+        if any(updates):
+            state = [u.addresses() if u else [0] * 4 for u in updates]
+            settings = [u.state.settings if u else (0.0,) * 5 for u in updates]
             tables = [torch.tensor(state), torch.tensor(settings, dtype=torch.float64)]
         operands = [_at(t) for t in (where, rows.layout, rows.matrix, inverses, *tables)]
         self._call("precondition", inverses.shape[-1], rows.count, *operands, *[None] * (6 - len(operands)))

@@ -51,7 +51,8 @@ class _GateRiemannian(torch.optim.Optimizer):
     _fused_dtypes: frozenset[torch.dtype]  # for which torch's fused kernel is asked for
     compiled = False
     _kernels: Kernels | None = None
-    _compiled_update: type[CompiledAdamW] | None = None
+    _update_type: type[CompiledAdamW] | None = None
+    _update: CompiledAdamW | None = None
 
     def _construct(self, params: Any, pair_options: PairOptions, compiled: bool, **torch_options: Any) -> None:
         groups, options = as_groups(params), asdict(pair_options)
@@ -161,12 +162,12 @@ class _GateRiemannian(torch.optim.Optimizer):
         with torch.no_grad(), scaled_learning_rates(self.param_groups), ExitStack() as until_stepped:
             if storage is not None and preconditioner is not None:
                 units = storage.units(self.param_groups)
-                if self._kernels is not None and self._compiled_update is not None:
-                    update = self._compiled_update(self, storage)
-                    stepped = preconditioner(units, self._damping, self._divisor, update)
-                    until_stepped.enter_context(update.finished(stepped))
-                else:
+                if self._update is None:
                     preconditioner(units, self._damping, self._divisor)
+                else:
+                    self._update.begin()
+                    stepped = preconditioner(units, self._damping, self._divisor, self._update)
+                    until_stepped.enter_context(self._update.finished(stepped))
             _unhooked(self._base.step)(self)
         return loss
 
@@ -195,6 +196,7 @@ class _GateRiemannian(torch.optim.Optimizer):
             factors = [f.placed(placement) for f, placement in zip(self._factors, placements, strict=True)]
             preconditioner = ShardedPreconditioner(factors, storage.flat, first.param.device, self._kernels)
             self._located = (holder, storage, preconditioner)
+            self._update = self._update_type(self, storage) if self._kernels and self._update_type else None
         return self._located[1:]
 
 
@@ -228,7 +230,7 @@ class GateRiemannianAdamW(_GateRiemannian, torch.optim.AdamW):
     """
 
     _base = torch.optim.AdamW
-    _compiled_update = CompiledAdamW
+    _update_type = CompiledAdamW
     _fused_dtypes = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
     def __init__(

@@ -24,12 +24,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core.kernels import RANKS, AdamWState, Kernels
+from ..core.kernels import FLOAT, RANKS, AdamWState, Kernels, Update
 from ..core.preconditioner import algebra_dtype, damped_inverse, gram, precondition_
 from .plan import Blocks, Extents, Factor, Plan
 
 Flat = tuple[Tensor, Tensor | None]  # a unit's local flat weights and their gradient
-FLOAT = 4  # bytes
 
 
 class ShardedPreconditioner:
@@ -248,15 +247,16 @@ class ShardedPreconditioner:
         stepped: Extents,
     ) -> None:
         """Steps the blocks of units that have a state, and preconditions the gradients of the others."""
-        addresses, states = [], []
+        addresses: list[int] = []
+        updates: list[Update | None] = []
         for b in blocks.blocks:
-            grad = flats[b.source][1]
+            weight, grad = flats[b.source]
             state = None if grad is None else adamw(b.source)
             addresses.append(0 if grad is None else grad.data_ptr() + FLOAT * b.offset)
-            states.append(state and (state, b.offset))
-            if state:
+            updates.append(None if state is None else Update(weight, state, b.offset))
+            if state is not None:
                 stepped.setdefault(b.source, []).append((b.offset, b.end))
-        kernels.precondition_(inverses, blocks.rows, addresses, states)
+        kernels.precondition_(inverses, blocks.rows, addresses, updates)
 
     def _assemble(
         self,
