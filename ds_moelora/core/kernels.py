@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import platform
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -30,7 +31,9 @@ from torch import Tensor
 RANKS = (1, 2, 4, 8, 16)
 FLOAT = 4  # bytes
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
+if platform.machine() == "x86_64":
+    FLAGS.append("-mprefer-vector-width=512")  # where there are such vectors; a fifth faster than in halves
 
 
 @functools.cache
