@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["ds_moelora", "ds_moelora.*"]),
-    package_data={"ds_moelora": ["py.typed"]},
+    package_data={"ds_moelora": ["py.typed", "core/kernels.cpp"]},
     python_requires=">=3.10",
     # Lower bounds: the oldest versions whose interfaces this package uses. Tested versions: constraints.txt.
     install_requires=[

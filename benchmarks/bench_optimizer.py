@@ -4,6 +4,7 @@ Part "whole" (no ZeRO), ratios of CPU time to torch's optimizer on the same stac
 
     torch        torch.optim.AdamW(fused=True) or torch.optim.SGD on the 2 M tensors (E, n, r): the peer
     ours         GateRiemannianAdamW / GateRiemannianSGD on them
+    compiled     the same with compiled=True; ranks with kernels alone
     loop         one pair after the other, as in published code: two inverses, two products, then torch's optimizer
     flat         torch's optimizer on the same elements as two flat tensors, for comparison
 
@@ -30,6 +31,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import ds_moelora
+from ds_moelora.core.kernels import RANKS
 from ds_moelora.core.pairs import LoraPair, tag_pair
 
 from .harness import Results, arguments, measure, set_heap
@@ -88,9 +90,9 @@ def torch_optimizer(name: str, params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-4, fused=True) if name == "AdamW" else torch.optim.SGD(params, lr=1e-4)
 
 
-def our_optimizer(name: str, params: Any) -> torch.optim.Optimizer:
+def our_optimizer(name: str, params: Any, compiled: bool = False) -> torch.optim.Optimizer:
     kind: Any = ds_moelora.GateRiemannianAdamW if name == "AdamW" else ds_moelora.GateRiemannianSGD
-    return kind(params, lr=1e-4, damping=DAMPING)
+    return kind(params, lr=1e-4, damping=DAMPING, compiled=compiled)
 
 
 class PairLoop:
@@ -135,6 +137,8 @@ def measure_whole(case: Case, results: Results) -> None:
     params = Pairs(case).with_gradients()
     peer, flat = torch_optimizer(case.optimizer, params), torch_optimizer(case.optimizer, flat_copies(params))
     steps = {"torch": peer.step, "ours": ours.step, "flat": flat.step}
+    if case.rank in RANKS:
+        steps["compiled"] = our_optimizer(case.optimizer, Pairs(case).with_gradients(), compiled=True).step
     if case.features * case.modules * case.experts <= 1024 * 112 * 20:
         steps["loop"] = PairLoop(case.optimizer, params).step
     numbers = work(case, sum(p.numel() for p in params), 2 * case.modules * case.experts)
@@ -176,6 +180,7 @@ def _rank(rank: int, case: Case, folder: str, answers: Any) -> None:
     optimizer = engine.basic_optimizer
     (partition,) = optimizer.param_groups[0]["params"]
     partition.grad = torch.randn_like(partition)
+    compiled = _compiled_engine(case, config)
     copy = nn.Parameter(partition.detach().clone())
     copy.grad = partition.grad.clone()
     peer = torch_optimizer("AdamW", [copy])
@@ -183,11 +188,26 @@ def _rank(rank: int, case: Case, folder: str, answers: Any) -> None:
     sent = _all_reduced(optimizer)
     elements = partition.numel()
     matrices = 2 * case.modules * case.experts  # every rank factorises all: they are small
-    samples = {name: list(times) for name, times in _in_step({"torch": peer.step, "ours": optimizer.step})}
+    steps = {"torch": peer.step, "ours": optimizer.step, **({"compiled": compiled.step} if compiled else {})}
+    samples = {name: list(times) for name, times in _in_step(steps)}
     extras = {**work(case, elements, matrices), "all_reduce_bytes": sent}
     answers.put({"samples": samples, "extras": extras})
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _compiled_engine(case: Case, config: dict[str, Any]) -> torch.optim.Optimizer | None:
+    """The optimizer of an engine with compiled kernels, its partition with gradients; None where there are none."""
+    import deepspeed
+
+    if case.rank not in RANKS:
+        return None
+    model, options = Pairs(case), config["optimizer"]["params"]
+    config = {**config, "optimizer": {**config["optimizer"], "params": {**options, "compiled": True}}}
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    (partition,) = engine.basic_optimizer.param_groups[0]["params"]
+    partition.grad = torch.randn_like(partition)
+    return engine.basic_optimizer
 
 
 def _all_reduced(optimizer: torch.optim.Optimizer) -> int:

@@ -63,7 +63,9 @@ def effective_damping(grams: Tensor, damping: Tensor | float) -> Tensor:
     trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)
     # `tiny` keeps damping=0 finite where a factor is exactly zero (B at the start): the gradient there is zero too.
     floor = (RELATIVE_DAMPING * trace).clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.maximum(floor, torch.as_tensor(damping, dtype=grams.dtype, device=grams.device))
+    if isinstance(damping, Tensor):
+        return torch.maximum(floor, damping.to(grams.dtype))
+    return floor.clamp_min(damping)  # a tensor made of the number would be a copy to the device that the host waits for
 
 
 def _attempt(grams: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,15 +16,18 @@ reduced, unscaled and clipped them: `parallel.sharded` says how. Parameters with
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..core.kernels import Kernels, load_kernels
 from ..core.pairs import tag_of
 from ..parallel.sharded import ShardedPreconditioner
 from ..parallel.zero import GROUP_KEY, Storage, find_storage, is_stage_3
+from .compiled import CompiledAdamW
 from .groups import ParamGroup, as_groups, as_tensor, expert_group, scaled_learning_rates
 from .options import DEFAULTS, PairOptions, check_options
 from .pairs import TaggedFactor, collect_pairs
@@ -46,17 +49,27 @@ class _GateRiemannian(torch.optim.Optimizer):
 
     _base: type[torch.optim.Optimizer]
     _fused_dtypes: frozenset[torch.dtype]  # for which torch's fused kernel is asked for
+    compiled = False
+    _kernels: Kernels | None = None
+    _update_type: type[CompiledAdamW] | None = None
+    _update: CompiledAdamW | None = None
 
-    def _construct(self, params: Any, pair_options: PairOptions, **torch_options: Any) -> None:
+    def _construct(self, params: Any, pair_options: PairOptions, compiled: bool, **torch_options: Any) -> None:
         groups, options = as_groups(params), asdict(pair_options)
         for group in groups or [{}]:
             check_options({**options, **group})
         self._forget_pairs(options)
+        self._compile(compiled)
         tensors = [as_tensor(p) for group in groups for p in group["params"]]
         fused = all(p.device.type in ("cpu", "cuda") and p.dtype in self._fused_dtypes for p in tensors) or None
         super().__init__(groups, **torch_options, fused=fused)  # type: ignore[call-arg]
         self.defaults.update(options)
         self._collect()
+
+    def _compile(self, compiled: bool) -> None:
+        if not isinstance(compiled, bool):
+            raise ValueError(f"compiled={compiled!r} must be true or false.")
+        self.compiled, self._kernels = compiled, load_kernels() if compiled else None
 
     def _forget_pairs(self, options: dict[str, Any]) -> None:
         self._options = options
@@ -106,11 +119,15 @@ class _GateRiemannian(torch.optim.Optimizer):
     def _requires_grad(self) -> list[bool]:
         return [p.requires_grad for params in self._members.values() for p in params]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "compiled": self.compiled}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by `load_state_dict` and on unpickling: the groups are new dicts, with the loaded settings."""
         super().__setstate__(state)
         if not hasattr(self, "_options"):
             self._forget_pairs(dict(DEFAULTS))
+            self._compile(self.compiled)
         for index, group in enumerate(self.param_groups):
             for name, value in {**self._options, "lr_scale": 1.0, GROUP_KEY: index}.items():
                 group.setdefault(name, value)
@@ -127,7 +144,7 @@ class _GateRiemannian(torch.optim.Optimizer):
         the same.
 
         Raises:
-            ValueError: a closure under ZeRO, a sparse gradient, half a pair.
+            ValueError: a closure under ZeRO, a sparse gradient, half a pair, `compiled` without effect.
         """
         taken_over = self._located is not None and self._located[1].sharded
         if self._factors is None or (not taken_over and self._trained != self._requires_grad()):
@@ -142,9 +159,15 @@ class _GateRiemannian(torch.optim.Optimizer):
                 )
             with torch.enable_grad():
                 loss = closure()
-        if storage is not None and preconditioner is not None:
-            preconditioner(storage.units(self.param_groups), self._damping, self._divisor)
-        with torch.no_grad(), scaled_learning_rates(self.param_groups):
+        with torch.no_grad(), scaled_learning_rates(self.param_groups), ExitStack() as until_stepped:
+            if storage is not None and preconditioner is not None:
+                units = storage.units(self.param_groups)
+                if self._update is None:
+                    preconditioner(units, self._damping, self._divisor)
+                else:
+                    self._update.begin()
+                    stepped = preconditioner(units, self._damping, self._divisor, self._update)
+                    until_stepped.enter_context(self._update.finished(stepped))
             _unhooked(self._base.step)(self)
         return loss
 
@@ -171,7 +194,9 @@ class _GateRiemannian(torch.optim.Optimizer):
             position = {id(p): i for i, (p, _) in enumerate(trained)}
             placements = [storage.placement(position[id(f.param)]) for f in self._factors]
             factors = [f.placed(placement) for f, placement in zip(self._factors, placements, strict=True)]
-            self._located = (holder, storage, ShardedPreconditioner(factors, storage.flat, first.param.device))
+            preconditioner = ShardedPreconditioner(factors, storage.flat, first.param.device, self._kernels)
+            self._located = (holder, storage, preconditioner)
+            self._update = self._update_type(self, storage) if self._kernels and self._update_type else None
         return self._located[1:]
 
 
@@ -194,13 +219,18 @@ class GateRiemannianAdamW(_GateRiemannian, torch.optim.AdamW):
         include_scaling: divide both inverses by s^2, as the metric of s B A demands: the step of s B A then no longer
             depends on how it is split between s and the factors. False, as published, ignores s.
 
-    All of the last five can be set per parameter group.
+        compiled: have kernels built by GCC do the work on pairs, in one pass with AdamW's (`core.kernels`): float32 on
+            CPUs, CPU offload included; ranks 1, 2, 4, 8, 16; torch does other ranks. Gradients are not overwritten.
+
+    The five before the last can be set per parameter group.
 
     Raises:
-        ValueError: no pairs, half a pair, an option out of range; at `step()`: see there.
+        ValueError: no pairs, half a pair, an option out of range, `compiled` without a compiler; at `step()`: see
+            there.
     """
 
     _base = torch.optim.AdamW
+    _update_type = CompiledAdamW
     _fused_dtypes = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
     def __init__(
@@ -215,6 +245,7 @@ class GateRiemannianAdamW(_GateRiemannian, torch.optim.AdamW):
         scale_input_grad: bool = False,
         gate_lr_scale: float = 1.0,
         include_scaling: bool = False,
+        compiled: bool = False,
     ) -> None:
         options = PairOptions(
             damping=damping,
@@ -223,7 +254,7 @@ class GateRiemannianAdamW(_GateRiemannian, torch.optim.AdamW):
             gate_lr_scale=gate_lr_scale,
             include_scaling=include_scaling,
         )
-        self._construct(params, options, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+        self._construct(params, options, compiled, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
 
 
 class GateRiemannianSGD(_GateRiemannian, torch.optim.SGD):
@@ -235,9 +266,11 @@ class GateRiemannianSGD(_GateRiemannian, torch.optim.SGD):
         params: parameters or groups, among them the lora_A and lora_B of at least one tagged pair.
         lr, momentum, weight_decay: as in `torch.optim.SGD`. The paper uses lr 3e-5.
         damping, gate_scaling, scale_input_grad, gate_lr_scale, include_scaling: as in `GateRiemannianAdamW`.
+        compiled: as there, but the update itself stays torch's.
 
     Raises:
-        ValueError: no pairs, half a pair, an option out of range; at `step()`: see there.
+        ValueError: no pairs, half a pair, an option out of range, `compiled` without a compiler; at `step()`: see
+            there.
     """
 
     _base = torch.optim.SGD
@@ -256,6 +289,7 @@ class GateRiemannianSGD(_GateRiemannian, torch.optim.SGD):
         scale_input_grad: bool = False,
         gate_lr_scale: float = 1.0,
         include_scaling: bool = False,
+        compiled: bool = False,
     ) -> None:
         options = PairOptions(
             damping=damping,
@@ -264,4 +298,4 @@ class GateRiemannianSGD(_GateRiemannian, torch.optim.SGD):
             gate_lr_scale=gate_lr_scale,
             include_scaling=include_scaling,
         )
-        self._construct(params, options, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self._construct(params, options, compiled, lr=lr, momentum=momentum, weight_decay=weight_decay)

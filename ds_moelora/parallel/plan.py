@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..core.kernels import Rows
 from .placement import Placement, expert_blocks, split_slice
+
+Extents = dict[Hashable, list[tuple[int, int]]]  # unit -> (start, end) of elements in its flat tensor
 
 # A product over this many elements is long enough to hide what a call costs, and its operands still fit in a cache.
 MERGED_NUMEL = 1 << 18
@@ -96,6 +100,11 @@ class Blocks:
     @property
     def counts(self) -> list[int]:
         return [block.experts for block in self.blocks]
+
+    @cached_property
+    def rows(self) -> Rows:
+        """For the compiled kernels."""
+        return Rows([(b.experts, b.rows, b.transposed) for b in self.blocks], self.matrix)
 
 
 @dataclass

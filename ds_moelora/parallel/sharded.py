@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..core.kernels import FLOAT, RANKS, AdamWState, Kernels, Update
 from ..core.preconditioner import algebra_dtype, damped_inverse, gram, precondition_
-from .plan import Blocks, Factor, Plan
+from .plan import Blocks, Extents, Factor, Plan
 
 Flat = tuple[Tensor, Tensor | None]  # a unit's local flat weights and their gradient
 
@@ -37,6 +38,10 @@ class ShardedPreconditioner:
         factors: of all pairs, in an order equal on every rank.
         flat: unit -> (local flat weights, their gradient or None).
         comm_device: device on which the process groups communicate; None: where the weights are.
+        kernels: do the work on rows, if their rank is among RANKS; None: torch does.
+
+    Raises:
+        ValueError: there is nothing that `kernels` can do.
     """
 
     def __init__(
@@ -44,8 +49,15 @@ class ShardedPreconditioner:
         factors: list[Factor],
         flat: Callable[[Hashable], Flat],
         comm_device: torch.device | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
-        self.factors, self.flat, self.comm_device = factors, flat, comm_device
+        self.factors, self.flat, self.comm_device, self.kernels = factors, flat, comm_device, kernels
+        ranks = {f.rank for f in factors}
+        if kernels is not None and not ranks & {*RANKS}:
+            raise ValueError(
+                f'"compiled": true would have no effect: there are pairs of rank {sorted(ranks)}, and compiled kernels '
+                f'for {RANKS}; set "compiled": false, or use one of these ranks.'
+            )
         self._plans: dict[tuple[int, frozenset[Hashable], frozenset[int]], Plan] = {}
         self._stepped: set[Hashable] = set()
         self._inverses: dict[int, Tensor] = {}
@@ -53,8 +65,12 @@ class ShardedPreconditioner:
 
     @torch.no_grad()
     def __call__(
-        self, units: set[Hashable], damping: Callable[[int], float], divisor: Callable[[int], float] = lambda _: 1.0
-    ) -> None:
+        self,
+        units: set[Hashable],
+        damping: Callable[[int], float],
+        divisor: Callable[[int], float] = lambda _: 1.0,
+        adamw: Callable[[Hashable], AdamWState | None] = lambda _: None,
+    ) -> Extents:
         """Preconditions the gradients of `units`.
 
         A pair may lie in two units that are stepped one after the other (LoRA+ groups, small ZeRO-3 sub-groups). Both
@@ -64,7 +80,12 @@ class ShardedPreconditioner:
             units: what this call of `optimizer.step()` updates. A unit seen again begins a new step.
             damping: factor index -> d for that factor's gradient.
             divisor: factor index -> what the inverse for that factor's gradient is divided by.
+            adamw: unit -> its state, if the kernels shall step its rows at once; then these gradients stay as they are.
+
+        Returns:
+            what has been stepped: unit -> (start, end) of its elements.
         """
+        stepped: Extents = {}
         if self._stepped & units:
             self._stepped, self._inverses = set(), {}
         self._stepped |= units
@@ -78,7 +99,8 @@ class ShardedPreconditioner:
             if plan_key not in self._plans:
                 plan = Plan(self.factors, [i for i in due if i in mine], [i for i in active if i in mine])
                 self._plans[plan_key] = plan
-            self._run(self._plans[plan_key], group, damping, divisor)
+            stepped |= self._run(self._plans[plan_key], group, damping, divisor, adamw)
+        return stepped
 
     def _run(
         self,
@@ -86,7 +108,8 @@ class ShardedPreconditioner:
         group: dist.ProcessGroup | None,
         damping: Callable[[int], float],
         divisor: Callable[[int], float],
-    ) -> None:
+        adamw: Callable[[Hashable], AdamWState | None],
+    ) -> Extents:
         flats: dict[Hashable, Flat] = {}
         for i in {*plan.due, *plan.active}:
             unit = plan.factors[i].placement.unit
@@ -95,6 +118,7 @@ class ShardedPreconditioner:
         weights = [w for w, _ in flats.values()]
         dtype = algebra_dtype(*(w.dtype for w in weights))
         device = weights[0].device
+        self._check_kernels(weights)
         self._assemble(plan, flats, group, dtype, device)
 
         buffer = torch.zeros(plan.numel, dtype=dtype, device=device)
@@ -113,19 +137,34 @@ class ShardedPreconditioner:
             grams[rows.rank].index_add_(0, rows.matrix.on(device), cut[:, :, None] * cut[:, None, :])
 
         inverses = self._invert(plan, grams, damping, divisor)
-        self._apply(plan, flats, buffer, inverses)
+        return self._apply(plan, flats, buffer, inverses, adamw)
+
+    def _check_kernels(self, weights: list[Tensor]) -> None:
+        """Raises a ValueError if the kernels cannot work on these weights."""
+        for w in weights if self.kernels else []:
+            if w.dtype != torch.float32 or not w.is_cpu:
+                raise ValueError(
+                    f'"compiled": true has kernels for float32 weights on CPUs, and the optimizer holds {w.dtype} on '
+                    f'{w.device}; set "compiled": false.'
+                )
+
+    def _kernels_for(self, rank: int) -> Kernels | None:
+        return self.kernels if rank in RANKS else None
 
     @staticmethod
     def _due_grams(plan: Plan, buffer: Tensor, rank: int) -> Tensor:
         count, offset = plan.num_due_matrices(rank), plan.gram_offset[rank]
         return buffer[offset : offset + count * rank * rank].view(count, rank, rank)
 
-    @staticmethod
     def _add_grams(
-        equal: list[Blocks], flats: dict[Hashable, Flat], grams: dict[int, Tensor], device: torch.device
+        self, equal: list[Blocks], flats: dict[Hashable, Flat], grams: dict[int, Tensor], device: torch.device
     ) -> None:
         for blocks in equal:
             target = grams[blocks.rank]
+            if kernels := self._kernels_for(blocks.rank):
+                addresses = [flats[b.source][0].data_ptr() + FLOAT * b.offset for b in blocks.blocks]
+                kernels.add_grams_(target, blocks.rows, addresses)
+                continue
             sums = [gram(b.view(flats[b.source][0]), target.dtype) for b in blocks.blocks]
             target.index_add_(0, blocks.matrix.on(device), torch.cat(sums))
 
@@ -142,7 +181,8 @@ class ShardedPreconditioner:
             due = [i for i in plan.due if plan.factors[i].rank == rank]
             # The Gram matrix of one factor preconditions the other: that one's group says with which damping.
             d, scale = (self._per_matrix(plan, due, setting, matrices) for setting in (damping, divisor))
-            inverse = damped_inverse(matrices, d)
+            kernels = self._kernels_for(rank)
+            inverse = kernels.damped_inverse(matrices, d) if kernels else damped_inverse(matrices, d)
             if not isinstance(scale, float) or scale != 1.0:
                 inverse = inverse / (scale[:, None, None] if isinstance(scale, Tensor) else scale)
             for i in due:
@@ -163,9 +203,19 @@ class ShardedPreconditioner:
             self._constants[key] = torch.tensor(repeated, dtype=like.dtype, device=like.device)
         return self._constants[key]
 
-    @staticmethod
-    def _apply(plan: Plan, flats: dict[Hashable, Flat], buffer: Tensor, inverses: dict[int, Tensor]) -> None:
+    def _apply(
+        self,
+        plan: Plan,
+        flats: dict[Hashable, Flat],
+        buffer: Tensor,
+        inverses: dict[int, Tensor],
+        adamw: Callable[[Hashable], AdamWState | None],
+    ) -> Extents:
+        stepped: Extents = {}
         for blocks in plan.apply_blocks:
+            if kernels := self._kernels_for(blocks.rank):
+                self._apply_compiled(kernels, blocks, flats, inverses[blocks.rank], adamw, stepped)
+                continue
             ordered = inverses[blocks.rank][blocks.matrix.on(buffer.device)]
             for b, matrices in zip(blocks.blocks, ordered.split(blocks.counts), strict=True):
                 grad = flats[b.source][1]
@@ -185,6 +235,28 @@ class ShardedPreconditioner:
             grad, whole = flats[p.unit][1], flats["assembled", i][1]
             if i in plan.active and grad is not None and whole is not None:
                 grad[p.local_offset : p.local_offset + p.stop - p.start].copy_(whole[p.start : p.stop])
+        return stepped
+
+    @staticmethod
+    def _apply_compiled(
+        kernels: Kernels,
+        blocks: Blocks,
+        flats: dict[Hashable, Flat],
+        inverses: Tensor,
+        adamw: Callable[[Hashable], AdamWState | None],
+        stepped: Extents,
+    ) -> None:
+        """Steps the blocks of units that have a state, and preconditions the gradients of the others."""
+        addresses: list[int] = []
+        updates: list[Update | None] = []
+        for b in blocks.blocks:
+            weight, grad = flats[b.source]
+            state = None if grad is None else adamw(b.source)
+            addresses.append(0 if grad is None else grad.data_ptr() + FLOAT * b.offset)
+            updates.append(None if state is None else Update(weight, state, b.offset))
+            if state is not None:
+                stepped.setdefault(b.source, []).append((b.offset, b.end))
+        kernels.precondition_(inverses, blocks.rows, addresses, updates)
 
     def _assemble(
         self,
