@@ -34,6 +34,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase, Trainer, T
 from transformers.trainer_utils import set_seed
 
 import ds_moelora  # noqa: F401  (registers the optimizers and the tuner)
+from ds_moelora.monitoring import MoELoRACallback
 from launch import checks, demo, formats, images, modeling, report, trainers
 from launch.arguments import Arguments, parse_arguments
 from launch.data import load_splits
@@ -71,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if arguments.demo:
         callbacks.append(demo.ExactMatch(processor))
     trainer = trainers.build_trainer(arguments, model, processor, train, evaluation, callbacks)
+    if "tensorboard" in arguments.training.report_to:
+        trainer.add_callback(MoELoRACallback(trainer))
     summary = run(trainer, arguments, optimizer, callbacks)
     if dist.is_initialized():
         # Left to the interpreter's end, a rank that is late finds its peers' sockets gone, and aborts.

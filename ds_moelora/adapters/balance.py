@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -53,12 +53,26 @@ class RouterRecord:
     grad_enabled: bool
 
 
+class RouterListener(Protocol):
+    """Who wants to see what routers and experts do in training (`MoELoRAModel.router_listener`)."""
+
+    def saw_experts(self, experts: Any) -> None:
+        """In a layer's forward pass, where its parameters are whole even under ZeRO-3; a `MoELoRAExperts`."""
+
+    def saw_batch(self, records: list[RouterRecord], layout: BatchLayout) -> None:
+        """After a forward pass of the model: one record per call of a layer."""
+
+
 @dataclass(eq=False)
 class Collector:
-    """The records of one forward pass of `owner`; `outer` is the collector of a forward pass around it."""
+    """The records of one forward pass of `owner`; `outer` is the collector of a forward pass around it.
+
+    Without a `listener`, layers whose auxiliary losses are switched off hand nothing over.
+    """
 
     owner: Any
     outer: Collector | None
+    listener: RouterListener | None = None
     records: list[RouterRecord] = field(default_factory=list)
 
 
@@ -67,10 +81,10 @@ def active_collector() -> Collector | None:
     return _ACTIVE.get()
 
 
-def start_collecting(owner: Any) -> None:
+def start_collecting(owner: Any, listener: RouterListener | None = None) -> None:
     """Makes a new collector for `owner` active. What an earlier, aborted pass of the same owner left is dropped."""
     stop_collecting(owner)
-    _ACTIVE.set(Collector(owner, _ACTIVE.get()))
+    _ACTIVE.set(Collector(owner, _ACTIVE.get(), listener))
 
 
 def stop_collecting(owner: Any) -> list[RouterRecord]:
@@ -138,10 +152,9 @@ def _sequence_weights(kwargs: Mapping[str, Any], labels_are_shifted: bool) -> Te
     return labels.ne(-100).reshape(labels.shape[0], -1).sum(1) / num_items
 
 
-def _record_losses(record: RouterRecord, layout: BatchLayout) -> AuxLosses:
-    """Weighted sums over the sequences of one record: 0-dim tensors, None where the coefficient is 0."""
-    rows, num_experts = record.logits.shape
-    lead = record.lead
+def sequences_of(record: RouterRecord, layout: BatchLayout) -> tuple[tuple[int, int], Tensor | None]:
+    """How a record's T rows form sequences: (S, N) with S N = T, and the (S, N) mask of real tokens (None: all are)."""
+    rows, lead = record.logits.shape[0], record.lead
     if len(lead) >= 2:
         shape = (lead[0], math.prod(lead[1:]))
     elif layout.grid is not None and math.prod(layout.grid) == rows:
@@ -151,6 +164,13 @@ def _record_losses(record: RouterRecord, layout: BatchLayout) -> AuxLosses:
     mask = layout.mask
     if mask is not None:
         mask = mask.to(record.logits.device) if tuple(mask.shape) == shape and lead in (shape, (rows,)) else None
+    return shape, mask
+
+
+def _record_losses(record: RouterRecord, layout: BatchLayout) -> AuxLosses:
+    """Weighted sums over the sequences of one record: 0-dim tensors, None where the coefficient is 0."""
+    shape, mask = sequences_of(record, layout)
+    num_experts = record.logits.shape[1]
     logits, chosen = (t.reshape(*shape, num_experts) for t in (record.logits, record.chosen))
 
     def weighted(losses: Tensor) -> Tensor:

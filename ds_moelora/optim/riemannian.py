@@ -28,6 +28,7 @@ from ..parallel.zero import GROUP_KEY, Storage, find_storage, is_stage_3
 from .groups import ParamGroup, as_groups, as_tensor, expert_group, scaled_learning_rates
 from .options import DEFAULTS, PairOptions, check_options
 from .pairs import TaggedFactor, collect_pairs
+from .statistics import StepStatistics
 
 
 def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,6 +47,7 @@ class _GateRiemannian(torch.optim.Optimizer):
 
     _base: type[torch.optim.Optimizer]
     _fused_dtypes: frozenset[torch.dtype]  # for which torch's fused kernel is asked for
+    statistics: StepStatistics | None = None  # set by who wants to know what the next steps do
 
     def _construct(self, params: Any, pair_options: PairOptions, **torch_options: Any) -> None:
         groups, options = as_groups(params), asdict(pair_options)
@@ -142,10 +144,19 @@ class _GateRiemannian(torch.optim.Optimizer):
                 )
             with torch.enable_grad():
                 loss = closure()
+        watched = self.statistics if storage is not None else None
         if storage is not None and preconditioner is not None:
-            preconditioner(storage.units(self.param_groups), self._damping, self._divisor)
+            units = storage.units(self.param_groups)
+            preconditioner.watch = None
+            if watched is not None:
+                watched.begin(self._factors or [], preconditioner, storage, units)
+            preconditioner(units, self._damping, self._divisor)
+            if watched is not None:
+                watched.after_preconditioning()
         with torch.no_grad(), scaled_learning_rates(self.param_groups):
             _unhooked(self._base.step)(self)
+        if watched is not None:
+            watched.end()
         return loss
 
     def _damping(self, factor: int) -> float:

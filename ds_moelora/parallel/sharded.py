@@ -46,6 +46,8 @@ class ShardedPreconditioner:
         comm_device: torch.device | None = None,
     ) -> None:
         self.factors, self.flat, self.comm_device = factors, flat, comm_device
+        # Called with (Gram matrices, damping, inverses of the damped ones), if somebody wants to look at them.
+        self.watch: Callable[[Tensor, Tensor | float, Tensor], None] | None = None
         self._plans: dict[tuple[int, frozenset[Hashable], frozenset[int]], Plan] = {}
         self._stepped: set[Hashable] = set()
         self._inverses: dict[int, Tensor] = {}
@@ -143,6 +145,8 @@ class ShardedPreconditioner:
             # The Gram matrix of one factor preconditions the other: that one's group says with which damping.
             d, scale = (self._per_matrix(plan, due, setting, matrices) for setting in (damping, divisor))
             inverse = damped_inverse(matrices, d)
+            if self.watch is not None:
+                self.watch(matrices, d, inverse)
             if not isinstance(scale, float) or scale != 1.0:
                 inverse = inverse / (scale[:, None, None] if isinstance(scale, Tensor) else scale)
             for i in due:
