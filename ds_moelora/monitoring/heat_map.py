@@ -14,7 +14,7 @@ COLORS = np.array([[33, 102, 172], [146, 197, 222], [247, 247, 247], [244, 165, 
 DEAD, ABSENT = (0, 0, 0), (255, 255, 255)
 LEGEND = (("dead", 0.0), ("1/4", 0.25), ("1/2", 0.5), ("even", 1.0), ("2x", 2.0), ("4x", 4.0))
 MARGIN, MAX_NAME = 8, 44
-CELL_HEIGHT = {24: 18, 64: 12, 10**9: 6}  # up to so many layers: pixels per layer
+CELL_HEIGHT = {24: 18, 64: 14, 10**9: 6}  # up to so many layers: pixels per layer
 
 
 def colors_of(loads: Tensor) -> np.ndarray:
