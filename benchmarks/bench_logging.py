@@ -2,8 +2,8 @@
 
 A Llama of 57 M parameters (random weights) with a mixture of E experts of rank r and GateRiemannianAdamW under ZeRO-2
 takes steps that are reported (statistics of routers, experts and optimizer, the all-reduce, the scalars in an event
-file) and steps that are not, in turns, in the same processes. `ratio` is that of a reported step. The Trainer's default
-reports one step in ten, so that a step costs `per_step_at_10` more on average.
+file) and steps that are not, in turns, in the same processes. `ratio` is that of a reported step, in CPU time
+of rank 0, which also writes. The launcher reports one step in ten: a step costs `per_step_at_10` more on average.
 
     python -m benchmarks.bench_logging --ranks 1 --device cuda     # one GPU, without DeepSpeed
 """
@@ -110,16 +110,17 @@ def interleaved(case: Case, rounds: int, folder: str) -> dict[str, list[float]]:
                 writer.add_scalar(tag, value)
 
     contenders = {"off": step, "reported": reported}
+    clock = time.perf_counter if case.device == "cuda" else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(WARM_UP + rounds):
         for name in list(contenders)[:: 1 if i % 2 == 0 else -1]:
             if case.ranks > 1:
                 dist.barrier()
-            start = time.perf_counter()
+            start = clock()
             contenders[name]()
             if case.device == "cuda":
                 torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: found[WARM_UP:] for name, found in seconds.items()}
 
 
