@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from launch.extensions import find_free_port
 
@@ -54,20 +55,19 @@ def tensorboard(logdir: Path) -> Iterator[str]:
             process.terminate()
 
 
-def expand_groups(page: Any) -> None:
-    """Opens every group of cards that shows only its title."""
-    for button in page.query_selector_all("button.expand-group-icon, button[aria-label='Expand group']"):
-        button.click()
-
-
-def take(page: Any, address: str, name: str, tab: str, tags: str, waits_for: str, height: int) -> None:
-    page.set_viewport_size({"width": WIDTH, "height": height})
-    page.goto("about:blank")  # the filter is read when the page loads
-    page.goto(f"{address}?darkMode=false&tagFilter={tags}#{tab}")
+def take(browser: Any, address: str, name: str, tab: str, tags: str, waits_for: str, height: int) -> None:
+    """One picture of a tab, with the cards whose tags match `tags`."""
+    page = browser.new_page(viewport={"width": WIDTH, "height": height})
+    page.goto(f"{address}?darkMode=false&tagFilter={quote(tags)}#{tab}")
     page.wait_for_selector(waits_for, timeout=60_000)
-    page.wait_for_timeout(4_000)  # curves are drawn after their cards
+    if tab == "timeseries":
+        page.get_by_role("button", name="Settings").first.click()  # closes the panel
+    if tab == "images":
+        page.get_by_text("Show actual image size").click()
+    page.wait_for_timeout(5_000)  # curves are drawn after their cards
     path = IMAGES / f"{name}.png"
     page.screenshot(path=str(path))
+    page.close()
     print(f"{path} ({path.stat().st_size / 1024:.0f} KB)")
 
 
@@ -80,10 +80,10 @@ def main() -> None:
 
     with tensorboard(args.logdir) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=args.browser, args=["--no-sandbox"])
-        page = browser.new_page()
-        take(page, address, "tensorboard_scalars", "timeseries", "moe|riemannian", "scalar-card svg", 1500)
-        take(page, address, "tensorboard_heat_map", "timeseries", "moe/load$", "image-card img", 700)
-        take(page, address, "tensorboard_hparams", "hparams", "", "tf-hparams-main, hparams-main", 500)
+        scalars = "^(?!moe/load$)(moe|riemannian|perf|memory)/"
+        take(browser, address, "tensorboard_scalars", "timeseries", scalars, "scalar-card svg", 1970)
+        take(browser, address, "tensorboard_heat_map", "images", "^moe/load$", "tf-image-loader img", 720)
+        take(browser, address, "tensorboard_hparams", "hparams", "", "tf-hparams-dashboard", 500)
         browser.close()
 
 
