@@ -35,7 +35,7 @@ from typing import Any
 
 from launch.extensions import find_free_port
 
-from .harness import ROOT, Results, arguments, read_rows
+from .harness import ROOT, Results, Row, arguments, read_rows
 from .scaling_plot import IMAGE, draw, write_scalars
 
 CASE = ("mode", "stage", "ep_size", "world", "tokens")
@@ -85,22 +85,31 @@ def num_hosts(hostfile: Path | None) -> int:
     return sum(1 for line in lines if line)
 
 
-def extras_of(found: dict[str, Any], case: dict[str, Any], smallest: dict[str, Any] | None) -> dict[str, Any]:
-    """The extra columns of one contender; `smallest` are those of the smallest world, None for itself."""
+def extras_of(found: dict[str, Any], case: dict[str, Any], name: str, rows: list[Row]) -> dict[str, str]:
+    """The extra columns of contender `name`; `rows` hold the smaller worlds (the smallest at ep_size 1, if it has one
+    rank), by which efficiencies are measured."""
     wall, cpu = statistics.median(found["wall"]), statistics.median(found["cpu"])
-    per_rank, work = case["tokens"] / wall, case["tokens"] / cpu
-    first = smallest or {"_per_rank": per_rank, "_work": work}
-    return {
-        "tokens_per_second": f"{per_rank * case['world']:.1f}",
-        "efficiency": f"{per_rank / first['_per_rank']:.3f}",
-        "work_efficiency": f"{work / first['_work']:.3f}",
+    extras = {
+        "tokens_per_second": f"{case['tokens'] / wall * case['world']:.1f}",
         "cpu_ms": f"{cpu * 1e3:.2f}",
         "sent_bytes": f"{found['sent']:.0f}",
         "collectives": f"{found['collectives']:.0f}",
         "memory_mb": f"{found['memory'] / 1e6:.2f}",
-        "_per_rank": first["_per_rank"],
-        "_work": first["_work"],
     }
+    same = {"mode": case["mode"], "stage": str(case["stage"]), "contender": name}
+    mine = {**extras, "world": str(case["world"]), "tokens": str(case["tokens"])}
+    candidates = [row for row in rows if all(row[column] == value for column, value in same.items())]
+    smallest = min([*candidates, mine], key=lambda row: int(row["world"]))
+
+    def per_rank(row: dict[str, str]) -> float:
+        return float(row["tokens_per_second"]) / int(row["world"])
+
+    def per_second_of_work(row: dict[str, str]) -> float:
+        return int(row["tokens"]) / float(row["cpu_ms"])
+
+    extras["efficiency"] = f"{per_rank(mine) / per_rank(smallest):.3f}"
+    extras["work_efficiency"] = f"{per_second_of_work(mine) / per_second_of_work(smallest):.3f}"
+    return extras
 
 
 def main() -> None:
@@ -113,21 +122,15 @@ def main() -> None:
     args = parser.parse_args()
     hosts, worlds = num_hosts(args.hostfile), sorted(args.worlds or ([1, 2] if args.short else [1, 2, 4]))
     results = Results(args.output, CASE, EXTRAS, fresh=args.fresh)
-    baselines: dict[tuple[Any, ...], dict[str, Any]] = {}
     for world in worlds:
-        wanted = cases(world, hosts, args.short, args.tokens)
-        plan = {"cases": wanted, "rounds": 3 if args.short else args.rounds}
-        for measured in launch(world, args.hostfile, plan):
+        wanted = [case for case in cases(world, hosts, args.short, args.tokens) if not results.has(case)]
+        if not wanted:
+            continue
+        for measured in launch(world, args.hostfile, {"cases": wanted, "rounds": 3 if args.short else args.rounds}):
             case, found = measured["case"], measured["found"]
-            extras = {}
-            for name, values in found.items():
-                # ep_size 2 has no world of 1: what it is measured by is ep_size 1 there.
-                key = (case["mode"], case["stage"], name)
-                extras[name] = extras_of(values, case, baselines.get(key))
-                baselines.setdefault(key, extras[name])
-            shown = {name: {c: row[c] for c in EXTRAS} for name, row in extras.items()}
-            if not results.has(case):
-                results.add(case, "lora", {name: values["cpu"] for name, values in found.items()}, shown)
+            rows = read_rows(args.output)
+            extras = {name: extras_of(values, case, name, rows) for name, values in found.items()}
+            results.add(case, "lora", {name: values["cpu"] for name, values in found.items()}, extras)
     rows = read_rows(args.output)
     write_scalars(rows, args.logdir)
     if not args.short:

@@ -1,6 +1,6 @@
-"""benchmarks/results/scaling.csv as TensorBoard scalars over the number of ranks, and as a picture.
+"""benchmarks/results/scaling.csv as TensorBoard scalars over the number of ranks, as a picture and as a table.
 
-python -m benchmarks.scaling_plot        # draws again without measuring
+python -m benchmarks.scaling_plot        # draws again, and prints the tables, without measuring
 """
 
 from __future__ import annotations
@@ -88,8 +88,36 @@ def draw(rows: list[Row], target: Path, logdir: Path | None = None) -> None:
             writer.add_image("scaling/plot", np.asarray(Image.open(target).convert("RGB")), dataformats="HWC")
 
 
+def table(rows: list[Row], mode: str) -> str:
+    """Markdown: one line per way to run, one column per figure and number of ranks."""
+    worlds = sorted({int(row["world"]) for row in rows})
+    columns = {"sent_bytes": "MB sent", "collectives": "collectives", "memory_mb": "MB held",
+               "work_efficiency": "work efficiency", "efficiency": "efficiency"}  # fmt: skip
+    shown = " / ".join(map(str, worlds))
+    lines = [f"| {mode} scaling; {shown} ranks | {' | '.join(columns.values())} |", "|---|" + "---|" * len(columns)]
+    for contender, stage, ep_size in LINES:
+        same = {"mode": mode, "contender": contender, "stage": stage, "ep_size": ep_size}
+        found = {int(r["world"]): r for r in rows if all(r[name] == value for name, value in same.items())}
+        cells = []
+        for column in columns:
+            values = [_shown(found[world][column], column) if world in found else "-" for world in worlds]
+            cells.append(" / ".join(values))
+        if found:
+            lines.append(f"| {contender}, ZeRO-{stage}, ep_size {ep_size} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _shown(value: str, column: str) -> str:
+    if column == "sent_bytes":
+        return f"{float(value) / 1e6:.2f}"
+    return f"{float(value):.0f}" if column == "collectives" else f"{float(value):.2f}".removesuffix("0")
+
+
 def main() -> None:
-    draw(read_rows(RESULTS / "scaling.csv"), IMAGE)
+    rows = read_rows(RESULTS / "scaling.csv")
+    draw(rows, IMAGE)
+    for mode in ("weak", "strong"):
+        print(table(rows, mode), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from ds_moelora.core.statistics import condition_numbers
 from ds_moelora.monitoring import TAGS, EngineMonitor, MoELoRACallback
 from ds_moelora.monitoring.heat_map import colors_of, heat_map
 from ds_moelora.monitoring.meter import TrainingMeter
+from ds_moelora.parallel.comm_meter import CommMeter
 
 from .adapter_support import VOCAB, adapted
 from .support.ranks import run_on_ranks
@@ -167,6 +168,34 @@ def test_against_a_slow_formula() -> None:
     assert report.scalars["perf/comm_bytes"] == 0
     meter.close()
     assert model.base_model.router_listener is None
+
+
+def metered() -> tuple[float, dict[str, int], float]:
+    meter, x, parts = CommMeter(), torch.ones(8), torch.ones(16)
+    meter.start()
+    dist.all_reduce(x)
+    dist.all_gather_into_tensor(parts, x)
+    dist.reduce_scatter_tensor(output=x, input=parts)
+    dist.all_to_all_single(parts, torch.ones(16))
+    dist.distributed_c10d.broadcast(x, 0)
+    meter.stop()
+    dist.all_reduce(x)
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    meter_alone = CommMeter()
+    meter_alone.start()
+    dist.all_reduce(x, group=alone)
+    meter_alone.stop()
+    return meter.sent, dict(meter.calls), meter_alone.sent
+
+
+@pytest.mark.dist
+def test_bytes_are_those_of_a_ring() -> None:
+    """Two ranks: S bytes of an all-reduce, S / 2 of the others, where S is the whole buffer."""
+    for sent, calls, alone in run_on_ranks(2, metered):
+        assert sent == 4 * (8 + 16 / 2 + 16 / 2 + 16 / 2 + 8 / 2)
+        assert set(calls.values()) == {1}
+        assert len(calls) == 5
+        assert alone == 0
 
 
 def with_engine_monitor(folder: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 
@@ -15,8 +17,9 @@ def basic_optimizer(optimizer_or_engine: Any) -> Any:
 
 
 def ds_config(engine: Any) -> dict[str, Any]:
-    """The configuration that the engine was given."""
-    return dict(engine._config._param_dict)
+    """The configuration that the engine was given, as a dict or as the path of a file."""
+    given = engine.config
+    return dict(given) if isinstance(given, dict) else json.loads(Path(given).read_text())
 
 
 def zero_stage(engine: Any) -> int:
