@@ -82,7 +82,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=args.browser, args=["--no-sandbox"])
         scalars = "^(?!moe/load$)(moe|riemannian|perf|memory)/"
         take(browser, address, "tensorboard_scalars", "timeseries", scalars, "scalar-card svg", 1970)
-        take(browser, address, "tensorboard_heat_map", "images", "^moe/load$", "tf-image-loader img", 720)
+        take(browser, address, "tensorboard_heat_map", "images", "^moe/load$", "tf-image-loader img", 790)
         take(browser, address, "tensorboard_hparams", "hparams", "", "tf-hparams-dashboard", 500)
         browser.close()
 
