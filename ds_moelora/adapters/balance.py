@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -53,12 +53,26 @@ class RouterRecord:
     grad_enabled: bool
 
 
+class RouterListener(Protocol):
+    """Who wants to see what routers and experts do in training (`MoELoRAModel.router_listener`)."""
+
+    def saw_experts(self, experts: Any) -> None:
+        """In a layer's forward pass, where its parameters are whole even under ZeRO-3; a `MoELoRAExperts`."""
+
+    def saw_batch(self, records: list[RouterRecord], layout: BatchLayout) -> None:
+        """After a forward pass of the model: one record per call of a layer."""
+
+
 @dataclass(eq=False)
 class Collector:
-    """The records of one forward pass of `owner`; `outer` is the collector of a forward pass around it."""
+    """The records of one forward pass of `owner`; `outer` is the collector of a forward pass around it.
+
+    Without a `listener`, layers whose auxiliary losses are switched off hand nothing over.
+    """
 
     owner: Any
     outer: Collector | None
+    listener: RouterListener | None = None
     records: list[RouterRecord] = field(default_factory=list)
 
 
@@ -67,10 +81,10 @@ def active_collector() -> Collector | None:
     return _ACTIVE.get()
 
 
-def start_collecting(owner: Any) -> None:
+def start_collecting(owner: Any, listener: RouterListener | None = None) -> None:
     """Makes a new collector for `owner` active. What an earlier, aborted pass of the same owner left is dropped."""
     stop_collecting(owner)
-    _ACTIVE.set(Collector(owner, _ACTIVE.get()))
+    _ACTIVE.set(Collector(owner, _ACTIVE.get(), listener))
 
 
 def stop_collecting(owner: Any) -> list[RouterRecord]:
@@ -158,10 +172,9 @@ def _unpacked(rows: Tensor, packed: Tensor) -> Tensor:
     return torch.cat([rows, torch.zeros_like(rows[:1])])[packed]
 
 
-def _record_losses(record: RouterRecord, layout: BatchLayout) -> AuxLosses:
-    """Weighted sums over the sequences of one record: 0-dim tensors, None where the coefficient is 0."""
-    rows, num_experts = record.logits.shape
-    lead = record.lead
+def sequences_of(record: RouterRecord, layout: BatchLayout) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A record by sequence: logits (S, N, E), chosen (S, N, E), and the (S, N) mask of real tokens (None: all)."""
+    (rows, num_experts), lead = record.logits.shape, record.lead
     if len(lead) >= 2:
         shape = (lead[0], math.prod(lead[1:]))
     elif layout.grid is not None and math.prod(layout.grid) == rows:
@@ -173,19 +186,23 @@ def _record_losses(record: RouterRecord, layout: BatchLayout) -> AuxLosses:
         mask = mask.to(record.logits.device) if tuple(mask.shape) == shape and lead in (shape, (rows,)) else None
     if layout.packed is not None and layout.grid is not None and math.prod(layout.grid) == rows:
         packed = layout.packed.to(record.logits.device)
-        shape = (packed.shape[0], packed.shape[1])
-        mask = packed < rows
         logits, chosen = (_unpacked(t.reshape(rows, num_experts), packed) for t in (record.logits, record.chosen))
-    else:
-        logits, chosen = (t.reshape(*shape, num_experts) for t in (record.logits, record.chosen))
+        return logits, chosen, packed < rows
+    logits, chosen = (t.reshape(*shape, num_experts) for t in (record.logits, record.chosen))
+    return logits, chosen, mask
+
+
+def _record_losses(record: RouterRecord, layout: BatchLayout) -> AuxLosses:
+    """Weighted sums over the sequences of one record: 0-dim tensors, None where the coefficient is 0."""
+    logits, chosen, mask = sequences_of(record, layout)
 
     def weighted(losses: Tensor) -> Tensor:
         if layout.weights is None:
-            return losses.sum() / max(shape[0], 1)
+            return losses.sum() / max(len(logits), 1)
         weights = layout.weights.to(losses)
         if weights.shape == losses.shape:
             return (weights * losses).sum()
-        return weights.sum() * losses.sum() / max(shape[0], 1)
+        return weights.sum() * losses.sum() / max(len(logits), 1)
 
     return AuxLosses(
         balance=weighted(sequence_balance_loss(logits, chosen, mask)) if record.coefs.balance else None,

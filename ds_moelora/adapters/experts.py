@@ -203,7 +203,10 @@ class MoELoRAExperts(nn.Module):
         else:
             y, logits, chosen = self._mix_after_router(x_TI, dropped_TI, base_TO, inplace, base_weight)
         collector, coefs = active_collector(), AuxLosses(self.aux_loss_coef, self.z_loss_coef)
-        if collector is not None and self.training and any(coefs):
+        listener = collector.listener if collector is not None and self.training else None
+        if listener is not None:
+            listener.saw_experts(self)
+        if collector is not None and self.training and (any(coefs) or listener is not None):
             collector.records.append(
                 RouterRecord(
                     adapter=self.adapter_name,

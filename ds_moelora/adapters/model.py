@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..core.expert_parallel import FACTORS, INITIAL_FACTORS
-from .balance import auxiliary_loss, batch_layout, start_collecting, stop_collecting
+from .balance import RouterListener, auxiliary_loss, batch_layout, start_collecting, stop_collecting
 from .checks import (
     check_adapter_name,
     check_complete,
@@ -45,6 +45,7 @@ class MoELoRAModel(BaseTuner):
         last_aux_loss: the load-balancing loss of the last training forward, without its coefficient (1 at perfect
             balance), a detached 0-dim tensor on the device; None before the first, or if its coefficient is 0.
         last_router_z_loss: the router z-loss, likewise.
+        router_listener: is shown what routers decide in training forwards.
     """
 
     prefix: str = PREFIX
@@ -53,6 +54,7 @@ class MoELoRAModel(BaseTuner):
 
     last_aux_loss: Tensor | None = None
     last_router_z_loss: Tensor | None = None
+    router_listener: RouterListener | None = None
     _warned_no_loss = False
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -136,7 +138,7 @@ class MoELoRAModel(BaseTuner):
     @torch.compiler.disable
     def _before_base_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if model.training:
-            start_collecting(self)
+            start_collecting(self, self.router_listener)
 
     @torch.compiler.disable
     def _after_base_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -144,6 +146,15 @@ class MoELoRAModel(BaseTuner):
         records = stop_collecting(self)
         if output is None or not records or not model.training:
             return output
+        config = getattr(model, "config", None)
+        is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        shifted = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not is_encoder_decoder
+        layout = batch_layout(kwargs, shifted, is_encoder_decoder)
+        if self.router_listener is not None:
+            self.router_listener.saw_batch(records, layout)
+            records = [record for record in records if any(record.coefs)]
+            if not records:
+                return output
         loss, put = _find_loss(output)
         if loss is None:
             self._warn_no_loss()
@@ -156,10 +167,7 @@ class MoELoRAModel(BaseTuner):
                 "gradient_checkpointing_kwargs={'use_reentrant': False}, or router_aux_loss_coef=0 and "
                 "router_z_loss_coef=0."
             )
-        config = getattr(model, "config", None)
-        is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        shifted = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not is_encoder_decoder
-        scaled, plain = auxiliary_loss(records, batch_layout(kwargs, shifted, is_encoder_decoder))
+        scaled, plain = auxiliary_loss(records, layout)
         self.last_aux_loss, self.last_router_z_loss = (None if value is None else value.detach() for value in plain)
         return put(loss + scaled.to(loss))
 

@@ -31,6 +31,7 @@ from .compiled import CompiledAdamW
 from .groups import ParamGroup, as_groups, as_tensor, expert_group, scaled_learning_rates
 from .options import DEFAULTS, PairOptions, check_options
 from .pairs import TaggedFactor, collect_pairs
+from .statistics import StepStatistics
 
 
 def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,6 +50,7 @@ class _GateRiemannian(torch.optim.Optimizer):
 
     _base: type[torch.optim.Optimizer]
     _fused_dtypes: frozenset[torch.dtype]  # for which torch's fused kernel is asked for
+    statistics: StepStatistics | None = None  # set by who wants to know what the next steps do
     compiled = False
     _kernels: Kernels | None = None
     _update_type: type[CompiledAdamW] | None = None
@@ -159,16 +161,24 @@ class _GateRiemannian(torch.optim.Optimizer):
                 )
             with torch.enable_grad():
                 loss = closure()
+        watched = self.statistics if storage is not None else None
         with torch.no_grad(), scaled_learning_rates(self.param_groups), ExitStack() as until_stepped:
             if storage is not None and preconditioner is not None:
                 units = storage.units(self.param_groups)
-                if self._update is None:
+                preconditioner.watch = None
+                if watched is not None:
+                    watched.begin(self._factors or [], preconditioner, storage, units)
+                if self._update is None or watched is not None:  # what is watched are the preconditioned gradients
                     preconditioner(units, self._damping, self._divisor)
                 else:
                     self._update.begin()
                     stepped = preconditioner(units, self._damping, self._divisor, self._update)
                     until_stepped.enter_context(self._update.finished(stepped))
+                if watched is not None:
+                    watched.after_preconditioning()
             _unhooked(self._base.step)(self)
+        if watched is not None:
+            watched.end()
         return loss
 
     def _damping(self, factor: int) -> float:

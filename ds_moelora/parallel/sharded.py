@@ -52,6 +52,8 @@ class ShardedPreconditioner:
         kernels: Kernels | None = None,
     ) -> None:
         self.factors, self.flat, self.comm_device, self.kernels = factors, flat, comm_device, kernels
+        # Called with (Gram matrices, damping, inverses of the damped ones), if somebody wants to look at them.
+        self.watch: Callable[[Tensor, Tensor | float, Tensor], None] | None = None
         ranks = {f.rank for f in factors}
         if kernels is not None and not ranks & {*RANKS}:
             raise ValueError(
@@ -183,6 +185,8 @@ class ShardedPreconditioner:
             d, scale = (self._per_matrix(plan, due, setting, matrices) for setting in (damping, divisor))
             kernels = self._kernels_for(rank)
             inverse = kernels.damped_inverse(matrices, d) if kernels else damped_inverse(matrices, d)
+            if self.watch is not None:
+                self.watch(matrices, d, inverse)
             if not isinstance(scale, float) or scale != 1.0:
                 inverse = inverse / (scale[:, None, None] if isinstance(scale, Tensor) else scale)
             for i in due:

@@ -1,0 +1,114 @@
+"""TensorBoard through transformers' Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from ..parallel.monitor import ds_config, zero_stage
+from .heat_map import heat_map
+from .meter import Report, TrainingMeter
+from .run_info import configuration, hyperparameters, write_run_info
+
+
+class MoELoRACallback(TrainerCallback):
+    """Writes what a mixture and its optimizer do beside the Trainer's own curves, into the same TensorBoard run.
+
+        trainer = Trainer(model, TrainingArguments(report_to="tensorboard", ...), ...)
+        trainer.add_callback(MoELoRACallback(trainer))
+
+    Scalars (`monitoring.TAGS`; docs/tensorboard.md has the formulas) on the steps that the Trainer logs by
+    `logging_steps` and `logging_first_step`, in the first and then every `heat_map_every`-th of them a layers x experts
+    heat map of the loads; hyperparameters and configuration when training begins.
+
+    Args:
+        trainer: reports to TensorBoard; the callback belongs to it.
+        heat_map_every: reports from one heat map to the next; 0: none.
+
+    Raises:
+        ValueError: the trainer does not report to TensorBoard.
+    """
+
+    def __init__(self, trainer: Trainer, heat_map_every: int = 5) -> None:
+        self.trainer, self.heat_map_every = trainer, heat_map_every
+        if heat_map_every < 0:
+            raise ValueError(f"heat_map_every={heat_map_every} must be at least 0; 0 draws no heat map.")
+        self._tensorboard()
+        self.meter: TrainingMeter | None = None
+        self._reports = 0
+
+    def _tensorboard(self) -> TensorBoardCallback:
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                return callback
+        raise ValueError(
+            f"this Trainer reports to {self.trainer.args.report_to or 'nothing'}; add "
+            'report_to="tensorboard" to its TrainingArguments.'
+        )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        engine, model = self.trainer.deepspeed, self.trainer.model
+        optimizer = engine or self.trainer.optimizer
+        self.meter, self._reports = TrainingMeter(model, optimizer), 0
+        if not state.is_world_process_zero:
+            return
+        extra = {
+            "learning_rate": args.learning_rate,
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "max_steps": state.max_steps,
+            "seed": args.seed,
+            "world_size": args.world_size,
+            "zero_stage": None if engine is None else zero_stage(engine),
+        }
+        config = configuration(model, None if engine is None else ds_config(engine))
+        write_run_info(self._tensorboard().tb_writer, hyperparameters(model, optimizer, extra), config)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        step = state.global_step + 1
+        if self.meter is not None and (
+            step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+        ):  # the number alone decides, on every rank alike
+            self.meter.arm()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        report = self.meter.step_done() if self.meter is not None else None
+        if report is not None:
+            if state.is_world_process_zero:
+                self._write(report, state.global_step)
+            self._reports += 1
+
+    def _write(self, report: Report, step: int) -> None:
+        writer = self._tensorboard().tb_writer
+        for tag, value in report.scalars.items():
+            writer.add_scalar(tag, value, step)
+        if self.heat_map_every and self._reports % self.heat_map_every == 0 and len(report.loads):
+            writer.add_image("moe/load", heat_map(report.loads, report.layers, step), step, dataformats="HWC")
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._leave_out()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._leave_out()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._leave_out()
+
+    def _leave_out(self) -> None:
+        if self.meter is not None:
+            self.meter.restart_clock()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.meter is not None:
+            self.meter.close()
+            self.meter = None

@@ -1,0 +1,84 @@
+"""TensorBoard (and DeepSpeed's other monitors) for a training loop of one's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from ..parallel.monitor import check_monitor, ds_config, tensorboard_writer, write_events, zero_stage
+from .heat_map import heat_map
+from .meter import TrainingMeter
+from .run_info import configuration, hyperparameters, write_run_info
+
+
+class EngineMonitor:
+    """Writes what a mixture and its optimizer do where the engine's DeepSpeed config says (`tensorboard` block).
+
+        monitor = EngineMonitor(engine, every=10)
+        for batch in batches:
+            engine.backward(engine(**batch).loss)
+            engine.step()
+            monitor.step()
+
+    The same scalars, heat map, hyperparameters and text as `MoELoRACallback`; images and text need the `tensorboard`
+    block, scalars go to every monitor (`MonitorMaster.write_events`). The horizontal axis counts optimizer steps.
+
+    Args:
+        engine: what `deepspeed.initialize` returned. Every rank makes a monitor and calls it.
+        every: steps from one report to the next; the first step is reported, too.
+        heat_map_every: reports from one heat map to the next; 0: none.
+
+    Raises:
+        ValueError: no monitor is switched on in the engine's config, or a number is out of range.
+    """
+
+    def __init__(self, engine: Any, every: int = 10, heat_map_every: int = 5) -> None:
+        for name, value, least in (("every", every, 1), ("heat_map_every", heat_map_every, 0)):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}.")
+        check_monitor(engine)
+        self.engine, self.every, self.heat_map_every = engine, every, heat_map_every
+        self.meter = TrainingMeter(engine.module, engine)
+        self._first = self._done = engine.global_steps
+        self._reports = 0
+        writer = tensorboard_writer(engine)
+        if writer is not None:
+            extra = {
+                "train_batch_size": engine.train_batch_size(),
+                "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
+                "world_size": dist.get_world_size(),
+                "zero_stage": zero_stage(engine),
+            }
+            values = hyperparameters(engine.module, engine, extra)
+            write_run_info(writer, values, configuration(engine.module, ds_config(engine)))
+        self._arm_if_due()
+
+    def step(self) -> None:
+        """After every `engine.step()`, on every rank; micro-batches that complete no step are not counted."""
+        if self.engine.global_steps == self._done:
+            return
+        self._done = self.engine.global_steps
+        report = self.meter.step_done()
+        if report is not None:
+            write_events(self.engine, [(tag, value, self._done) for tag, value in report.scalars.items()])
+            writer = tensorboard_writer(self.engine)
+            draws = self.heat_map_every and self._reports % self.heat_map_every == 0 and len(report.loads)
+            if writer is not None and draws:
+                image = heat_map(report.loads, report.layers, self._done)
+                writer.add_image("moe/load", image, self._done, dataformats="HWC")
+                writer.flush()
+            self._reports += 1
+        self._arm_if_due()
+
+    def pause(self) -> None:
+        """What has passed since the last step (an evaluation, a checkpoint) is left out of the times."""
+        self.meter.restart_clock()
+
+    def close(self) -> None:
+        """Leaves model and optimizer as they were before."""
+        self.meter.close()
+
+    def _arm_if_due(self) -> None:
+        if self._done == self._first or (self._done + 1) % self.every == 0:
+            self.meter.arm()

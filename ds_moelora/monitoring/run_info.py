@@ -1,0 +1,71 @@
+"""What a run is, for TensorBoard: hyperparameters for its HParams tab, the whole configuration as text."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import metadata
+from typing import Any
+
+from torch import nn
+from torch.utils.tensorboard.summary import hparams
+
+from ..optim import GateRiemannianAdamW, GateRiemannianSGD
+from ..parallel.monitor import basic_optimizer
+
+ADAPTER_FIELDS = (
+    *("r", "num_experts", "top_k", "lora_alpha", "scaling", "lora_dropout", "init_lora_weights"),
+    *("router_aux_loss_coef", "router_z_loss_coef", "router_temperature", "router_jitter", "top_p"),
+    *("shared_expert", "shared_A", "ep_size", "ep_dispatch", "expert_compute"),
+)
+OPTIMIZER_FIELDS = ("lr", "betas", "momentum", "eps", "weight_decay")
+PAIR_FIELDS = ("damping", "gate_scaling", "scale_input_grad", "gate_lr_scale", "include_scaling")
+PACKAGES = ("ds_moelora", "torch", "deepspeed", "transformers", "peft", "accelerate")
+METRICS = ("train/loss", "eval/loss", "eval/accuracy", "moe/load_max_over_ideal", "perf/tokens_per_second")
+
+Value = int | float | bool | str
+
+
+def hyperparameters(model: nn.Module, optimizer: Any, extra: dict[str, Any]) -> dict[str, Value]:
+    """Name -> number, boolean or text: the active adapter's, the optimizer's, and `extra`."""
+    found: dict[str, Any] = {}
+    configs = getattr(model, "peft_config", {})
+    active = getattr(model, "active_adapter", None)
+    config = configs.get(active) if isinstance(active, str) else None
+    for name in ADAPTER_FIELDS:
+        if hasattr(config, name):
+            found[name] = getattr(config, name)
+    basic = basic_optimizer(optimizer)
+    found["optimizer"] = type(basic).__name__
+    ours = isinstance(basic, (GateRiemannianAdamW, GateRiemannianSGD))
+    for name in OPTIMIZER_FIELDS + (PAIR_FIELDS if ours else ()):
+        if name in getattr(basic, "defaults", {}):
+            found[name] = basic.defaults[name]
+    found |= extra
+    plain = {name: value for name, value in found.items() if value is not None}
+    return {name: value if isinstance(value, Value) else str(value) for name, value in plain.items()}
+
+
+def configuration(model: nn.Module, ds_config: dict[str, Any] | None) -> dict[str, Any]:
+    """Command, versions, adapters and DeepSpeed config of the running process."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
+    return {"command": " ".join(sys.argv), "versions": versions, "adapters": adapters, "deepspeed": ds_config}
+
+
+def write_run_info(writer: Any, values: dict[str, Value], config: dict[str, Any]) -> None:
+    """Both into the run of a `SummaryWriter`, whose scalars the HParams tab then shows beside the hyperparameters."""
+    for summary in hparams(values, dict.fromkeys(METRICS, 0.0)):
+        writer.file_writer.add_summary(summary)
+    text = json.dumps(config, indent=2, default=_as_plain)
+    writer.add_text("run/configuration", "\n".join("    " + line for line in text.splitlines()))  # Markdown's verbatim
+    writer.flush()
+
+
+def _as_plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
