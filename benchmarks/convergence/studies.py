@@ -1,7 +1,7 @@
 """Which runs each study consists of, and how a learning rate is tuned.
 
-A *cell* is a `Run` whose seed and learning rate are left open. All methods are tuned on one ladder of learning rates, in
-steps of sqrt(10), by one rule: beginning at the method's usual rung, go to the better neighbour until both neighbours are
+A *cell* is a `Run` whose seed and learning rate are left open. All methods are tuned on one ladder of learning rates,
+in steps of sqrt(10), by one rule: beginning at the method's usual rung, go to the better neighbour until both are
 worse, by the training loss of the seed 0. So no optimum lies at an edge, and a method whose steps are longer gains
 nothing by it. The tuned rate is then run with the seeds 1, 2, 3, which are the ones that are reported.
 """
@@ -47,9 +47,9 @@ SIZES: dict[str, dict[str, Size]] = {
         "skills": Size(2, 4, 48, 0),
     },
     "medium": {
-        "boolq": Size(64, 16, 256, 1),
-        "openbookqa": Size(64, 8, 256, 1),
-        "skills": Size(128, 32, 3000, 0),
+        "boolq": Size(40, 16, 160, 1),
+        "openbookqa": Size(40, 8, 160, 1),
+        "skills": Size(120, 32, 3000, 0),
     },
     "long": {
         "boolq": Size(600, 16, 3200, 6),
