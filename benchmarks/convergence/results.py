@@ -41,12 +41,17 @@ class Cell:
 
     def values(self, column: str) -> list[float]:
         """A figure of every reported seed; none, if a seed is missing."""
-        return [float(row[column]) for row in self.reported]
+        return numbers(self.reported, column)
 
     def curves(self) -> list[list[float]]:
         """The training loss of every reported seed over the parts of the run."""
         curves = [[float(value) for value in row["curve"].split()] for row in self.reported]
         return curves if all(curves) else []
+
+
+def numbers(rows: Iterable[Row], column: str) -> list[float]:
+    """A column of some rows; NaN where a run that diverged has no figure."""
+    return [float(row[column] or "nan") for row in rows]
 
 
 class Cells:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from ..harness import Row
 from . import studies
-from .results import Cell, Cells, Difference, mean_and_deviation
+from .results import Cell, Cells, Difference, mean_and_deviation, numbers
 from .runs import Run
 
 TASKS = {"boolq": "BoolQ", "openbookqa": "OpenBookQA", "skills": "skills"}
@@ -154,7 +155,7 @@ def sensitivity(cells: Cells, size: str) -> str:
             best = studies.rung_number(cell.lr or 1.0)
             found = [cell.at(studies.rung(best + n)) for n in studies.SPREAD]
             if all(len(rows) == len(studies.SEEDS) for rows in found):
-                entries = [mean_and_deviation([float(row["train_loss"]) for row in rows], 2) for rows in found]
+                entries = [mean_and_deviation(numbers(rows, "train_loss"), 2) for rows in found]
                 yield f"{method} ({cell.lr:g})", *entries
 
     return table(("method (best lr)", *(f"lr x {studies.rung(n):g}" for n in studies.SPREAD)), rows())
@@ -176,11 +177,11 @@ def experts(cells: Cells, size: str) -> str:
 def skills(cells: Cells, size: str) -> str:
     """Loss, exact match and mutual information of the causal language model."""
 
-    def entries(rows: list[dict[str, str]]) -> Iterator[str]:
-        yield mean_and_deviation([float(row["train_loss"]) for row in rows])
-        yield mean_and_deviation([float(row["test_loss"]) for row in rows])
-        yield mean_and_deviation([100 * float(row["test_accuracy"]) for row in rows], 1)
-        yield mean_and_deviation([float(row["mutual_information"]) for row in rows])
+    def entries(rows: list[Row]) -> Iterator[str]:
+        yield mean_and_deviation(numbers(rows, "train_loss"))
+        yield mean_and_deviation(numbers(rows, "test_loss"))
+        yield mean_and_deviation([100 * share for share in numbers(rows, "test_accuracy")], 1)
+        yield mean_and_deviation(numbers(rows, "mutual_information"))
 
     def rows() -> Iterator[Sequence[str]]:
         start = cells[studies.cell(size, "skills", "AdamW")].at(0.0)
