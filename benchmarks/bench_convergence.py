@@ -34,7 +34,7 @@ from .harness import ENVIRONMENT, RESULTS, Row, environment, read_rows
 INPUTS = tuple(field.name for field in fields(Run))
 OUTCOMES = ("train_loss", "test_loss", "test_accuracy", "mutual_information", "seconds", "curve")
 COLUMNS = ("study", *INPUTS, *OUTCOMES, *ENVIRONMENT)
-RUNS_PER_CELL = 7  # 4 for the learning rate, 3 seeds; for estimates
+RUNS_PER_CELL = 9  # 6 for the learning rate, 3 seeds; for estimates
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,9 @@ def main(argv: list[str] | None = None) -> None:
     plan = [(name, jobs) for name, jobs in plan if not args.only or name in args.only]
     torch.set_num_threads(1)
     try:
-        if args.estimate:
+        if args.estimate or args.size == "long":
             estimate(plan, sources)
+        if args.estimate:
             return
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(args.workers, mp_context=context) if args.workers > 1 else None

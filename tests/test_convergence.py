@@ -259,7 +259,8 @@ def made_up_rows(spoiled: float) -> list[dict[str, str]]:
     return list(rows.values())
 
 
-def test_tables_and_plots_come_from_the_file(tmp_path: Path) -> None:
+def test_tables_come_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "draw", lambda *_: [])
     rows = made_up_rows(spoiled=0.5)
     report.write(rows, "tiny", tmp_path / "report.md", tmp_path)
     text = (tmp_path / "report.md").read_text()
@@ -268,11 +269,21 @@ def test_tables_and_plots_come_from_the_file(tmp_path: Path) -> None:
     assert "| BoolQ: gRSGD (sqrt) - RSGD | **-0.500 ± 0.000** |" in text
     for _, jobs in studies.studies("tiny"):
         assert f"| {len(jobs)} of {len(jobs)} |" in text
-    assert all((tmp_path / name).stat().st_size > 5000 for name in report.FIGURES)
     report.write(rows[:40], "tiny", tmp_path / "report.md", tmp_path)  # replaces the tables; a part is enough
     assert "RSGD - SGD | **" not in (tmp_path / "report.md").read_text()
     with pytest.raises(ValueError, match="markers"):
         report.fill("<!-- table: other --><!-- end -->", {"one": "x"})
+
+
+def test_plots_come_from_the_file(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e .[bench]")
+    rows = made_up_rows(spoiled=0.5)
+    names = report.draw(Cells(rows), "tiny", tmp_path)
+    assert len(names) == 4
+    assert all((tmp_path / name).stat().st_size > 5000 for name in names)
+    empty = tmp_path / "empty"
+    report.draw(Cells(rows[:5]), "tiny", empty)  # of a file that has hardly begun
+    assert (tmp_path / names[0]).stat().st_size > (empty / names[0]).stat().st_size
 
 
 def test_the_committed_document_has_all_markers() -> None:

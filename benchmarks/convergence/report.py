@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..harness import RESULTS, ROOT, Row, read_rows
-from .plots import FIGURES
 from .results import Cells
 from .studies import SIZES
 from .tables import sections
@@ -52,16 +52,27 @@ def bare(tables: dict[str, str], images: list[str]) -> str:
     return "\n".join(["# Convergence\n", *(f"![{name}]({name})\n" for name in images), *parts])
 
 
+def draw(cells: Cells, size: str, folder: Path) -> list[str]:
+    """The plots, and their names; without matplotlib it says so and draws nothing."""
+    if find_spec("matplotlib") is None:
+        print("matplotlib is not installed, so nothing was drawn: pip install -e .[bench]")
+        return []
+    from .plots import FIGURES
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in FIGURES.items():
+        figure(cells, size, folder / name)
+    return list(FIGURES)
+
+
 def write(rows: list[Row], size: str, document: Path, images: Path) -> None:
     """Tables and plots of the runs of one size."""
     cells = Cells(rows)
     tables = {"origin": origin(rows), **sections(cells, size)}
-    text = document.read_text() if document.exists() else bare(tables, list(FIGURES))
+    drawn = draw(cells, size, images)
+    text = document.read_text() if document.exists() else bare(tables, drawn)
     document.parent.mkdir(parents=True, exist_ok=True)
-    images.mkdir(parents=True, exist_ok=True)
     document.write_text(fill(text, tables))
-    for name, draw in FIGURES.items():
-        draw(cells, size, images / name)
 
 
 def main(argv: list[str] | None = None) -> None:

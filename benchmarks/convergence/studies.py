@@ -19,9 +19,8 @@ from .runs import METHODS, Run
 TUNING_SEED = 0
 SEEDS = (1, 2, 3)
 MOST_RUNGS = 40
-# Where the search begins; it affects how many runs it takes.
-FIRST_RUNG = {"SGD": 4, "RSGD": 2, "gRSGD (sqrt)": 2, "gRSGD (full)": 2}
-FIRST_RUNG_ADAM = -6
+# Where the search begins: (plain SGD, preconditioned SGD, AdamW). It affects how many runs it takes.
+FIRST_RUNGS = {"boolq": (4, 2, -7), "openbookqa": (0, -3, -7), "skills": (0, -2, -7)}
 PAPERS = [name for name in METHODS if name != "gRAdamW (full)"]
 PLAIN_AND_GATED = ["SGD", "gRSGD (sqrt)", "AdamW", "gRAdamW (sqrt)"]
 ENCODER_TASKS = ("boolq", "openbookqa")
@@ -94,7 +93,7 @@ def tune(open_run: Run, execute: Execute) -> int:
         RuntimeError: the loss went on falling for `MOST_RUNGS` rungs.
     """
     losses: dict[int, float] = {}
-    best = FIRST_RUNG.get(open_run.method, FIRST_RUNG_ADAM)
+    best = FIRST_RUNGS[open_run.task][2 if "Adam" in open_run.method else open_run.method != "SGD"]
     for stride in (2, 1):
         settled = False
         while not settled:
@@ -166,18 +165,28 @@ def frozen_routers(size: str) -> list[Run]:
 
 def studies(size: str) -> Iterator[tuple[str, list[Job]]]:
     """All of them, the most telling first: a long run may be stopped anywhere."""
-    yield "main, top_k 2", [(tuned, run) for task in ENCODER_TASKS for run in papers(size, task, 2)]
+
+    def main(task: str, top_k: int, start: str = "kaiming") -> tuple[str, list[Job]]:
+        name = f"{task}, top_k {top_k}" + (", goat" if start == "goat" else "")
+        return name, [(tuned, run) for run in papers(size, task, top_k, start)]
+
+    yield main("boolq", 2)
+    yield main("openbookqa", 2)
     yield "damping", [(tuned, run) for run in damping(size)]
-    yield "main, top_k 8", [(tuned, run) for task in ENCODER_TASKS for run in papers(size, task, 8)]
-    yield "skills", [(tuned, run) for run in skills(size)] + [(untrained, cell(size, "skills", "AdamW"))]
-    yield "main, top_k 1", [(tuned, run) for task in ENCODER_TASKS for run in papers(size, task, 1)]
+    yield main("boolq", 8)
+    yield main("boolq", 1)
     yield "sensitivity", [(spread, cell(size, ABLATION_TASK, method)) for method in PAPERS]
-    yield "main, top_k 4", [(tuned, run) for task in ENCODER_TASKS for run in papers(size, task, 4)]
-    yield "goat", [(tuned, run) for task in ENCODER_TASKS for run in papers(size, task, 2, "goat")]
+    yield "skills", [(tuned, run) for run in skills(size)] + [(untrained, cell(size, "skills", "AdamW"))]
+    yield main("boolq", 2, "goat")
+    yield main("boolq", 4)
+    yield main("openbookqa", 8)
     yield "experts", [(tuned, run) for run in experts(size)]
+    yield main("openbookqa", 2, "goat")
+    yield main("openbookqa", 1)
+    yield main("openbookqa", 4)
     yield "frozen routers", [(tuned, run) for run in frozen_routers(size)]
-    for k in (1, 4, 8) if size == "long" else ():
-        yield f"goat, top_k {k}", [(tuned, run) for task in ENCODER_TASKS for run in papers(size, task, k, "goat")]
+    for top_k in (1, 4, 8) if size == "long" else ():
+        yield from (main(task, top_k, "goat") for task in ENCODER_TASKS)
 
 
 def short(size: str) -> Iterator[tuple[str, list[Job]]]:
