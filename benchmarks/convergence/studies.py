@@ -26,7 +26,8 @@ PLAIN_AND_GATED = ["SGD", "gRSGD (sqrt)", "AdamW", "gRAdamW (sqrt)"]
 ENCODER_TASKS = ("boolq", "openbookqa")
 ABLATION_TASK = "boolq"
 DAMPINGS = (1e-8, 1e-6, 1e-4, 1e-2, 1.0)
-RELATIVE_DAMPINGS = (1e-4, 1e-2, 1.0)
+RELATIVE_DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+SECOND_LOOK = (1e-6, 1e-2)  # both absolute and relative, on the other task
 TOTAL_RANK = 32
 SPREAD = range(-6, 8, 2)  # rungs around the tuned one, for the sensitivity
 
@@ -139,11 +140,12 @@ def papers(size: str, task: str, top_k: int, start: str = "kaiming", methods: li
     return [cell(size, task, method, top_k=top_k, start=start) for method in [*methods, *control]]
 
 
-def damping(size: str) -> list[Run]:
-    """Absolute and relative dampings, for both optimizers."""
-    options = [{"damping": d} for d in DAMPINGS] + [{"damping": 0.0, "relative_damping": c} for c in RELATIVE_DAMPINGS]
+def damping(size: str, task: str = ABLATION_TASK) -> list[Run]:
+    """Absolute and relative dampings, for both optimizers; on another task than the ablations' a few of them."""
+    absolute, relative = (DAMPINGS, RELATIVE_DAMPINGS) if task == ABLATION_TASK else (SECOND_LOOK, SECOND_LOOK[1:])
+    options = [{"damping": d} for d in absolute] + [{"damping": 0.0, "relative_damping": c} for c in relative]
     methods = ("gRAdamW (sqrt)", "gRSGD (sqrt)")
-    return [cell(size, ABLATION_TASK, method, **option) for method in methods for option in options]
+    return [cell(size, task, method, **option) for method in methods for option in options]
 
 
 def experts(size: str) -> list[Run]:
@@ -181,9 +183,10 @@ def studies(size: str) -> Iterator[tuple[str, list[Job]]]:
     yield main("boolq", 4)
     yield main("openbookqa", 8)
     yield "experts", [(tuned, run) for run in experts(size)]
-    yield main("openbookqa", 2, "goat")
     yield main("openbookqa", 1)
+    yield main("openbookqa", 2, "goat")
     yield main("openbookqa", 4)
+    yield "damping, openbookqa", [(tuned, run) for run in damping(size, "openbookqa")]
     yield "frozen routers", [(tuned, run) for run in frozen_routers(size)]
     for top_k in (1, 4, 8) if size == "long" else ():
         yield from (main(task, top_k, "goat") for task in ENCODER_TASKS)

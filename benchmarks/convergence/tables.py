@@ -133,15 +133,15 @@ def damping(cells: Cells, size: str) -> str:
 
     def rows() -> Iterator[Sequence[str]]:
         found: dict[str, list[str]] = {}
-        for run in studies.damping(size):
-            relative = f"{run.relative_damping:g} trace(G)" if run.relative_damping else f"{run.damping:g}"
+        for run in [run for task in studies.ENCODER_TASKS for run in studies.damping(size, task)]:
+            value = f"{run.relative_damping:g} trace(G)" if run.relative_damping else f"{run.damping:g}"
             usual = cells[studies.cell(size, run.task, run.method)]
             difference = str(Difference.of(cells[run], usual))
-            found.setdefault(relative, []).extend([with_lr(cells[run]), difference])
+            found.setdefault(f"{TASKS[run.task]}, {value}", []).extend([with_lr(cells[run]), difference])
         yield from ((name, *entries) for name, entries in found.items())
 
     adam, sgd = "gRAdamW (sqrt)", "gRSGD (sqrt)"
-    return table(("damping d", f"{adam} (lr)", "- that of 1e-6", f"{sgd} (lr)", "- that of 1e-6"), rows())
+    return table(("task, damping d", f"{adam} (lr)", "- that of 1e-6", f"{sgd} (lr)", "- that of 1e-6"), rows())
 
 
 def sensitivity(cells: Cells, size: str) -> str:
