@@ -106,7 +106,7 @@ def damping_figure(cells: Cells, size: str, path: Path) -> None:
     ):
         for method in ("gRAdamW (sqrt)", "gRSGD (sqrt)"):
             runs = [run for run in studies.damping(size) if run.method == method and getattr(run, name)]
-            runs = [run for run in runs if cells[run].reported and not (name == "damping" and run.relative_damping)]
+            runs = [run for run in runs if cells[run].reported]
             means = [statistics.fmean(cells[run].values("train_loss")) for run in runs]
             spread = [statistics.stdev(cells[run].values("train_loss")) for run in runs]
             x = [getattr(run, name) for run in runs]

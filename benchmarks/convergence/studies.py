@@ -51,7 +51,7 @@ SIZES: dict[str, dict[str, Size]] = {
     "medium": {
         "boolq": Size(40, 16, 160, 1),
         "openbookqa": Size(40, 8, 160, 1),
-        "skills": Size(120, 32, 3000, 0),
+        "skills": Size(120, 16, 3000, 0),
     },
     "long": {
         "boolq": Size(600, 16, 3200, 6),
@@ -178,7 +178,8 @@ def studies(size: str) -> Iterator[tuple[str, list[Job]]]:
     yield main("boolq", 8)
     yield main("boolq", 1)
     yield "sensitivity", [(spread, cell(size, ABLATION_TASK, method)) for method in PAPERS]
-    yield "skills", [(tuned, run) for run in skills(size)] + [(untrained, cell(size, "skills", "AdamW"))]
+    untrained_skills: Job = (untrained, cell(size, "skills", "AdamW"))
+    yield "skills", [untrained_skills, *((tuned, run) for run in skills(size, PLAIN_AND_GATED[::-1]))]
     yield main("boolq", 2, "goat")
     yield main("boolq", 4)
     yield main("openbookqa", 8)
@@ -187,7 +188,8 @@ def studies(size: str) -> Iterator[tuple[str, list[Job]]]:
     yield main("openbookqa", 2, "goat")
     yield main("openbookqa", 4)
     yield "damping, openbookqa", [(tuned, run) for run in damping(size, "openbookqa")]
-    yield "frozen routers", [(tuned, run) for run in frozen_routers(size)]
+    yield "skills, other methods", [(tuned, run) for run in skills(size) if run.method not in PLAIN_AND_GATED]
+    yield "skills, frozen routers", [(tuned, run) for run in frozen_routers(size)]
     for top_k in (1, 4, 8) if size == "long" else ():
         yield from (main(task, top_k, "goat") for task in ENCODER_TASKS)
 
