@@ -182,8 +182,8 @@ def studies(size: str) -> Iterator[tuple[str, list[Job]]]:
     yield "skills", [untrained_skills, *((tuned, run) for run in skills(size, PLAIN_AND_GATED[::-1]))]
     yield main("boolq", 2, "goat")
     yield main("boolq", 4)
-    yield main("openbookqa", 8)
     yield "experts", [(tuned, run) for run in experts(size)]
+    yield main("openbookqa", 8)
     yield main("openbookqa", 1)
     yield main("openbookqa", 2, "goat")
     yield main("openbookqa", 4)
