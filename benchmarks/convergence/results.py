@@ -1,0 +1,104 @@
+"""The rows of the benchmark's file, cell by cell: tuned learning rates, reported seeds, paired differences."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+
+from ..harness import Row
+from .runs import Run
+from .studies import SEEDS, TUNING_SEED
+
+OPEN = tuple(f.name for f in fields(Run) if f.name not in ("seed", "lr"))
+# Two-sided 95 % quantile of Student's t with len(SEEDS) - 1 = 2 degrees of freedom.
+T_QUANTILE = 4.303
+
+
+@dataclass
+class Cell:
+    """All rows that differ in seed and learning rate alone."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def lr(self) -> float | None:
+        """The tuned learning rate: the least training loss for the seed 0; None before it was found."""
+        tried = {float(r["lr"]): float(r["train_loss"]) for r in self.rows if r["seed"] == str(TUNING_SEED)}
+        return min(tried, key=lambda lr: tried[lr]) if tried else None
+
+    def at(self, lr: float | None) -> list[Row]:
+        """The rows of the reported seeds with one learning rate, by seed."""
+        found = {row["seed"]: row for row in self.rows if lr is not None and float(row["lr"]) == lr}
+        return [found[str(seed)] for seed in SEEDS if str(seed) in found]
+
+    @property
+    def reported(self) -> list[Row]:
+        """The rows of all reported seeds with the tuned learning rate; none, if one is missing."""
+        rows = self.at(self.lr)
+        return rows if len(rows) == len(SEEDS) else []
+
+    def values(self, column: str) -> list[float]:
+        """A figure of every reported seed; none, if a seed is missing."""
+        return numbers(self.reported, column)
+
+    def curves(self) -> list[list[float]]:
+        """The training loss of every reported seed over the parts of the run."""
+        curves = [[float(value) for value in row["curve"].split()] for row in self.reported]
+        return curves if all(curves) else []
+
+
+def numbers(rows: Iterable[Row], column: str) -> list[float]:
+    """A column of some rows; NaN where a run that diverged has no figure."""
+    return [float(row[column] or "nan") for row in rows]
+
+
+class Cells:
+    """Looks cells up by a run."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.cells: dict[tuple[str, ...], Cell] = {}
+        for row in rows:
+            self.cells.setdefault(tuple(row[name] for name in OPEN), Cell()).rows.append(row)
+
+    def __getitem__(self, run: Run) -> Cell:
+        """The cell of a run; an empty one, if the file has none."""
+        return self.cells.get(tuple(str(getattr(run, name)) for name in OPEN), Cell())
+
+
+def mean_and_deviation(values: Sequence[float], digits: int = 3) -> str:
+    """ "mean ± standard deviation"; a dash without values, "diverged" with an infinite one."""
+    if not values:
+        return "-"
+    if not all(map(math.isfinite, values)):
+        return "diverged"
+    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """a - b seed by seed: both saw the same examples in the same order, from the same start."""
+
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, a: Cell, b: Cell, column: str = "train_loss") -> Difference:
+        pairs = zip(a.values(column), b.values(column), strict=False)
+        return cls(tuple(x - y for x, y in pairs if math.isfinite(x - y)) if a.reported and b.reported else ())
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Whether the mean is more than 4.3 standard errors from 0: p < 0.05 in a paired t-test of three seeds."""
+        if len(self.values) < len(SEEDS):
+            return False
+        error = statistics.stdev(self.values) / math.sqrt(len(self.values))
+        return abs(statistics.fmean(self.values)) > T_QUANTILE * error
+
+    def __str__(self) -> str:
+        if len(self.values) < len(SEEDS):
+            return "-"
+        if not any(self.values):
+            return "0 (equal)"
+        text = f"{statistics.fmean(self.values):+.3f} ± {statistics.stdev(self.values):.3f}"
+        return f"**{text}**" if self.beyond_noise else text
