@@ -169,7 +169,7 @@ def as_markdown() -> str:
     parts = []
     for example, output in previews():
         command = shlex.join(["--dataset_name", *example.files, *example.flags])
-        parts.append(f"**{example.title}**: `{command}`\n\n```\n{output.rstrip()}\n```\n")
+        parts.append(f"**{example.title}**: `{command}`\n\n```text\n{output.rstrip()}\n```\n")
     return "\n".join(parts)
 
 
