@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import datasets
@@ -15,6 +16,8 @@ from launch.flags import RunArguments
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+NULL_FIRST = re.compile(rb"(\xef\xbb\xbf)?\s*\[?\s*null\b")
+HEAD_BYTES = 1 << 16
 EVAL_SPLITS = ("validation", "test", "dev", "train")
 
 
@@ -97,12 +100,25 @@ def _load_files(splits: dict[str, list[Path]], flag: str, name: str) -> DatasetD
     for file in files:
         if file.stat().st_size == 0:
             raise UserError(f"{flag} {file} is empty.")
+        if BUILDERS[file.suffix] == "json":
+            _refuse_null_rows(file, flag)
     try:
         return datasets.load_dataset(
             kinds.pop(), data_files={s: [str(f.absolute()) for f in group] for s, group in splits.items()}
         )
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise UserError(f"{flag} {name} could not be read: {_first_line(error.__cause__ or error)}") from error
+
+
+def _refuse_null_rows(file: Path, flag: str) -> None:
+    """pyarrow 26 crashes (SIGSEGV, so that nothing could be said) where the first row that it is given is null."""
+    with file.open("rb") as lines:
+        if NULL_FIRST.match(lines.read(HEAD_BYTES)):
+            raise UserError(f"{flag} {file}: its first row is null; remove it.")
+        lines.seek(0)
+        for number, line in enumerate(lines, 1) if file.suffix == ".jsonl" else ():
+            if line.strip() == b"null":
+                raise UserError(f"{flag} {file}: line {number} is null; remove it.")
 
 
 def load_splits(run: RunArguments, seed: int) -> tuple[Dataset, Dataset | None]:
