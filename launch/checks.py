@@ -6,6 +6,7 @@ import difflib
 import inspect
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from ds_moelora.core.pairs import GATE_SCALINGS
 from ds_moelora.parallel.checkpoint import check_checkpoint
 from ds_moelora.parallel.elastic import read_manifest
 from launch.arguments import Arguments
+from launch.bounds import check_bounds
+from launch.deepspeed_config import check_deepspeed_config
 from launch.errors import UserError, process_rank
 from launch.extensions import check_build_lock
 from launch.flags import RunArguments
@@ -46,7 +49,7 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
         UserError: no such file, not JSON (with line and column), or not an object.
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):  # not file.is_file(), which raises for a name that is too long for a path
         near = sorted(str(p) for p in file.parent.glob("*.json")) if file.parent.is_dir() else []
         found = f" That folder has: {', '.join(near)}." if near else ""
         raise UserError(f"--deepspeed {path}: there is no such file (working directory: {Path.cwd()}).{found}")
@@ -58,6 +61,8 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
         raise UserError(
             f"--deepspeed {path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}."
         ) from error
+    except RecursionError as error:
+        raise UserError(f"--deepspeed {path} is nested too deeply: {error}.") from error
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed {path} holds a JSON {type(config).__name__}; a config is an object {{...}}.")
     return config
@@ -90,12 +95,14 @@ def check_optimizer(arguments: Arguments) -> str:
                 '"optimizer": {"type": "GateRiemannianAdamW", "params": {"lr": "auto"}}, or pass --optim to accept '
                 "another one."
             )
+        check_deepspeed_config(path, config, arguments)
         return optim
     if optim is not None:
         raise UserError(f'--optim {optim} has no effect: {path} has an "optimizer" block. Remove one of the two.')
     if not isinstance(block, dict) or not isinstance(block.get("type"), str):
         raise UserError(f'{path}: "optimizer" must be an object with a "type", such as "GateRiemannianAdamW".')
     _check_optimizer_block(path, block)
+    check_deepspeed_config(path, config, arguments)
     return block["type"]
 
 
@@ -148,8 +155,7 @@ def check_output_dir(arguments: Arguments) -> None:
     """
     training = arguments.training
     output_dir = Path(training.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file; name a folder.")
+    _check_place(output_dir)
     training.resume_from_checkpoint = _find_checkpoint(training.resume_from_checkpoint, output_dir)
     if training.resume_from_checkpoint is not None:
         if arguments.run.overwrite_output_dir:
@@ -160,6 +166,19 @@ def check_output_dir(arguments: Arguments) -> None:
             f"--output_dir {output_dir} is not empty. Choose another folder, go on from its newest checkpoint with "
             "--resume_from_checkpoint true, or write over it with --overwrite_output_dir."
         )
+
+
+def _check_place(output_dir: Path) -> None:
+    """Whether a folder is there, or can be made."""
+    try:
+        output_dir.exists()
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: {error.strerror}; choose another name.") from error
+    nearest = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"--output_dir {output_dir}: {nearest} is a file; name a folder.")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"--output_dir {output_dir}: {nearest} cannot be written to; choose another folder.")
 
 
 def check_resumed_topology(arguments: Arguments) -> None:
@@ -295,10 +314,11 @@ def preflight(arguments: Arguments) -> str:
     """All checks of this module; returns the optimizer's name."""
     check_build_lock()
     check_numbers(arguments)
+    check_bounds(arguments.training)
     check_task(arguments)
     check_loss(arguments)
-    check_expert_parallel(arguments)
     name = check_optimizer(arguments)
+    check_expert_parallel(arguments)
     check_output_dir(arguments)
     check_resumed_topology(arguments)
     return name

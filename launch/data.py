@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -56,9 +57,10 @@ def load_rows(
 def _load(name: str, flag: str, config: str | None, pictures: bool) -> DatasetDict:
     """Every split of a dataset, wherever it is."""
     path = Path(name).expanduser()
-    if path.is_file():
+    # Not path.is_file(), which raises for a name that is too long for a path.
+    if os.path.isfile(path):
         return _load_files({"train": [path]}, flag, name)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _load_folder(path, flag, pictures)
     if path.suffix in BUILDERS or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise UserError(f"{flag} {name}: there is no such file or folder (working directory: {Path.cwd()}).")

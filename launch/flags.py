@@ -113,11 +113,18 @@ class _Deferred:
     `start()`, so that everything that can be wrong is found before any rank waits for another.
     """
 
+    def wants_bf16(self) -> bool:
+        """`--bf16`, or what it is by default.
+
+        TRL's own default is bf16 everywhere; transformers refuses that on a machine without an accelerator.
+        """
+        if self.bf16 is not None:
+            return self.bf16
+        return not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
     def start(self) -> None:
         """Completes the arguments; opens torch.distributed."""
-        if self.bf16 is None:
-            # TRL's own default is bf16 everywhere; transformers refuses that on a machine without an accelerator.
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        self.bf16 = self.wants_bf16()
         if not torch.accelerator.is_available():
             # Without it accelerate sees no backend for a CPU, and every rank would take itself for the only one.
             self.use_cpu = True

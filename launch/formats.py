@@ -35,6 +35,7 @@ TEXT_PAIRS = (
     ("question", "passage"),
 )
 LABEL_COLUMNS = ("label", "answer")
+TEXTS = (Value("string"), Value("large_string"))
 USABLE = "instruction + output (and input), prompt + completion, or messages"
 
 
@@ -65,6 +66,7 @@ def causal_rows(rows: Dataset, run: RunArguments, flag: str, has_chat_template: 
             "and this model's tokenizer has none. Pass --chat_template_path, or data with prompt and completion."
         )
     _refuse_missing(rows, needed, flag)
+    _refuse_other_types(rows, needed, flag)
     try:
         made = rows.map(convert, batched=True, remove_columns=rows.column_names, desc="Building prompts")
     except UserError as error:
@@ -77,7 +79,9 @@ def causal_rows(rows: Dataset, run: RunArguments, flag: str, has_chat_template: 
 def _renamed(rows: Dataset, run: RunArguments, flag: str) -> Dataset:
     """`rows` with the columns that flags name called instruction, input and output, and no others."""
     wishes = {"instruction": run.instruction_column, "input": run.input_column, "output": run.output_column}
-    named = {choose_column(rows, old, (), f"--{new}_column", flag): new for new, old in wishes.items() if old}
+    named = {
+        choose_column(rows, old, (), f"--{new}_column", flag): new for new, old in wishes.items() if old is not None
+    }
     if not named:
         return rows
     missing = {"instruction", "output"} - set(named.values())
@@ -132,7 +136,7 @@ def classification_texts(rows: Dataset, run: RunArguments, flag: str) -> Dataset
     label = choose_column(rows, run.label_column, LABEL_COLUMNS, "--label_column", flag)
     texts = (text, pair) if pair else (text,)
     for name in texts:
-        if rows.features[name] not in (Value("string"), Value("large_string")):
+        if rows.features[name] not in TEXTS:
             raise UserError(
                 f"{flag}: column {name!r} holds {rows.features[name]}, not text. Choose with --text_column."
             )
@@ -230,6 +234,22 @@ def _refuse_missing(rows: Dataset, columns: tuple[str, ...], flag: str) -> None:
                 f"{flag}: column {name!r} is empty in {len(empty)} of {len(rows)} rows, the first of them row "
                 f"{empty[0]} (counted from 0). Fill or remove these rows."
             )
+
+
+def _refuse_other_types(rows: Dataset, columns: tuple[str, ...], flag: str) -> None:
+    """Raises unless the columns of a causal-lm row hold text, or all of them lists of {"role", "content"}."""
+    optional = ("input",) if "instruction" in columns and "input" in rows.column_names else ()
+    for name in (*columns, *optional):
+        feature = rows.features[name]
+        message = getattr(feature, "feature", None) if columns != ("instruction", "output") else None
+        if isinstance(message, dict) and {"role", "content"} <= set(message):
+            continue
+        if "messages" in columns:
+            raise UserError(f'{flag}: column {name!r} holds {feature}, not lists of {{"role": ..., "content": ...}}.')
+        if feature not in TEXTS and not (name in optional and feature == Value("null")):
+            raise UserError(f"{flag}: column {name!r} holds {feature}, not text. Write the values as strings.")
+    if len({rows.features[name] in TEXTS for name in columns}) > 1:
+        raise UserError(f"{flag}: of {' and '.join(columns)}, one holds text and one messages; make both the same.")
 
 
 def _compile(pattern: str | None) -> re.Pattern[str] | None:

@@ -129,12 +129,6 @@ def start(arguments: Arguments) -> None:
         arguments.training.start()
     except ValueError as error:
         raise UserError(str(error)) from error
-    ds_config = getattr(arguments.training, "hf_deepspeed_config", None)
-    if ds_config is not None and ds_config.mismatches:
-        raise UserError(
-            f"{arguments.training.deepspeed} and the flags disagree: {'; '.join(ds_config.mismatches)}. "
-            'Write "auto" into the DeepSpeed config, or change the flag.'
-        )
     output_dir = Path(arguments.training.output_dir)
     if arguments.run.overwrite_output_dir and arguments.training.process_index == 0 and output_dir.is_dir():
         # A later --resume_from_checkpoint true would take the old run's checkpoints for this one's.

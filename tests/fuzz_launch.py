@@ -1,6 +1,6 @@
 """A fuzz of the launch configuration: every invalid draw ends in one clear error, and no valid one is refused.
 
-    python -m tests.fuzz_launch --draws 2000            # in this process, through the launcher's own main
+python -m tests.fuzz_launch --draws 2000            # in this process, through the launcher's own main
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ def fuzz(count: int, keep_going: bool = False) -> Figures:
         folder = Path(name)
         model = tiny_model(folder / "model")
 
-        @settings(max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(
+            max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+        )
         @given(draws(model, folder / "out"))
         def every_draw(draw: Draw) -> None:
             found = fault(draw, folder, figures)

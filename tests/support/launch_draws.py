@@ -5,6 +5,7 @@ A draw is a run that works, of which a few parts are redrawn; each redrawn part 
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from tests.launch_support import ROOT, alpaca_rows
 
 RANKS = 2
+VARIANTS = ("goat", "goat_mini", "pissa", "milora")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LAYERS = 2
 CONFIGS = ("zero1.json", "zero2.json", "zero2_adamw.json", "zero2_ep.json", "zero3.json")
@@ -107,7 +109,18 @@ SINGLE = {
     ),
     "rank_pattern": _one_of(
         ['{"q_proj": 3}', r'{".*layers\\.0.*": 2}', "{}"],
-        ["{", "[1]", "3", '"q"', "null]", '{"q_proj": 0}', '{"q_proj": 1.5}', '{"nowhere": 2}', '{"(": 2}', '{"q_proj": "2"}'],
+        [
+            "{",
+            "[1]",
+            "3",
+            '"q"',
+            "null]",
+            '{"q_proj": 0}',
+            '{"q_proj": 1.5}',
+            '{"nowhere": 2}',
+            '{"(": 2}',
+            '{"q_proj": "2"}',
+        ],
     ),
     "alpha_pattern": _one_of(['{"q_proj": 8}'], ['{"q_proj": -8}', '{"q_proj": NaN}', '{"q_proj": null}']),
     "modules_to_save": _one_of([["lm_head"]], [["nowhere"]]),
@@ -118,10 +131,10 @@ SINGLE = {
     "max_grad_norm": _number(0, 9, [-1]),
     "per_device_train_batch_size": _count(1, 4),
     "gradient_accumulation_steps": _count(1, 3),
-    "max_length": _count(128, 600),
+    "max_length": st.integers(300, 600).map(lambda v: (v, True)) | _one_of([], [0, -1, "long", 1.5]),
     "num_train_epochs": _number(0.5, 3, [0, -1]),
     "max_train_samples": _count(1, 20),
-    "seed": _one_of([0, 1, 2**31], [-1, "one", 2**70]),
+    "seed": _one_of([0, 1, 2**31], [-1, "one", 2**32, 2**70]),
     "lr_scheduler_type": _one_of(["linear", "cosine", "constant"], ["steep"]),
     "warmup_steps": _one_of([0, 3, 0.5], [-1, "some"]),
     "save_steps": _one_of([1, 0.5, 500], [0, -1, "often"]),
@@ -143,7 +156,9 @@ SINGLE = {
     "ep_dispatch": _one_of(["auto", "weights", "tokens"], ["both"]),
     "bf16": _one_of([False], ["perhaps"]),
     "report_to": _one_of(["tensorboard", "none"], ["telegram"]),
-    "output_dir": _one_of([], ["setup.py", "configs", "setup.py/x"]),
+    "output_dir": _one_of([], ["setup.py", "configs", "setup.py/x", "a" * 300]),
+    "deepspeed": _one_of([], ["nowhere.json", "configs", "a" * 300, "setup.py"]),
+    "config": _one_of([], ["nowhere.yaml", "configs", "a" * 300]),
 }
 
 
@@ -174,16 +189,26 @@ CONFIG_KEYS = {
     "optimizer.params.damping": _one_of([], ["auto", -1, "x", None, [1]]),
     "optimizer.params.no_such": _one_of([], [1]),
     "optimizer.params.weight_decay": _one_of(["auto"], [-1, "x", [0]]),
-    "train_batch_size": _one_of(["auto"], [3, 0, -2, "all", None, 2.5]),
+    "train_batch_size": _one_of(["auto"], [3, 0, -2, "all", 2.5]),
     "train_micro_batch_size_per_gpu": _one_of(["auto"], [0, 77, "x", [1]]),
     "gradient_accumulation_steps": _one_of(["auto"], [0, 77, "x"]),
     "gradient_clipping": _one_of(["auto", 1.0], [-1, "x", [1]]),
     "steps_per_print": _one_of([10], ["x"]),
-    "fp16": _one_of([{"enabled": False}, {"enabled": "auto"}], [{"enabled": "perhaps"}, 3, "on", {"enabled": True, "loss_scale": "x"}]),
+    "fp16": _one_of(
+        [{"enabled": False}, {"enabled": "auto"}],
+        [{"enabled": "perhaps"}, 3, "on", {"enabled": True, "loss_scale": "x"}],
+    ),
     "bf16": _one_of([{"enabled": False}], [[], {"enabled": []}]),
     "scheduler": _one_of(
         [{"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_max_lr": "auto"}}],
-        [{"type": "Warmup"}, 3, {"type": None}, {"params": {}}, {"type": "WarmupLR", "params": {"warmup": 1}}, {"type": "WarmupLR", "params": 3}],
+        [
+            {"type": "Warmup"},
+            3,
+            {"type": None},
+            {"params": {}},
+            {"type": "WarmupLR", "params": {"warmup": 1}},
+            {"type": "WarmupLR", "params": 3},
+        ],
     ),
     "checkpoint": _one_of([{}], [3, {"tag_validation": "Never"}]),
     "activation_checkpointing": _one_of([{"partition_activations": False}], [3]),
@@ -194,7 +219,21 @@ CONFIG_KEYS = {
     "elasticity": _one_of([{"enabled": False}], [{"enabled": True}, 3]),
     "flops_profiler": _one_of([{"enabled": False}], [3, {"enabled": "x"}]),
 }
-CONFIG_TEXTS = ["", "{", "[]", "null", "3", '"zero2"', "{}", "{'a': 1}", '{"a": 1,}', "\x00", "{" * 5000, '{"a":' * 3000, b"\xff\xfe{}"]
+CONFIG_TEXTS = [
+    "",
+    "{",
+    "[]",
+    "null",
+    "3",
+    '"zero2"',
+    "{}",
+    "{'a': 1}",
+    '{"a": 1,}',
+    "\x00",
+    "{" * 5000,
+    '{"a":' * 3000,
+    b"\xff\xfe{}",
+]
 
 
 def _with_key(config: dict[str, Any], path: str, value: Any) -> None:
@@ -206,7 +245,7 @@ def _with_key(config: dict[str, Any], path: str, value: Any) -> None:
     if value is REMOVED:
         config.pop(last, None)
     else:
-        config[last] = value
+        config[last] = copy.deepcopy(value)
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -289,12 +328,12 @@ RECIPE_KEYS = {
     "dataset_name": _one_of([], [3, ["a", "b"], {"train": "a"}]),
     "task": _one_of(["causal-lm"], [3, ["causal-lm"], {"a": 1}]),
     "deepspeed": _one_of([], [3, True, []]),
-    "output_dir": _one_of([], [3, [], {}]),
+    "output_dir": _one_of([], [["a", "b"]]),
     "resume_from_checkpoint": _one_of([False, None], [True, 3, []]),
     "eval_fraction": _one_of([0.5], [[], "x"]),
     "svd_cache_dir": _one_of([], [3, True]),
     "no_such_key": _one_of([], [1]),
-    "env": _one_of([{}], [3, ["A=1"]]),
+    "env": _one_of([], [{}, {"A": "1"}, 3, ["A=1"]]),
 }
 RECIPE_TEXTS: list[str | bytes] = [
     "",
@@ -398,16 +437,22 @@ def _check_together(made: Draw) -> None:
         return
     experts, top_k, ep_size = made.value("num_experts", 8), made.value("top_k", 2), made.value("ep_size", 1)
     here = "q_proj" in _targets(made.value("target_modules", LINEARS))
-    tables = {name: made.table(name) for name in ("rank_pattern", "alpha_pattern", "num_experts_pattern", "top_k_pattern")}
+    tables = {
+        name: made.table(name) for name in ("rank_pattern", "alpha_pattern", "num_experts_pattern", "top_k_pattern")
+    }
     widest = tables["num_experts_pattern"].get("q_proj", experts)
     stage = made.config.get("zero_optimization", {}).get("stage", 0)
     rows = min(made.data[1].count("\n"), made.value("max_train_samples", 99))
     share = float(made.value("eval_fraction", 0))
+    segment = 32 // experts  # singular values of a 32 x 32 weight per expert
     together = {
+        "r above the singular values of an expert": str(made.value("init_lora_weights", "true")) in VARIANTS
+        and made.value("r", 8) > segment,
         "top_k > num_experts": top_k > experts or top_k > widest,
         "top_k_pattern > num_experts": tables["top_k_pattern"].get("q_proj", 1) > widest,
         "a pattern for q_proj, which is not adapted": not here and any("q_proj" in table for table in tables.values()),
-        f"ep_size {ep_size} on {RANKS} ranks": ep_size < 1 or bool(experts % ep_size or widest % ep_size or RANKS % ep_size),
+        f"ep_size {ep_size} on {RANKS} ranks": ep_size < 1
+        or bool(experts % ep_size or widest % ep_size or RANKS % ep_size),
         f"ep_size {ep_size} at stage 3": ep_size > 1 and stage == 3,
         "eval_fraction leaves no rows": share > 0 and not 1 <= round(rows * share) < rows,
     }
