@@ -25,6 +25,7 @@ from launch.deepspeed_config import check_deepspeed_config
 from launch.errors import UserError, process_rank
 from launch.extensions import check_build_lock
 from launch.flags import RunArguments
+from launch.trusted import check_trusted
 
 # The keys that transformers fills in; "auto" anywhere else would reach the optimizer as a string.
 AUTO_KEYS = ("lr", "betas", "eps", "weight_decay")
@@ -320,5 +321,6 @@ def preflight(arguments: Arguments) -> str:
     name = check_optimizer(arguments)
     check_expert_parallel(arguments)
     check_output_dir(arguments)
+    check_trusted(arguments)
     check_resumed_topology(arguments)
     return name

@@ -1,8 +1,8 @@
 """What DeepSpeed's own code says of a DeepSpeed config, asked before any rank waits for another.
 
 DeepSpeed parses its config when the engine is built, with the model loaded and the ranks connected; what it does not
-parse (the parameters of optimizers and schedulers) fails later still. Here the config is filled in and parsed as it will
-be then, and the optimizer and the scheduler are built once on a parameter of a few elements.
+parse (the parameters of optimizers and schedulers) fails later still. Here the config is filled in and parsed as it
+will be then, and the optimizer and the scheduler are built once on a parameter of a few elements.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def _filled(path: str, config: dict[str, Any], training: Any) -> dict[str, Any]:
     return filled
 
 
-def _try_optimizer(type: str, params: dict[str, Any] | None = None, **_: Any) -> torch.optim.Optimizer:  # noqa: A002
-    """An optimizer of that name on one pair of 2 x 2 factors; for DeepSpeed's own ones, a stand-in that checks alike."""
+def _try_optimizer(type: str, params: dict[str, Any] | None = None, **_: Any) -> torch.optim.Optimizer:
+    """An optimizer of that name, or a stand-in for DeepSpeed's own ones that checks alike, on one pair of factors."""
     factors = [nn.Parameter(torch.zeros(1, 2, 2)) for _ in range(2)]
     tag_pair(LoraPair("the config's optimizer", num_experts=1, rank=2), *factors)
     given = params or {}
@@ -139,7 +139,7 @@ def _try_optimizer(type: str, params: dict[str, Any] | None = None, **_: Any) ->
 
 def _try_scheduler(
     optimizer: torch.optim.Optimizer,
-    type: str | None = None,  # noqa: A002
+    type: str | None = None,
     params: dict[str, Any] | None = None,
 ) -> None:
     """A scheduler of that name, found as DeepSpeed finds it."""

@@ -62,6 +62,9 @@ class RunArguments:
     image_column: str | None = _flag(None, "Images: the column with the pictures. Default: image, img or picture.")
     label_column: str | None = _flag(None, "Classification: the column with the label. Default: label or answer.")
     overwrite_output_dir: bool = _flag(False, "Accept a non-empty output_dir; its old checkpoints are removed.")
+    unsafe_checkpoints: bool = _flag(
+        False, "Resume from files that hold Python objects, whose code is run. Only for checkpoints of your own."
+    )
     show_traceback: bool = _flag(False, "Show the traceback of errors that are otherwise one message.")
 
 

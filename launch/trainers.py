@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from transformers import (
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from trl import SFTTrainer
 
-from ds_moelora import load_elastic, save_elastic
+from ds_moelora import data_only, load_elastic, save_elastic
 from ds_moelora.adapters import append_experts, sharded_experts, without_experts
 from ds_moelora.parallel.elastic import read_manifest, topology_changes, why_not_elastic
 from launch import images
@@ -45,6 +46,7 @@ class GatheringTrainer(Trainer):
     """
 
     saves_elastic = False
+    unsafe_checkpoints = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -87,7 +89,8 @@ class GatheringTrainer(Trainer):
         elastic = Path(checkpoint) / ELASTIC
         changes = topology_changes(self.deepspeed, elastic) if elastic.is_dir() else []
         if not changes:
-            deepspeed_load_checkpoint(self.deepspeed, checkpoint, load_module_strict=False)
+            with nullcontext() if self.unsafe_checkpoints else data_only():
+                deepspeed_load_checkpoint(self.deepspeed, checkpoint, load_module_strict=False)
             return
         batches = read_manifest(elastic)["train_batch_size"], self.deepspeed.train_batch_size()
         if batches[0] != batches[1]:
@@ -203,6 +206,7 @@ def build_trainer(
         # transformers takes any forward with **kwargs for one that divides its loss by num_items_in_batch, and then
         # does not divide by the accumulation steps; classification heads return a plain mean.
         trainer.model_accepts_loss_kwargs = False
+    trainer.unsafe_checkpoints = arguments.run.unsafe_checkpoints
     for callback in callbacks:
         if isinstance(callback, OptimizerGuard):
             callback.trainer = trainer

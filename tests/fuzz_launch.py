@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 import traceback
@@ -21,11 +22,11 @@ from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 
 from launch import modeling, train
 from launch.errors import UserError
-from tests.launch_support import tiny_model
+from tests.launch_support import launch, tiny_model
 from tests.support.launch_draws import RANKS, Draw, draws
 
 LIMIT_SECONDS = 20
@@ -128,15 +129,64 @@ def fuzz(count: int, keep_going: bool = False) -> Figures:
     return figures
 
 
-def main() -> None:
+def fuzz_processes(count: int) -> Figures:
+    """The first `count` invalid draws that differ in what is wrong with them, each on real ranks.
+
+    Raises:
+        AssertionError: a rank without its one line, a traceback, exit code 0, more than `LIMIT_SECONDS`, or a process
+            that is left.
+    """
+    figures, chosen = Figures(), {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = tiny_model(folder / "model")
+
+        @settings(max_examples=40 * count, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
+        @given(draws(model, folder / "out"))
+        def collect(draw: Draw) -> None:
+            if draw.wrong:
+                chosen.setdefault(next(iter(draw.wrong)).split()[0], draw)
+
+        collect()
+        for draw in list(chosen.values())[:count]:
+            finished = launch(draw.write(folder), ranks=RANKS, timeout=10 * LIMIT_SECONDS)
+            figures.draws += 1
+            figures.invalid += 1
+            figures.seconds.append(finished.seconds)
+            lines = [line for line in finished.output.splitlines() if "] error: " in line]
+            assert finished.code != 0, f"{draw.wrong}: exit code 0"
+            assert sorted(line[: len("[rank 0]")] for line in lines) == [f"[rank {rank}]" for rank in range(RANKS)], (
+                f"{draw.wrong}:\n{finished.output[-3000:]}"
+            )
+            assert "Traceback" not in finished.output, f"{draw.wrong}:\n{finished.output[-3000:]}"
+            assert not running_with(str(folder)), f"{draw.wrong}: left {running_with(str(folder))}"
+    return figures
+
+
+def running_with(text: str) -> list[str]:
+    """Command lines of other processes on this machine that have `text` in them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue  # it has ended
+        if text in line and path.parent.name != str(os.getpid()):
+            found.append(line)
+    return found
+
+
+def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--draws", type=int, default=2000)
+    parser.add_argument("--real", type=int, default=0, help="So many draws on real ranks instead.")
     options = parser.parse_args()
-    figures = fuzz(options.draws, keep_going=True)
+    figures = fuzz_processes(options.real) if options.real else fuzz(options.draws, keep_going=True)
     for text, count in figures.faults.most_common():
         print(count, text)
     print(figures.line())
+    return 1 if figures.faults else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
