@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
+from transformers import CONFIG_MAPPING
 from transformers.trainer_pt_utils import safe_globals
 
 from ds_moelora.parallel.data_only import check_data_only
@@ -18,7 +21,9 @@ def check_trusted(arguments: Arguments) -> None:
         UserError: naming the file, and the flag that would accept it if there is one.
     """
     _check_checkpoint(arguments)
-    _check_model(arguments.run.model_name_or_path)
+    name = arguments.run.model_name_or_path
+    if name is not None and os.path.isdir(name):
+        _check_model(Path(name), arguments.training.trust_remote_code)
 
 
 def _check_checkpoint(arguments: Arguments) -> None:
@@ -39,12 +44,27 @@ def _check_checkpoint(arguments: Arguments) -> None:
         ) from error
 
 
-def _check_model(name: str | None) -> None:
-    """Weights in torch's format, which transformers and PEFT read where there are no safetensors."""
-    folder = Path(name or "")
-    if name is None or not folder.is_dir() or any(folder.glob("*.safetensors")):
+def _check_model(folder: Path, trusted: bool) -> None:
+    """Code of the model's own, and weights in torch's format, which transformers reads where there are no safetensors."""
+    if not trusted and (code := _own_code(folder)):
+        raise UserError(
+            f"--model_name_or_path {folder} is a model that transformers does not know, with code of its own "
+            f"({code}), which is not run unasked. Read that code, and pass --trust_remote_code if you trust it."
+        )
+    if any(folder.glob("*.safetensors")):
         return
     try:
         check_data_only(folder)
     except ValueError as error:
         raise UserError(f"--model_name_or_path: {error} Use a model with safetensors.") from error
+
+
+def _own_code(folder: Path) -> str | None:
+    """Where a model's config takes its class from, if transformers has none for it."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None  # said by transformers
+    if not isinstance(config, dict) or "auto_map" not in config or config.get("model_type") in CONFIG_MAPPING:
+        return None
+    return str(config["auto_map"])

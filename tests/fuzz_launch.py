@@ -1,6 +1,9 @@
 """A fuzz of the launch configuration: every invalid draw ends in one clear error, and no valid one is refused.
 
-python -m tests.fuzz_launch --draws 2000            # in this process, through the launcher's own main
+    python -m tests.fuzz_launch --draws 2000        # in this process, rank after rank, through the launcher's own main
+    python -m tests.fuzz_launch --real 10           # invalid draws through `deepspeed --num_gpus 2 launch/train.py`
+
+The draws are the same every time. A fault is a draw that is answered otherwise: each is printed, and the exit code is 1.
 """
 
 from __future__ import annotations

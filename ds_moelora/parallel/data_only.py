@@ -49,7 +49,7 @@ def data_only() -> Iterator[None]:
         except pickle.UnpicklingError as error:
             raise ValueError(f"{f} holds more than data, and was not loaded ({_reason(error)}).") from error
 
-    torch.load = load  # type: ignore[assignment]
+    torch.load = load
     try:
         with torch.serialization.safe_globals(_classes()):
             yield
