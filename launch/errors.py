@@ -17,6 +17,8 @@ EXIT_USAGE = 2
 # A launcher kills the other ranks as soon as it sees one end. Ranks start within about a second of each other, so that
 # a moment's wait lets each of them print its own verdict.
 GRACE_SECONDS = 2.0
+# DeepSpeed's and torch's.
+MASTER_PORT = "29500"
 
 
 class UserError(ValueError):
@@ -27,13 +29,19 @@ class UsageError(UserError):
     """A wrong flag, or a wrong combination of flags."""
 
 
+# Who starts processes, and the variables in which it tells each its rank, the number of ranks and the rank on its own
+# machine. Slurm's batch script has SLURM_PROCID and SLURM_NTASKS too; the number of a step's tasks, srun's alone have.
+LAUNCHER_VARIABLES = {
+    "torch": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    "Slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+}
+
+
 def process_rank() -> tuple[int, int]:
     """(rank, world size) of this process as its launcher told it through the environment; (0, 1) without a launcher."""
-    for rank, world in (
-        ("RANK", "WORLD_SIZE"),
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-        ("PMI_RANK", "PMI_SIZE"),
-    ):
+    for rank, world, _ in LAUNCHER_VARIABLES.values():
         if rank in os.environ and world in os.environ:
             return int(os.environ[rank]), int(os.environ[world])
     return 0, 1
@@ -41,10 +49,32 @@ def process_rank() -> tuple[int, int]:
 
 def local_rank() -> int:
     """This process's number on its own machine; 0 without a launcher."""
-    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"):
-        if name in os.environ:
-            return int(os.environ[name])
+    for _, _, local in LAUNCHER_VARIABLES.values():
+        if local in os.environ:
+            return int(os.environ[local])
     return 0
+
+
+def adopt_rank() -> None:
+    """Puts what another launcher said into torch's variables, where rank 0's address is known.
+
+    Open MPI's and MPICH's ranks without MASTER_ADDR are left to DeepSpeed's discovery through mpi4py.
+
+    Raises:
+        UserError: srun's ranks, whom nobody has told that address.
+    """
+    launcher = next((name for name, names in LAUNCHER_VARIABLES.items() if {*names[:2]} <= {*os.environ}), None)
+    if launcher in (None, "torch"):
+        return
+    if "MASTER_ADDR" in os.environ:
+        rank, world = process_rank()
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank()))
+        os.environ.setdefault("MASTER_PORT", MASTER_PORT)
+    elif launcher == "Slurm":
+        raise UserError(
+            "srun started this process, and MASTER_ADDR is not set: export MASTER_ADDR=<first host> (and MASTER_PORT) "
+            "before srun, as launch/slurm.sbatch does."
+        )
 
 
 def describe(error: BaseException, debug: bool) -> str:

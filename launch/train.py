@@ -37,7 +37,7 @@ import ds_moelora  # noqa: F401  (registers the optimizers and the tuner)
 from launch import checks, demo, formats, images, modeling, report, trainers
 from launch.arguments import Arguments, parse_arguments
 from launch.data import load_splits
-from launch.errors import UserError, process_rank, run_guarded
+from launch.errors import MASTER_PORT, UserError, adopt_rank, process_rank, run_guarded
 from launch.extensions import find_free_port, load_collectives, unlink_buffers
 
 
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     Raises:
         UserError: something that the caller can put right; raised before a model is loaded where that is possible.
     """
+    adopt_rank()
     quieten()
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv, demo.DEFAULTS)
     optimizer = checks.preflight(arguments)
@@ -123,7 +124,10 @@ def start(arguments: Arguments) -> None:
     if arguments.training.deepspeed or process_rank()[1] > 1:
         load_collectives()
         # Before transformers does: it reads the launcher's environment alone, while DeepSpeed also asks MPI.
-        deepspeed.init_distributed(timeout=timedelta(seconds=arguments.training.ddp_timeout))
+        deepspeed.init_distributed(
+            timeout=timedelta(seconds=arguments.training.ddp_timeout),
+            distributed_port=int(os.environ.get("MASTER_PORT", MASTER_PORT)),  # for MPI's ranks, whom nobody told
+        )
         unlink_buffers()
     try:
         arguments.training.start()

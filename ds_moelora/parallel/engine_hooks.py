@@ -16,6 +16,8 @@ Seen on DeepSpeed 0.19.8:
 from __future__ import annotations
 
 import functools
+import logging
+import socket
 from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
@@ -26,6 +28,9 @@ import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
 
+from .nodes import explain_split
+
+logger = logging.getLogger("ds_moelora")
 _MARK = "_ds_moelora_adapted"
 TESTED_VERSIONS = "0.19.8"
 
@@ -74,8 +79,21 @@ def expert_data_group(name: str) -> dist.ProcessGroup:
 
 def create_groups(ep_size: int, data_before_expert: bool) -> None:
     """Creates DeepSpeed's expert-parallel and expert-data-parallel groups, unless they are there."""
-    if expert_group(f"ep_size_{ep_size}") is None:
+    name = f"ep_size_{ep_size}"
+    if expert_group(name) is None:
         groups._create_expert_and_data_parallel(ep_size, use_data_before_expert_parallel_=data_before_expert)
+        _look_at_nodes(expert_group(name), data_before_expert)
+
+
+def _look_at_nodes(group: dist.ProcessGroup | None, data_before_expert: bool) -> None:
+    """Warns, on rank 0, of groups that lie on several nodes without need."""
+    assert group is not None
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (socket.gethostname(), dist.get_process_group_ranks(group)))
+    members = sorted({tuple(ranks) for _, ranks in found})
+    message = explain_split(members, [node for node, _ in found], data_before_expert)
+    if message and dist.get_rank() == 0:
+        logger.warning(message)
 
 
 def _has_shards(model: torch.nn.Module) -> bool:

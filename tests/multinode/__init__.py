@@ -1,0 +1,1 @@
+"""Two hosts on one machine, and runs on both (`make test-multinode`)."""

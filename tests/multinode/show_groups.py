@@ -1,0 +1,22 @@
+"""Prints, on every rank, where it is and with whom it shares experts, for ep_size 2 in both orders of DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+import deepspeed
+import torch.distributed as dist
+
+from ds_moelora.parallel.engine_hooks import create_groups, expert_group
+from launch.errors import adopt_rank
+
+adopt_rank()
+deepspeed.init_distributed(verbose=False)
+data_before_expert = "--data_before_expert" in sys.argv
+create_groups(2, data_before_expert)
+members = dist.get_process_group_ranks(expert_group("ep_size_2"))
+print(f"rank {dist.get_rank()} {socket.gethostname()} {os.environ['LOCAL_RANK']} {members}", flush=True)
+dist.barrier()
+dist.destroy_process_group()
