@@ -5,6 +5,7 @@ Importing the package registers the optimizers with DeepSpeed and the tuner with
 
 from .adapters import MoELoRAConfig, MoELoRAModel, gather_experts, save_without_residual, tag_lora_pairs
 from .optim import GateRiemannianAdamW, GateRiemannianSGD
+from .parallel.data_only import check_data_only, data_only
 from .parallel.elastic import load_elastic, save_elastic
 from .plugin import register
 
@@ -16,6 +17,8 @@ __all__ = [
     "MoELoRAConfig",
     "MoELoRAModel",
     "__version__",
+    "check_data_only",
+    "data_only",
     "gather_experts",
     "load_elastic",
     "register",

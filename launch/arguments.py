@@ -8,7 +8,10 @@ command line wins.
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -79,12 +82,14 @@ def parse_arguments(argv: Sequence[str], demo_defaults: dict[str, Any]) -> Argum
     parser = _Parser(
         (RunArguments, AdapterArguments, ScoringArguments, training_class), prog="launch/train.py", allow_abbrev=False
     )
-    known = {action.dest for action in parser._actions} - {"help"} | {"config", "env"}
+    known = {action.dest for action in parser._actions} - {"help"} | {"config"}
     _refuse_unknown(recipe, known, "recipe key")
     if demo:
         parser.set_defaults_with_config(**demo_defaults)
     try:
-        *parsed, rest = parser.parse_args_and_config(args=argv, return_remaining_strings=True)
+        # The recipe first: of two values the command line's, the later one, wins.
+        words = [*_as_words(recipe, parser), *_without_config(argv)]
+        *parsed, rest = parser.parse_args_into_dataclasses(args=words, return_remaining_strings=True)
     except UserError:
         raise
     except (ValueError, TypeError) as error:
@@ -161,7 +166,7 @@ def _peek(argv: Sequence[str], recipe: dict[str, Any], name: str) -> str | None:
                 return argv[position + 1]
             if word.startswith(spelling + "="):
                 return word.split("=", 1)[1]
-    return recipe.get(name)
+    return None if recipe.get(name) is None else str(recipe[name])
 
 
 def _read_recipe(argv: Sequence[str]) -> dict[str, Any]:
@@ -172,22 +177,48 @@ def _read_recipe(argv: Sequence[str]) -> dict[str, Any]:
     if position == len(argv):
         raise UsageError("--config needs the path of a YAML file.")
     path = Path(argv[position])
-    if not path.is_file():
+    if not os.path.isfile(path):  # not path.is_file(), which raises for a name that is too long for a path
         raise UserError(f"--config {path}: there is no such file (working directory: {Path.cwd()}).")
     try:
         recipe = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not text, or no such day as 2001-02-30
         raise UserError(f"--config {path} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path} holds {type(recipe).__name__}; write one `flag: value` per line.")
     return recipe
 
 
+def _without_config(argv: Sequence[str]) -> list[str]:
+    """The command line without `--config` and its file."""
+    position = list(argv).index("--config") if "--config" in argv else len(argv)
+    return [*argv[:position], *argv[position + 2 :]]
+
+
+def _as_words(recipe: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
+    """A recipe as the command line would say it, so that both are read, and refused, in the same way.
+
+    Raises:
+        UsageError: a list for a flag that takes one value.
+    """
+    lists = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
+    words = []
+    for name, value in recipe.items():
+        if value is None:
+            continue
+        if not isinstance(value, list):
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict | bool) else value}")
+        elif name.replace("-", "_") in lists:
+            words += [f"--{name}", *map(str, value)]
+        else:
+            raise UsageError(f"recipe key {name!r} is a list, {value!r}, but takes one value.")
+    return words
+
+
 def _refuse_unknown(names: Any, known: set[str], what: str, unless_empty: Sequence[str] | None = None) -> None:
     """Raises for the first name that no flag has, with the flags that look like it."""
     if unless_empty is not None and not unless_empty:
         return
-    for name in names:
+    for name in map(str, names):
         if name.replace("-", "_") in known:
             continue
         near = difflib.get_close_matches(name.replace("-", "_"), known, n=3)

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from datasets import IterableDataset
+from datasets import IterableDataset, Value
 from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from trl import maybe_convert_to_chatml
 
-from launch.columns import Rows, choose_column, column_names, refuse_missing, shown
+from launch.columns import TEXTS, Rows, choose_column, column_names, refuse_missing, shown
 from launch.errors import UserError
-from launch.flags import RunArguments
+from launch.flags import DataArguments
 
 # The wording of Stanford Alpaca (Taori et al., 2023), which most instruction data sets were made for.
 ALPACA_WITH_INPUT = (
@@ -32,6 +32,8 @@ ALPACA_WITHOUT_INPUT = (
 # Columns of every layout, in the order in which they are looked for, and those that a row need not have.
 LAYOUTS = (("prompt", "completion"), ("messages",), ("conversations",), ("instruction", "output", "input"), ("text",))
 OPTIONAL = ("input",)
+CHATML = ("role", "content")
+MESSAGE_FIELDS = {"prompt": CHATML, "completion": CHATML, "messages": CHATML, "conversations": ("from", "value")}
 FORMATS = ("prompt_format", "completion_format")
 FORMATTED = "formatted"  # by --prompt_format and --completion_format
 USABLE = "instruction + output (and input), prompt + completion, messages, conversations, or text"
@@ -42,7 +44,7 @@ Pair = tuple[Any, Any]  # prompt and completion
 
 
 def causal_rows(
-    rows: Rows, run: RunArguments, flag: str, has_chat_template: bool, keep: str | None = None, as_chat: bool = False
+    rows: Rows, run: DataArguments, flag: str, has_chat_template: bool, keep: str | None = None, as_chat: bool = False
 ) -> Rows:
     """`rows` as prompt and completion.
 
@@ -71,6 +73,7 @@ def causal_rows(
         rows = rows.filter(lambda row: bool(row["text"] and row["text"].strip()))
     elif kind != FORMATTED:
         rows = refuse_missing(rows, tuple(name for name in layout if name not in OPTIONAL), flag)
+    _refuse_other_types(rows, layout, flag)
     pairs_of = _pairs(kind, run, is_chat)
 
     def convert(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -94,7 +97,7 @@ def causal_rows(
     return made
 
 
-def _layout(rows: Rows, run: RunArguments, flag: str, keep: str | None) -> tuple[Rows, tuple[str, ...]]:
+def _layout(rows: Rows, run: DataArguments, flag: str, keep: str | None) -> tuple[Rows, tuple[str, ...]]:
     """`rows` with their layout's own names for columns, and the layout."""
     if run.prompt_format or run.completion_format:
         for name in FORMATS:
@@ -112,7 +115,29 @@ def _layout(rows: Rows, run: RunArguments, flag: str, keep: str | None) -> tuple
     return rows, layout
 
 
-def _renamed(rows: Rows, run: RunArguments, flag: str, keep: str | None) -> Rows:
+def _refuse_other_types(rows: Rows, layout: tuple[str, ...], flag: str) -> None:
+    """Raises unless columns hold text, or messages where a layout has them; a stream may not know its types."""
+    if rows.features is None or layout[0] == FORMATTED:
+        return
+    present = [name for name in layout if name in rows.features]
+    is_text = {}
+    for name in present:
+        feature = rows.features[name]
+        message = getattr(feature, "feature", None)
+        fields = MESSAGE_FIELDS.get(name)
+        is_text[name] = feature in TEXTS
+        if fields is not None and isinstance(message, dict) and set(fields) <= set(message):
+            continue
+        if name in ("messages", "conversations"):
+            shape = ", ".join(f'"{field}": ...' for field in fields or ())
+            raise UserError(f"{flag}: column {name!r} holds {feature}, not lists of {{{shape}}}.")
+        if not is_text[name] and not (name in OPTIONAL and feature == Value("null")):
+            raise UserError(f"{flag}: column {name!r} holds {feature}, not text. Write the values as strings.")
+    if layout[0] == "prompt" and is_text["prompt"] != is_text["completion"]:
+        raise UserError(f"{flag}: of prompt and completion, one holds text and one messages; make both the same.")
+
+
+def _renamed(rows: Rows, run: DataArguments, flag: str, keep: str | None) -> Rows:
     """`rows` with the columns that flags name called as their layout calls them, and no others but `keep`."""
     wishes = {name: getattr(run, f"{name}_column", None) for layout in LAYOUTS for name in layout}
     named = {choose_column(rows, old, (), f"--{new}_column", flag): new for new, old in wishes.items() if old}
@@ -129,7 +154,7 @@ def _renamed(rows: Rows, run: RunArguments, flag: str, keep: str | None) -> Rows
     return kept.rename_columns({old: new for old, new in named.items() if old != new})
 
 
-def _is_chat(rows: Rows, kind: str, run: RunArguments) -> bool:
+def _is_chat(rows: Rows, kind: str, run: DataArguments) -> bool:
     if kind == "prompt":
         return not isinstance(next(iter(rows))["prompt"], str)
     return kind in ("messages", "conversations") or (kind == "instruction" and run.prompt_template == "chat")
@@ -139,7 +164,7 @@ def _chat(role: str, content: Any) -> Any:
     return content if isinstance(content, list) else [{"role": role, "content": content}]
 
 
-def _pairs(kind: str, run: RunArguments, is_chat: bool) -> Callable[[Row], Iterable[Pair]]:
+def _pairs(kind: str, run: DataArguments, is_chat: bool) -> Callable[[Row], Iterable[Pair]]:
     """What makes prompts and completions of one row."""
     if kind == "prompt":
         return lambda row: [(row["prompt"], row["completion"])]
@@ -171,7 +196,7 @@ def _alpaca(row: Row, template: str) -> Pair:
     return (_chat("user", text), _chat("assistant", output)) if template == "chat" else (f"{text}\n", output)
 
 
-def _template(run: RunArguments, name: str) -> Callable[[Row], str]:
+def _template(run: DataArguments, name: str) -> Callable[[Row], str]:
     """The Jinja template in flag `name` as a function of a row."""
     text = getattr(run, name)
     template = TEMPLATES.from_string(text)

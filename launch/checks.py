@@ -6,6 +6,7 @@ import difflib
 import inspect
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from ds_moelora.core.expert_parallel import check_ep_size
 from ds_moelora.core.pairs import GATE_SCALINGS
 from launch.arguments import Arguments
+from launch.bounds import check_bounds
 from launch.data_checks import check_data
+from launch.deepspeed_config import check_deepspeed_config
 from launch.errors import UserError, process_rank
 from launch.extensions import check_build_lock
 from launch.flags import LANGUAGE, RunArguments
-from launch.quantization import check_4bit
 from launch.resume import check_output_dir
+from launch.trusted import check_trusted
 
 # The keys that transformers fills in; "auto" anywhere else would reach the optimizer as a string.
 AUTO_KEYS = ("lr", "betas", "eps", "weight_decay")
@@ -49,7 +52,7 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
         UserError: no such file, not JSON (with line and column), or not an object.
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):  # not file.is_file(), which raises for a name that is too long for a path
         near = sorted(str(p) for p in file.parent.glob("*.json")) if file.parent.is_dir() else []
         found = f" That folder has: {', '.join(near)}." if near else ""
         raise UserError(f"--deepspeed {path}: there is no such file (working directory: {Path.cwd()}).{found}")
@@ -61,6 +64,8 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
         raise UserError(
             f"--deepspeed {path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}."
         ) from error
+    except RecursionError as error:
+        raise UserError(f"--deepspeed {path} is nested too deeply: {error}.") from error
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed {path} holds a JSON {type(config).__name__}; a config is an object {{...}}.")
     return config
@@ -93,12 +98,14 @@ def check_optimizer(arguments: Arguments) -> str:
                 '"optimizer": {"type": "GateRiemannianAdamW", "params": {"lr": "auto"}}, or pass --optim to accept '
                 "another one."
             )
+        check_deepspeed_config(path, config, arguments)
         return optim
     if optim is not None:
         raise UserError(f'--optim {optim} has no effect: {path} has an "optimizer" block. Remove one of the two.')
     if not isinstance(block, dict) or not isinstance(block.get("type"), str):
         raise UserError(f'{path}: "optimizer" must be an object with a "type", such as "GateRiemannianAdamW".')
     _check_optimizer_block(path, block)
+    check_deepspeed_config(path, config, arguments)
     return block["type"]
 
 
@@ -229,11 +236,12 @@ def preflight(arguments: Arguments) -> str:
     """All checks before torch.distributed opens; returns the optimizer's name."""
     check_build_lock()
     check_numbers(arguments)
+    check_bounds(arguments.training)
     check_task(arguments)
     check_data(arguments)
     check_loss(arguments)
-    check_expert_parallel(arguments)
-    check_4bit(arguments, _zero_stage(arguments.training.deepspeed))
     name = check_optimizer(arguments)
+    check_expert_parallel(arguments)
     check_output_dir(arguments)
+    check_trusted(arguments)
     return name

@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, Value
 
 from launch.errors import UserError
 
 Rows = Dataset | IterableDataset
+TEXTS = (Value("string"), Value("large_string"))  # types of columns with text
 
 
 def column_names(rows: Rows) -> list[str]:

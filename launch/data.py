@@ -6,6 +6,8 @@ trainer expects, and `launch.sources` mixes several data sets.
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import datasets
@@ -21,6 +23,8 @@ OPTIONS = {"text": {"sample_by": "paragraph"}}
 ON_DISK = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
 Splits = DatasetDict | IterableDatasetDict
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+NULL_FIRST = re.compile(rb"(\xef\xbb\xbf)?\s*\[?\s*null\b")
+HEAD_BYTES = 1 << 16
 EVAL_SPLITS = ("validation", "test", "dev", "train")
 
 
@@ -61,9 +65,10 @@ def load_rows(
 def _load(name: str, flag: str, config: str | None, pictures: bool, streaming: bool) -> Splits:
     """Every split of a dataset, wherever it is."""
     path = Path(name).expanduser()
-    if path.is_file():
+    # Not path.is_file(), which raises for a name that is too long for a path.
+    if os.path.isfile(path):
         return _load_files({"train": [path]}, flag, name, streaming)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _load_folder(path, flag, pictures, streaming)
     if path.suffix in BUILDERS or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise UserError(f"{flag} {name}: there is no such file or folder (working directory: {Path.cwd()}).")
@@ -119,12 +124,25 @@ def _load_files(splits: dict[str, list[Path]], flag: str, name: str, streaming: 
     for file in files:
         if file.stat().st_size == 0:
             raise UserError(f"{flag} {file} is empty.")
+        if BUILDERS[file.suffix] == "json":
+            _refuse_null_rows(file, flag)
     kind = str(kinds.pop())
     paths = {split: [str(file.absolute()) for file in group] for split, group in splits.items()}
     try:
         return datasets.load_dataset(kind, data_files=paths, streaming=streaming, **OPTIONS.get(kind, {}))
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise UserError(f"{flag} {name} could not be read: {_first_line(error.__cause__ or error)}") from error
+
+
+def _refuse_null_rows(file: Path, flag: str) -> None:
+    """pyarrow 26 crashes (SIGSEGV, so that nothing could be said) where the first row that it is given is null."""
+    with file.open("rb") as lines:
+        if NULL_FIRST.match(lines.read(HEAD_BYTES)):
+            raise UserError(f"{flag} {file}: its first row is null; remove it.")
+        lines.seek(0)
+        for number, line in enumerate(lines, 1) if file.suffix == ".jsonl" else ():
+            if line.strip() == b"null":
+                raise UserError(f"{flag} {file}: line {number} is null; remove it.")
 
 
 def load_splits(run: RunArguments, seed: int, number: int = 0) -> tuple[Rows, Rows | None]:

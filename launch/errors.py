@@ -86,7 +86,7 @@ def describe(error: BaseException, debug: bool) -> str:
     """The text shown for an error: one message if it is the user's to mend, else the traceback too."""
     prefix = f"[rank {process_rank()[0]}] "
     if isinstance(error, UserError):
-        message = f"{prefix}error: {error}"
+        message = f"{prefix}error: {' '.join(str(error).split())}"  # one line, whatever library the reason is from
         return f"{traceback.format_exc()}{message}" if debug else message
     # Not foreseen: whoever looks into it needs the traceback, and may not be able to repeat a long run to get it.
     return f"{prefix}{traceback.format_exc()}{prefix}error: {type(error).__name__}: {error}"

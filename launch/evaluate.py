@@ -34,7 +34,16 @@ from launch import answering, demo, formats, images, trainers
 from launch.arguments import Arguments, command_line, read_flags
 from launch.data import load_rows
 from launch.errors import UserError, run_guarded
-from launch.flags import SCORED_TASKS, TASKS, TRAINING_CLASSES, AdapterArguments, RunArguments, ScoringArguments, flag
+from launch.flags import (
+    SCORED_TASKS,
+    TASKS,
+    TRAINING_CLASSES,
+    AdapterArguments,
+    DataArguments,
+    RunArguments,
+    ScoringArguments,
+    flag,
+)
 from launch.loading import Source, find_source, inference_precision, load_for_inference, load_processor, quieten
 from launch.report import write_text
 
@@ -45,7 +54,7 @@ NOT_SCORES = ("_runtime", "_per_second", "_model_preparation_time", "epoch")
 
 
 @dataclass
-class EvaluationArguments(RunArguments):
+class EvaluationArguments(DataArguments):
     """What is scored on which data. Columns, patterns and templates are those of `launch/train.py`."""
 
     adapter: str | None = flag(None, "The adapter: a folder or a hub id; none: the base model alone.")
@@ -65,19 +74,6 @@ class EvaluationArguments(RunArguments):
     output: str | None = flag(None, "Results (JSON). Default: evaluation-DATA.json in the adapter's folder.")
     predictions: str | None = flag(None, "With answers: a jsonl file that gets every prompt, answer and reference.")
     trust_remote_code: bool = flag(False, "Run code that a model's repository brings. Off unless you trust it.")
-    dataset_weights: list[float] = field(default_factory=list, init=False)
-    dataset_stopping: str = field(default="first_exhausted", init=False)
-    streaming: bool = field(default=False, init=False)
-    load_in_4bit: bool = field(default=False, init=False)
-    eval_dataset_name: str | None = field(default=None, init=False)
-    eval_dataset_split: str | None = field(default=None, init=False)
-    eval_fraction: float = field(default=0.0, init=False)
-    max_train_samples: int | None = field(default=None, init=False)
-    overwrite_output_dir: bool = field(default=False, init=False)
-    regression: bool = field(default=False, init=False)  # the adapter says so
-
-    def __post_init__(self) -> None:
-        """One data set, as it was named."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 TASKS = ("causal-lm", "sequence-classification", "image-classification", "image-text-to-text")
+AUTO = "auto"  # --resume_from_checkpoint: the newest complete one, if there is one
 SCORED_TASKS = TASKS[:3]  # by launch/evaluate.py
 LANGUAGE = ("causal-lm", "image-text-to-text")  # what SFTTrainer trains
 DEFAULT_OPTIM = "adamw_torch"
@@ -31,8 +32,8 @@ def _pattern(name: str) -> Any:
 
 
 @dataclass
-class RunArguments:
-    """Which model is trained on which data for which task."""
+class DataArguments:
+    """Which model reads which data for which task."""
 
     task: str = field(
         default="causal-lm",
@@ -47,24 +48,8 @@ class RunArguments:
             "datasets' save_to_disk), or a hub id; several are mixed."
         },
     )
-    dataset_weights: list[float] = field(
-        default_factory=list,
-        metadata={"help": "One weight per data set: how often its rows are drawn. Default: all rows of all, once."},
-    )
-    dataset_stopping: str = field(
-        default="first_exhausted",
-        metadata={
-            "help": "With weights: stop when the first data set has no rows left, or repeat until all have been read.",
-            "choices": ["first_exhausted", "all_exhausted"],
-        },
-    )
-    streaming: bool = _flag(False, "causal-lm: read training rows while training, instead of all at the start.")
     dataset_config: str | None = _flag(None, "Configuration of a dataset from the hub.")
     dataset_split: str = _flag("train", "Split of --dataset_name to train on.")
-    eval_dataset_name: str | None = _flag(None, "Evaluation data, in the same form as --dataset_name.")
-    eval_dataset_split: str | None = _flag(None, "Its split. Default: the first of validation, test, train it has.")
-    eval_fraction: float = _flag(0.0, "Share of the training data set aside for evaluation (instead of a dataset).")
-    max_train_samples: int | None = _flag(None, "Use the first N training rows of each data set only.")
     max_eval_samples: int | None = _flag(None, "Use the first N evaluation rows only.")
     prompt_template: str = field(
         default="alpaca",
@@ -91,13 +76,38 @@ class RunArguments:
     )
     image_column: str | None = _flag(None, "Images: the column with the pictures. Default: image, img or picture.")
     label_column: str | None = _flag(None, "Classification: the column with the label. Default: label or answer.")
+    show_traceback: bool = _flag(False, "Show the traceback of errors that are otherwise one message.")
+
+
+@dataclass
+class RunArguments(DataArguments):
+    """What training on it needs besides."""
+
+    dataset_weights: list[float] = field(
+        default_factory=list,
+        metadata={"help": "One weight per data set: how often its rows are drawn. Default: all rows of all, once."},
+    )
+    dataset_stopping: str = field(
+        default="first_exhausted",
+        metadata={
+            "help": "With weights: stop when the first data set has no rows left, or repeat until all have been read.",
+            "choices": ["first_exhausted", "all_exhausted"],
+        },
+    )
+    streaming: bool = _flag(False, "causal-lm: read training rows while training, instead of all at the start.")
+    eval_dataset_name: str | None = _flag(None, "Evaluation data, in the same form as --dataset_name.")
+    eval_dataset_split: str | None = _flag(None, "Its split. Default: the first of validation, test, train it has.")
+    eval_fraction: float = _flag(0.0, "Share of the training data set aside for evaluation (instead of a dataset).")
+    max_train_samples: int | None = _flag(None, "Use the first N training rows of each data set only.")
     load_in_4bit: bool = _flag(False, "Keep the frozen base in 4 bits (NF4), by bitsandbytes. ZeRO 0 to 2.")
     regression: bool = _flag(False, "Classification: labels are numbers (STS-B), learnt by least squares.")
     overwrite_output_dir: bool = _flag(False, "Accept a non-empty output_dir; its old checkpoints are removed.")
     lost_rank_seconds: float = _flag(30.0, "Seconds without a sign of a rank's host until all ranks end.")
     stop_after_nan_steps: int = _flag(3, "End after so many steps in a row with a loss not finite; 0: never.")
     status_file: str | None = _flag(None, "launch/supervise.sh reads here how far the run has come.")
-    show_traceback: bool = _flag(False, "Show the traceback of errors that are otherwise one message.")
+    unsafe_checkpoints: bool = _flag(
+        False, "Resume from files that hold Python objects, whose code is run. Only for checkpoints of your own."
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset_name, str):  # a recipe need not write a list of one
@@ -174,11 +184,18 @@ class _Deferred:
     `start()`, so that everything that can be wrong is found before any rank waits for another.
     """
 
+    def wants_bf16(self) -> bool:
+        """`--bf16`, or what it is by default.
+
+        TRL's own default is bf16 everywhere; transformers refuses that on a machine without an accelerator.
+        """
+        if self.bf16 is not None:
+            return self.bf16
+        return not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
     def start(self) -> None:
         """Completes the arguments; opens torch.distributed."""
-        if self.bf16 is None:
-            # TRL's own default is bf16 everywhere; transformers refuses that on a machine without an accelerator.
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        self.bf16 = self.wants_bf16()
         if not torch.accelerator.is_available():
             # Without it accelerate sees no backend for a CPU, and every rank would take itself for the only one.
             self.use_cpu = True

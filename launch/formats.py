@@ -11,10 +11,10 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Value
 
 from launch.causal_formats import causal_rows as causal_rows
+from launch.columns import TEXTS, refuse_missing
 from launch.columns import choose_column as choose_column
-from launch.columns import refuse_missing
 from launch.errors import UserError
-from launch.flags import RunArguments
+from launch.flags import DataArguments
 
 TEXT_COLUMNS = ("instruction", "text", "sentence", "question")
 # Two texts that belong together, as GLUE's and BoolQ's files have them; the model reads both.
@@ -30,7 +30,7 @@ LABEL_COLUMNS = ("label", "answer")
 REGRESSION: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
 
 
-def classification_texts(rows: Dataset, run: RunArguments, flag: str) -> Dataset:
+def classification_texts(rows: Dataset, run: DataArguments, flag: str) -> Dataset:
     """`rows` as `text` (and `text_pair`, if there are two) and `label`, the label still as stored.
 
     Raises:
@@ -40,7 +40,7 @@ def classification_texts(rows: Dataset, run: RunArguments, flag: str) -> Dataset
     label = choose_column(rows, run.label_column, LABEL_COLUMNS, "--label_column", flag)
     texts = (text, pair) if pair else (text,)
     for name in texts:
-        if rows.features[name] not in (Value("string"), Value("large_string")):
+        if rows.features[name] not in TEXTS:
             raise UserError(
                 f"{flag}: column {name!r} holds {rows.features[name]}, not text. Choose with --text_column."
             )
@@ -66,7 +66,7 @@ def classification_texts(rows: Dataset, run: RunArguments, flag: str) -> Dataset
     return made.cast_column("label", ClassLabel(names=names)) if names else made
 
 
-def _text_columns(rows: Dataset, run: RunArguments, flag: str) -> tuple[str, str | None]:
+def _text_columns(rows: Dataset, run: DataArguments, flag: str) -> tuple[str, str | None]:
     """The column of the text, and that of the second text if there are two."""
     if run.text_pair_column is not None:
         if run.text_column is None:

@@ -28,7 +28,7 @@ from transformers import TextStreamer, set_seed
 from launch.answering import write_answers
 from launch.arguments import read_flags
 from launch.errors import UserError, run_guarded
-from launch.flags import RunArguments, flag
+from launch.flags import DataArguments, flag
 from launch.formats import causal_rows
 from launch.loading import find_source, inference_precision, load_for_inference, load_processor, quieten
 
@@ -138,7 +138,7 @@ def worded(texts: list[str], wish: GenerationArguments, has_chat_template: bool)
     if wish.prompt_template == "none":
         return texts
     rows = Dataset.from_dict({"instruction": texts, "output": ["-"] * len(texts)})
-    run = RunArguments(prompt_template=wish.prompt_template)
+    run = DataArguments(prompt_template=wish.prompt_template)
     prompts = causal_rows(rows, run, f"--prompt_template {wish.prompt_template}:", has_chat_template)["prompt"]
     system = [] if wish.system is None else [{"role": "system", "content": wish.system}]
     return [[*system, *prompt] if isinstance(prompt, list) else prompt for prompt in prompts]

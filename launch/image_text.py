@@ -12,7 +12,7 @@ from launch.arguments import Arguments
 from launch.causal_formats import causal_rows
 from launch.columns import Rows, choose_column, refuse_missing
 from launch.errors import UserError
-from launch.flags import RunArguments
+from launch.flags import DataArguments
 
 IMAGE_COLUMNS = ("image", "images", "picture")
 # LLaVA's data marks the place of a picture in the text; the chat template puts it before the text.
@@ -42,7 +42,7 @@ def load_processor(arguments: Arguments) -> ProcessorMixin:
     return processor
 
 
-def image_text_rows(rows: Rows, run: RunArguments, flag: str, has_chat_template: bool) -> Rows:
+def image_text_rows(rows: Rows, run: DataArguments, flag: str, has_chat_template: bool) -> Rows:
     """`rows` as prompt and completion (chat messages) with `images`, the list of the pictures of the row.
 
     Raises:

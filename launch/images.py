@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 
 from launch.arguments import Arguments
 from launch.errors import UserError
-from launch.flags import RunArguments
+from launch.flags import DataArguments
 from launch.formats import LABEL_COLUMNS, choose_column
 
 IMAGE_COLUMNS = ("image", "img", "picture")
@@ -33,7 +33,7 @@ def load_image_processor(arguments: Arguments) -> BaseImageProcessor:
         raise UserError(f"--model_name_or_path {run.model_name_or_path}: no image processor: {error}") from error
 
 
-def labelled_images(rows: Dataset, run: RunArguments, flag: str) -> Dataset:
+def labelled_images(rows: Dataset, run: DataArguments, flag: str) -> Dataset:
     """`rows` as `image` and `label`, the label still as stored.
 
     Raises:

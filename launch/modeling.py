@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from typing import Any
@@ -146,6 +147,12 @@ def check_model(arguments: Arguments, config: Any, model_options: dict[str, Any]
         _train_head(config, head_name(skeleton))
     elif arguments.run.task == "image-text-to-text" and not _is_pattern(arguments.adapter.target_modules):
         config.exclude_modules = outside_text(skeleton)
+    modules = [name for name, _ in skeleton.named_modules()]
+    for wish in arguments.adapter.modules_to_save:
+        if not any(name == wish or name.endswith(f".{wish}") for name in modules):
+            near = difflib.get_close_matches(wish, {name.rpartition(".")[2] for name in modules}, n=3)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise UserError(f"--modules_to_save {wish}: the model has no such module.{hint}")
     try:
         get_peft_model(skeleton, config)
     except (ValueError, NotImplementedError) as error:

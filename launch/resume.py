@@ -7,6 +7,7 @@ does not see, no rank loads.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -20,8 +21,9 @@ from ds_moelora.parallel.elastic import read_manifest
 from ds_moelora.parallel.manifest import check_manifest, has_manifest
 from launch.arguments import Arguments
 from launch.errors import UserError
+from launch.flags import AUTO
+from launch.trusted import check_trusted_checkpoint
 
-AUTO = "auto"
 PARTIAL = ".partial"  # folder inside the output folder in which checkpoints are written
 NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -65,8 +67,7 @@ def check_output_dir(arguments: Arguments) -> None:
     """
     training = arguments.training
     output_dir = Path(training.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file; name a folder.")
+    _check_place(output_dir)
     training.resume_from_checkpoint = _meaning(training.resume_from_checkpoint, output_dir)
     if training.resume_from_checkpoint is not None:
         if arguments.run.overwrite_output_dir:
@@ -79,6 +80,19 @@ def check_output_dir(arguments: Arguments) -> None:
             f"--output_dir {output_dir} is not empty. Choose another folder, go on from its newest complete checkpoint "
             "with --resume_from_checkpoint auto, or write over it with --overwrite_output_dir."
         )
+
+
+def _check_place(output_dir: Path) -> None:
+    """Whether a folder is there, or can be made."""
+    try:
+        output_dir.exists()
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir}: {error.strerror}; choose another name.") from error
+    nearest = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"--output_dir {output_dir}: {nearest} is a file; name a folder.")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"--output_dir {output_dir}: {nearest} cannot be written to; choose another folder.")
 
 
 def check_resumed_topology(folder: str, ep_size: int) -> None:
@@ -125,6 +139,7 @@ def choose_checkpoint(arguments: Arguments) -> None:
         found = next((text for text in everyone(_damage(folder)) if text), None)
         if found is None:
             if wish == AUTO:
+                check_trusted_checkpoint(folder, arguments.run.unsafe_checkpoints)
                 check_resumed_topology(folder, arguments.adapter.ep_size)
                 _say(training, f"--resume_from_checkpoint auto: going on from {folder}.")
             training.resume_from_checkpoint = folder

@@ -147,12 +147,6 @@ def start(arguments: Arguments) -> watchdog.Watchdog | None:
         arguments.training.start()
     except ValueError as error:
         raise UserError(str(error)) from error
-    ds_config = getattr(arguments.training, "hf_deepspeed_config", None)
-    if ds_config is not None and ds_config.mismatches:
-        raise UserError(
-            f"{arguments.training.deepspeed} and the flags disagree: {'; '.join(ds_config.mismatches)}. "
-            'Write "auto" into the DeepSpeed config, or change the flag.'
-        )
     prepare_output_dir(arguments)
     resume.choose_checkpoint(arguments)
     return watch

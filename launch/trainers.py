@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
-from ds_moelora import load_elastic, save_elastic
+from ds_moelora import data_only, load_elastic, save_elastic
 from ds_moelora.adapters import append_experts, sharded_experts, without_experts
 from ds_moelora.parallel.elastic import read_manifest, topology_changes, why_not_elastic
 from launch import images
@@ -51,6 +52,7 @@ class GatheringTrainer(AtomicTrainer):
     """
 
     saves_elastic = False
+    unsafe_checkpoints = False
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """transformers' own; the loss is watched."""
@@ -123,7 +125,8 @@ class GatheringTrainer(AtomicTrainer):
         elastic = Path(checkpoint) / ELASTIC
         changes = topology_changes(self.deepspeed, elastic) if elastic.is_dir() else []
         if not changes:
-            deepspeed_load_checkpoint(self.deepspeed, checkpoint, load_module_strict=False)
+            with nullcontext() if self.unsafe_checkpoints else data_only():
+                deepspeed_load_checkpoint(self.deepspeed, checkpoint, load_module_strict=False)
             return
         batches = read_manifest(elastic)["train_batch_size"], self.deepspeed.train_batch_size()
         if batches[0] != batches[1]:
@@ -221,6 +224,7 @@ def build_trainer(
         trainer = _language_trainer(train, evaluation, callbacks, **common)
     else:
         trainer = _head_trainer(arguments.run.task, train, evaluation, callbacks, **common)
+    trainer.unsafe_checkpoints = arguments.run.unsafe_checkpoints
     for callback in callbacks:
         if isinstance(callback, OptimizerGuard | PackingGuard):
             callback.trainer = trainer

@@ -56,7 +56,7 @@ def train(
     """
     import deepspeed
 
-    import ds_moelora  # noqa: F401
+    import ds_moelora
 
     module = MODELS[model]()
     if load:
@@ -66,7 +66,8 @@ def train(
                 p.mul_(1.5 if p.requires_grad else 1.0)
     engine, *_ = deepspeed.initialize(model=module, model_parameters=GROUPS[groups](module), config=config)
     if load:
-        path, _ = engine.load_checkpoint(folder)
+        with ds_moelora.data_only():  # nothing more is needed, and nothing more is loaded
+            path, _ = engine.load_checkpoint(folder)
         assert path is not None
     share = data_ranks // dist.get_world_size()
     mine = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_moelora import GateRiemannianAdamW, GateRiemannianSGD, MoELoRAConfig, gather_experts
+from ds_moelora import GateRiemannianAdamW, GateRiemannianSGD, MoELoRAConfig, data_only, gather_experts
 
 from .training import OPTIMIZERS
 
@@ -129,7 +129,8 @@ def run(
         options = {"optimizer": CLASSES[kind](trained, **OPTIMIZERS[kind])}
     engine, *_ = deepspeed.initialize(model=module, config=config, **options)
     if load:
-        path, _ = engine.load_checkpoint(load)
+        with data_only():
+            path, _ = engine.load_checkpoint(load)
         assert path is not None
     result: dict[str, Any] = {"losses": [], "first": whole_weights(engine.module)}
     dtype = next(engine.module.parameters()).dtype
