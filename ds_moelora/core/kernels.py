@@ -20,6 +20,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,8 +152,11 @@ class Kernels:
         where, inverses = torch.tensor(addresses), inverses.contiguous()
         tables = []
         if any(updates):
-            state = [u.addresses() if u else [0] * 4 for u in updates]
-            settings = [u.state.settings if u else (0.0,) * 5 for u in updates]
-            tables = [torch.tensor(state), torch.tensor(settings, dtype=torch.float64)]
+            # Flat: hundreds of small lists in every step would keep Python's garbage collector busy.
+            state, settings = array("q"), array("d")
+            for update in updates:
+                state.extend(update.addresses() if update else (0,) * 4)
+                settings.extend(update.state.settings if update else (0.0,) * 5)
+            tables = [torch.frombuffer(state, dtype=torch.int64), torch.frombuffer(settings, dtype=torch.float64)]
         operands = [_at(t) for t in (where, rows.layout, rows.matrix, inverses, *tables)]
         self._call("precondition", inverses.shape[-1], rows.count, *operands, *[None] * (6 - len(operands)))
