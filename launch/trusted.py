@@ -45,7 +45,7 @@ def _check_checkpoint(arguments: Arguments) -> None:
 
 
 def _check_model(folder: Path, trusted: bool) -> None:
-    """Code of the model's own, and weights in torch's format, which transformers reads where there are no safetensors."""
+    """Code of the model's own, and weights in torch's format, which are read where there are no safetensors."""
     if not trusted and (code := _own_code(folder)):
         raise UserError(
             f"--model_name_or_path {folder} is a model that transformers does not know, with code of its own "
