@@ -47,12 +47,13 @@ class Figures:
     draws: int = 0
     invalid: int = 0
     seconds: list[float] = field(default_factory=list)
+    slowest: str = ""
     faults: Counter[str] = field(default_factory=Counter)
 
     def line(self) -> str:
         return (
             f"{self.draws} draws, {self.invalid} invalid; seconds to the error: median "
-            f"{statistics.median(self.seconds):.2f}, maximum {max(self.seconds):.2f}"
+            f"{statistics.median(self.seconds):.2f}, maximum {max(self.seconds):.2f} {self.slowest}"
         )
 
 
@@ -100,6 +101,8 @@ def fault(draw: Draw, folder: Path, figures: Figures) -> str | None:
         return f"{type(error).__name__} at {Path(ours.filename).name}:{ours.lineno}: {error}"
     if draw.wrong:
         figures.seconds.append((time.monotonic() - started) / RANKS)
+        if figures.seconds[-1] == max(figures.seconds):
+            figures.slowest = str(draw.wrong)
     if len(set(said)) > 1:
         return f"the ranks disagree: {said}"
     if draw.wrong and said[0] is None:
