@@ -32,6 +32,12 @@ ALLOWED = {
     ("parallel/run_state.py", "gradient_accumulation_steps"): "a public method of the engine",
     ("parallel/trained.py", "module"): "a public attribute of the engine",
     ("parallel/gathering.py", "_current_graph_task_id"): "torch's, as its own checkpointing asks for it",
+    ("parallel/monitor.py", "enabled"): "a public attribute of the engine's monitor",
+    ("monitoring/engine.py", "gradient_accumulation_steps"): "a public method of the engine",
+    ("monitoring/engine.py", "module"): "a public attribute of the engine",
+    ("monitoring/callback.py", "gradient_accumulation_steps"): "of transformers' TrainingArguments",
+    ("monitoring/callback.py", "world_size"): "of transformers' TrainingArguments",
+    ("adapters/card.py", "_upload_modified_files"): "transformers', which PEFT's push_to_hub calls",
     ("adapters/__init__.py", "_remove_adapter_name_from_key"): "PEFT's",
 }
 BY_NAME = ("getattr", "hasattr", "setattr", "delattr", "_read")

@@ -68,6 +68,8 @@ def test_public_names() -> None:
         "MoELoRAConfig",
         "MoELoRAModel",
         "__version__",
+        "check_data_only",
+        "data_only",
         "gather_experts",
         "load_elastic",
         "save_elastic",

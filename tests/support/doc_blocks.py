@@ -139,7 +139,16 @@ def _check_training(words: list[str]) -> None:
 def _check_cli(words: list[str]) -> None:
     from ds_moelora.cli import build_parser
 
-    build_parser().parse_args(words[words.index("ds_moelora") + 1 :])
+    args, others = build_parser().parse_known_args(words[words.index("ds_moelora") + 1 :])
+    if args.refuse is None:  # a command that takes the launcher's flags
+        _check_flags(others)
+    else:
+        assert not others, f"unknown: {others}"
+
+
+def _check_flags(words: list[str]) -> None:
+    """Flags of the launcher by themselves."""
+    parse_launcher(words if "--model_name_or_path" in words else ["--model_name_or_path", "base", *words], {})
 
 
 def _check_make(words: list[str]) -> None:
@@ -192,6 +201,7 @@ PROGRAMS = (
 )
 RULES: list[tuple[Callable[[list[str]], bool], Callable[[list[str]], None]]] = [
     (lambda words: any(word.endswith("launch/train.py") for word in words), _check_training),
+    (lambda words: words[0].startswith("--"), _check_flags),
     (lambda words: "ds_moelora" in words and "-m" in words, _check_cli),
     (lambda words: words[0] == "make", _check_make),
     (lambda words: _script(words) is not None, _check_script),
