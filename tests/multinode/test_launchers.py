@@ -159,7 +159,7 @@ def test_ranks_end_with_the_launching_process(net: TwoHosts, place: Workplace):
     """It is killed outright; its connections close, and that ends the ranks on both hosts."""
     script = place.folder / "sleeps.py"
     script.write_text("import time\ntime.sleep(600)\n")
-    run = net.hosts[0].start([*place.multinode("ssh"), str(script)], place.environment, place.copy)
+    launching = net.hosts[0].start([*place.multinode("ssh"), str(script)], place.environment, place.copy)
     for _ in range(600):
         if all(any(f"-u {script}" in line for line in host.processes()) for host in net.hosts):
             break
@@ -169,4 +169,4 @@ def test_ranks_end_with_the_launching_process(net: TwoHosts, place: Workplace):
     assert net.hosts[0].run(["pkill", "-KILL", "-f", "launch/multinode.py"])[0] == 0
     for host in net.hosts:
         wait_for_silence(host, 50)
-    run.communicate()
+    launching.communicate()
