@@ -43,9 +43,9 @@ def run(net: TwoHosts, place: Workplace, command: list[str], **more: str) -> str
     return output
 
 
-def wait_for_silence(host: Host) -> None:
+def wait_for_silence(host: Host, seconds: float = 5) -> None:
     """Launchers end a moment before what they started has been reaped."""
-    for _ in range(50):
+    for _ in range(int(10 * seconds)):
         left = host.processes()
         if not left:
             return
@@ -143,3 +143,30 @@ def test_ranks_and_groups_on_four_ranks(net: TwoHosts, place: Workplace, report:
     )
     assert "--map-by slot" in output
     report("launchers on two hosts", "two ranks per host: expert-parallel groups [0, 1] on host-a, [2, 3] on host-b")
+
+
+def test_a_host_that_fails_ends_the_others(net: TwoHosts, place: Workplace):
+    script = place.folder / "fails.py"
+    script.write_text("import os, sys, time\nsys.exit(3) if os.environ['RANK'] == '1' else time.sleep(600)\n")
+    code, output = net.hosts[0].run([*place.multinode("ssh"), str(script)], place.environment, 120, place.copy)
+    assert code == 3, output
+    assert "multinode: host-b ended with code 3; ending the others" in output
+    for host in net.hosts:
+        wait_for_silence(host)
+
+
+def test_ranks_end_with_the_launching_process(net: TwoHosts, place: Workplace):
+    """It is killed outright; its connections close, and that ends the ranks on both hosts."""
+    script = place.folder / "sleeps.py"
+    script.write_text("import time\ntime.sleep(600)\n")
+    launching = net.hosts[0].start([*place.multinode("ssh"), str(script)], place.environment, place.copy)
+    for _ in range(600):
+        if all(any(f"-u {script}" in line for line in host.processes()) for host in net.hosts):
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("the ranks did not start")
+    assert net.hosts[0].run(["pkill", "-KILL", "-f", "launch/multinode.py"])[0] == 0
+    for host in net.hosts:
+        wait_for_silence(host, 50)
+    launching.communicate()
