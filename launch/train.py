@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     if arguments.demo:
         callbacks.append(demo.ExactMatch(processor))
     trainer = trainers.build_trainer(arguments, model, processor, train, evaluation, callbacks)
+    trainer.unsafe_checkpoints = arguments.run.unsafe_checkpoints
     if trainer.is_world_process_zero():
         report.print_truncation(trainer.truncation)
     if answers:

@@ -224,7 +224,6 @@ def build_trainer(
         trainer = _language_trainer(train, evaluation, callbacks, **common)
     else:
         trainer = _head_trainer(arguments.run.task, train, evaluation, callbacks, **common)
-    trainer.unsafe_checkpoints = arguments.run.unsafe_checkpoints
     for callback in callbacks:
         if isinstance(callback, OptimizerGuard | PackingGuard):
             callback.trainer = trainer

@@ -25,8 +25,9 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], styl
         lines = [names, ["---" if is_left else "---:" for is_left in left], *rows]
         return "\n".join([f"{title}:", "", *("| " + " | ".join(line) + " |" for line in lines)])
     out = Table(title=title, title_justify="left", header_style="bold")
-    for name, is_left in zip(names, left, strict=True):
-        out.add_column(name, justify="left" if is_left else "right")
+    for i, (name, is_left) in enumerate(zip(names, left, strict=True)):
+        # Where room is short, headers are broken before the names in the first column.
+        out.add_column(name, justify="left" if is_left else "right", no_wrap=i == 0)
     for row in rows:
         out.add_row(*row)
     return rendered(out)
