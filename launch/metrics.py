@@ -163,6 +163,18 @@ def head_scores(prediction: EvalPrediction) -> dict[str, float]:
     return {**scores, "majority_class_accuracy": float(np.bincount(labels).max() / len(labels))}
 
 
+def head_loss(logits: np.ndarray, labels: np.ndarray) -> float:
+    """What a head is trained on, as the mean over rows: cross-entropy, or for labels that are numbers squared error.
+
+    Args:
+        logits: (rows, classes), or (rows, 1) for numbers. labels: (rows,), whole numbers for classes.
+    """
+    logits, labels = np.asarray(logits, dtype=np.float64), np.asarray(labels).reshape(-1)
+    if np.issubdtype(labels.dtype, np.floating):
+        return float(np.mean((logits.reshape(-1) - labels) ** 2))
+    return float(np.mean(np.logaddexp.reduce(logits, axis=-1) - logits[np.arange(len(labels)), labels]))
+
+
 def token_scores(nll: float, right: float, tokens: float) -> dict[str, float]:
     """Mean loss per token, its exponential, and the share of tokens that are the model's first choice.
 

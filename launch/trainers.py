@@ -31,7 +31,7 @@ from launch import images
 from launch.arguments import Arguments
 from launch.columns import Rows
 from launch.errors import UserError
-from launch.evaluation import TokenScores
+from launch.evaluation import RowScores, TokenScores
 from launch.flags import LANGUAGE
 from launch.metrics import head_scores
 from launch.preparation import CountingTrainer, PackingGuard, Truncation
@@ -160,6 +160,10 @@ class MixtureSFTTrainer(TokenScores, GatheringTrainer, CountingTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+class HeadTrainer(RowScores, GatheringTrainer):
+    """The trainer of models with a classification head."""
+
+
 class OptimizerGuard(TrainerCallback):
     """Stops the run if the engine trains with another optimizer than the one that was asked for.
 
@@ -260,7 +264,7 @@ def _head_trainer(
             if rows is not None:
                 sets[name], truncation[name] = tokenize_texts(rows, processor, common["args"].max_length)
         collator = DataCollatorWithPadding(processor)
-    trainer = GatheringTrainer(
+    trainer = HeadTrainer(
         train_dataset=sets["train"],
         eval_dataset=sets["eval"],
         data_collator=collator,

@@ -6,12 +6,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import EvalPrediction
 
 from launch.errors import UserError
-from launch.metrics import AnswerRule, classification_scores, head_scores, regression_scores, token_scores
+from launch.metrics import AnswerRule, classification_scores, head_loss, head_scores, regression_scores, token_scores
 
 EVERYTHING = ("case", "punctuation", "articles", "whitespace")
 
@@ -102,3 +103,13 @@ def test_answer_rules_that_cannot_be():
         AnswerRule("(")
     with pytest.raises(UserError, match="choose from: number, case"):
         AnswerRule(ignore=("spelling",))
+
+
+def test_head_loss_is_torchs():
+    logits, generator = torch.randn(7, 3, dtype=torch.float64), np.random.default_rng(0)
+    labels = generator.integers(0, 3, 7)
+    expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
+    assert head_loss(logits.numpy(), labels) == pytest.approx(float(expected), rel=1e-12)
+    numbers = generator.normal(size=7)
+    expected = torch.nn.functional.mse_loss(logits[:, 0], torch.from_numpy(numbers))
+    assert head_loss(logits[:, :1].numpy(), numbers) == pytest.approx(float(expected), rel=1e-12)
