@@ -45,7 +45,7 @@ LIMIT = 60.0  # seconds from a fault until every process is gone
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return undisturbed_run(tmp_path_factory)
+    return undisturbed_run(tmp_path_factory.getbasetemp())
 
 
 # -- the faults: each does something to an attempt that runs, and knows what has to be said ---------------------------

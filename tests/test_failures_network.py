@@ -33,7 +33,7 @@ LIMIT = 60.0  # seconds until every process is gone
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return undisturbed_run(tmp_path_factory)
+    return undisturbed_run(tmp_path_factory.getbasetemp())
 
 
 @dataclass

@@ -14,7 +14,6 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -152,9 +151,10 @@ class Setting:
 
 
 @functools.cache
-def undisturbed_run(factory: pytest.TempPathFactory) -> Setting:
-    """The setting of all tests of failures, and its reference run; once per session."""
-    folder = factory.mktemp("failures")
+def undisturbed_run(root: Path) -> Setting:
+    """The setting of all tests of failures, and its reference run; once per session, of which `root` is the folder."""
+    folder = root / "undisturbed"
+    folder.mkdir()
     model = tiny_model(folder / "model")
     # 36 rows: the run ends in its third epoch.
     data = write_jsonl(folder / "rows.jsonl", alpaca_rows(36))
