@@ -139,6 +139,8 @@ def main() -> None:
     load_collectives()
     deepspeed.init_distributed()
     unlink_buffers()
+    gc.collect()
+    gc.freeze()  # what the imports made need not be searched for tensors again and again
     results = []
     for case in plan["cases"]:
         if dist.get_world_size() != case["world"]:
