@@ -65,7 +65,8 @@ def build(contender: str, stage: int, ep_size: int) -> Any:
         "train_micro_batch_size_per_gpu": 1,
         "optimizer": kinds.get(contender, kinds["adamw"]),
         "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": stage},
+        # By default DeepSpeed's buffers would be 2 GB, whatever the model.
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 10**6, "stage3_param_persistence_threshold": 0},
         "steps_per_print": 10**9,
     }
     return deepspeed.initialize(
