@@ -198,6 +198,29 @@ def test_bytes_are_those_of_a_ring() -> None:
         assert alone == 0
 
 
+def metered_engine(stage: int) -> tuple[float, int]:
+    """Bytes that one step of an engine sends, and of all trained and all parameters."""
+    engine = engine_of(stage)
+    meter = CommMeter()
+    for _ in train(engine, steps=1):
+        meter.start()
+    for _ in train(engine, steps=1):
+        meter.stop()
+    sizes = [getattr(p, "ds_numel", p.numel()) * 4 for p in engine.module.parameters() if p.requires_grad or stage == 3]
+    engine.destroy()
+    return meter.sent, sum(sizes)
+
+
+@pytest.mark.dist
+def test_bytes_of_deepspeeds_collectives() -> None:
+    """Two ranks. ZeRO-2: gradients are all-reduced (2 / 2 S) and weights gathered (S / 2), besides Gram matrices and
+    norms; ZeRO-3: every weight is gathered at least once (S / 2; so few are kept for the backward pass)."""
+    for sent, trained in run_on_ranks(2, metered_engine, stage=2):
+        assert 1.5 * trained < sent < 1.7 * trained
+    for sent, everything in run_on_ranks(2, metered_engine, stage=3):
+        assert everything / 2 < sent < 2 * everything
+
+
 def with_engine_monitor(folder: str) -> None:
     block = {"tensorboard": {"enabled": True, "output_path": folder, "job_name": "run"}}
     engine = engine_of(stage=2, **block)

@@ -13,6 +13,7 @@ TASKS = {"boolq": "BoolQ", "openbookqa": "OpenBookQA", "skills": "skills"}
 TOP_K = (1, 2, 4, 8)
 PAIRS = (
     ("RSGD", "SGD"),
+    ("gRSGD (sqrt)", "SGD"),
     ("gRSGD (sqrt)", "RSGD"),
     ("gRSGD (full)", "RSGD"),
     ("RAdamW", "AdamW"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -35,8 +36,9 @@ _COLLECTIVES: dict[str, tuple[str, Callable[[int], float]]] = {
 class CommMeter:
     """Counts between `start()` and `stop()`; costs nothing outside.
 
-    Functions of torch.distributed are replaced meanwhile, where everybody looks them up: in `torch.distributed` and in
-    `torch.distributed.distributed_c10d`. Several meters may run, and stop in the reverse order.
+    Functions of torch.distributed are replaced meanwhile, where everybody looks them up: in `torch.distributed`, in
+    `torch.distributed.distributed_c10d` and in DeepSpeed's backend, which keeps some of them in attributes. Several
+    meters may run, and stop in the reverse order.
 
     Attributes:
         sent: bytes. calls: number of calls by the function's name.
@@ -52,11 +54,12 @@ class CommMeter:
         self.sent, self.calls = 0.0, Counter()
         if not dist.is_available():
             return
-        for name in _COLLECTIVES:
-            for owner in (dist, dist.distributed_c10d):
-                original = getattr(owner, name)
-                self._originals.append((owner, name, original))
-                setattr(owner, name, self._counted(name, original))
+        counted = {getattr(dist, name): self._counted(name, getattr(dist, name)) for name in _COLLECTIVES}
+        for owner in (dist, dist.distributed_c10d, *_deepspeeds_backend()):
+            for name, original in list(vars(owner).items()):
+                if callable(original) and getattr(original, "__hash__", None) and original in counted:
+                    self._originals.append((owner, name, original))
+                    setattr(owner, name, counted[original])
 
     def stop(self) -> None:
         while self._originals:
@@ -79,6 +82,12 @@ class CommMeter:
             return original(*args, **kwargs)
 
         return counted
+
+
+def _deepspeeds_backend() -> list[Any]:
+    comm = sys.modules.get("deepspeed.comm.comm")
+    backend = getattr(comm, "cdb", None)
+    return [] if backend is None else [backend]
 
 
 def _bytes(handed: Any) -> int:
