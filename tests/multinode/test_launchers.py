@@ -105,13 +105,7 @@ def test_slurm(net: TwoHosts, place: Workplace, one_host: str, report: Report):
     started = time.monotonic()
     slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": ",".join(NAMES), "SLURM_NTASKS_PER_NODE": "1"}
     path = f"{STANDIN}:{place.environment['PATH']}"
-    run(
-        net,
-        place,
-        ["bash", "launch/slurm.sbatch", *place.flags("slurm"), "--resume_from_checkpoint", "false"],
-        PATH=path,
-        **slurm,
-    )
+    run(net, place, ["bash", "launch/slurm.sbatch", *place.flags("slurm")], PATH=path, **slurm)
     place.assert_equal("slurm", one_host)
     tell(report, "slurm.sbatch (stand-in srun)", time.monotonic() - started, "losses equal to the bit")
 
