@@ -83,7 +83,11 @@ def execute(page: str, sources: list[tuple[int, str]], folder: str) -> None:
                 model = get_peft_model(model, config)
             params = [p for p in model.parameters() if p.requires_grad]
             known |= {"model": model, "base_model": _llama(), "params": params, "batches": _batches()}
-            known |= {"config": deepspeed_config(), "training_config": deepspeed_config()}
+            known |= {"config": deepspeed_config(), "rows": [{k: v[0] for k, v in b.items()} for b in _batches()]}
+            if "engine" in source and "deepspeed.initialize" not in source:
+                known["engine"] = _engine(model, params)
+                known["engine"].save_checkpoint("saved")
+            known |= {"folder": "saved", **_one_layer()}
             exec(compile(source, f"{page}:{line}", "exec"), known)
             dist.barrier()
 
@@ -96,6 +100,24 @@ def deepspeed_config() -> dict[str, Any]:
         "zero_optimization": {"stage": 2},
         "gradient_clipping": 1.0,
     }
+
+
+def _one_layer() -> dict[str, Any]:
+    """The parts of an exported layer: its input and router, and what the base, the experts and the rest do."""
+    import torch
+
+    x, router = torch.randn(5, 8), torch.randn(4, 8)
+    layer = {"torch": torch, "x": x, "router": router, "E": 4, "top_k": 2, "temperature": 1.0}
+    return layer | dict.fromkeys(("base", "expert_i", "always"), torch.nn.Linear(8, 8))
+
+
+def _engine(model: Any, params: list[Any]) -> Any:
+    """An engine with DeepSpeed's own TensorBoard switched on."""
+    import deepspeed
+
+    board = {"enabled": True, "output_path": "runs", "job_name": "docs"}
+    config = {**deepspeed_config(), "tensorboard": board}
+    return deepspeed.initialize(model=model, model_parameters=params, config=config)[0]
 
 
 def _llama() -> Any:
