@@ -1,7 +1,7 @@
 """Throughput, bytes, memory and work per rank over the number of ranks: `python -m benchmarks.bench_scaling [--short]`.
 
 Starts `deepspeed --num_gpus N benchmarks/scaling_worker.py` for every N of `--worlds`; with `--hostfile` on all hosts
-in it (N processes on each), as `deepspeed --hostfile` would. A Llama of 5 M parameters (random weights) is trained with
+in it (N processes on each), as `deepspeed --hostfile` would. A Llama of 4 M parameters (random weights) is trained with
 a mixture (E = 8, k = 2, r = 4) and GateRiemannianAdamW, beside the same mixture with torch's AdamW, and PEFT's LoRA of
 rank E r with AdamW, in the same processes and in turns; per ZeRO stage and ep_size.
 
