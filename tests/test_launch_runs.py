@@ -96,12 +96,11 @@ def test_expert_parallel(model: Path, alpaca: Path, tmp_path: Path, ranks: int):
     """--ep_size 2: trains what --ep_size 1 trains, evaluates, saves one whole adapter, and resumes."""
     whole, spread, resumed = (tmp_path / name for name in ("whole", "spread", "resumed"))
     more = ("--max_steps", "4", "--save_steps", "2", "--eval_fraction", "0.25", "--num_experts", "4")
+    sharded = ("--ep_size", "2")
     if ranks == 4:  # "auto" would try all ways first; two ranks do
-        more += ("--ep_dispatch", "weights", "--expert_compute", "dense")
-    for output_dir, ep_size in ((whole, "1"), (spread, "2")):
-        finished = launch(
-            arguments(model, alpaca, "zero2_ep", output_dir, *more, "--ep_size", ep_size), ranks, timeout=400
-        )
+        sharded += ("--ep_dispatch", "weights", "--expert_compute", "dense")
+    for output_dir, experts in ((whole, ()), (spread, sharded)):
+        finished = launch(arguments(model, alpaca, "zero2_ep", output_dir, *more, *experts), ranks, timeout=400)
         assert finished.code == 0, finished.output[-4000:]
     first, second = summary_of(whole), summary_of(spread)
     assert second["last_loss"] == pytest.approx(first["last_loss"], rel=1e-3)
@@ -115,7 +114,7 @@ def test_expert_parallel(model: Path, alpaca: Path, tmp_path: Path, ranks: int):
 
     shutil.copytree(spread / "checkpoint-2", resumed / "checkpoint-2")
     again = (*more, "--resume_from_checkpoint", "true")
-    finished = launch(arguments(model, alpaca, "zero2_ep", resumed, *again, "--ep_size", "2"), ranks, timeout=400)
+    finished = launch(arguments(model, alpaca, "zero2_ep", resumed, *again, *sharded), ranks, timeout=400)
     assert finished.code == 0, finished.output[-4000:]
     for name, tensor in got.items():
         assert torch.equal(tensor, adapter_of(resumed)[name]), name
