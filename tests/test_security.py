@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -144,6 +145,27 @@ def test_the_dynamic_loss_scale_is_data(tmp_path: Path) -> None:
     with data_only():
         loaded = torch.load(tmp_path / "x.pt", weights_only=False)["loss_scaler"]
     assert vars(loaded) == vars(scaler)
+
+
+class Attribute:
+    """A pickle of it calls getattr, as Python 3.11.2's pickles of Enum members do."""
+
+    def __init__(self, owner: type, name: str) -> None:
+        self.what = owner, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.what
+
+
+def test_getattr_reaches_members_of_enums_alone(tmp_path: Path) -> None:
+    member = tmp_path / "member.pt"
+    torch.save({"stage": Attribute(ZeroStageEnum, "gradients")}, member)
+    with data_only():
+        assert torch.load(member)["stage"] is ZeroStageEnum.gradients
+    for owner, name in ((DynamicLossScaler, "__init__"), (ZeroStageEnum, "__class__"), (ZeroStageEnum, "mro")):
+        torch.save({"stage": Attribute(owner, name)}, tmp_path / "other.pt")
+        with data_only(), pytest.raises(ValueError, match=r"other.pt holds more than data"):
+            torch.load(tmp_path / "other.pt")
 
 
 def test_an_adapter_in_torch_format(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import importlib
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,19 @@ def _classes() -> list[Any]:
     for name in CLASSES:
         module, _, attribute = name.rpartition(".")
         found.append(getattr(importlib.import_module(module), attribute, None))
-    return [entry for entry in found if entry is not None]
+    # Some versions of Python (3.11.2) pickle the member of an Enum as a call of getattr.
+    return [*(entry for entry in found if entry is not None), (_enum_member, "builtins.getattr")]
+
+
+def _enum_member(kind: Any, name: Any) -> Enum:
+    """What stands for `getattr` in a file: the member of an Enum, and nothing else.
+
+    Raises:
+        pickle.UnpicklingError: anything else is asked for.
+    """
+    if isinstance(kind, type) and issubclass(kind, Enum) and isinstance(name, str) and name in kind.__members__:
+        return kind.__members__[name]
+    raise pickle.UnpicklingError(f"Unsupported: getattr({kind!r}, {name!r}) is no member of an Enum")
 
 
 def _reason(error: Exception) -> str:
