@@ -99,7 +99,9 @@ def run_guarded(main: Callable[[], None], debug: bool) -> None:
     except Exception as error:  # the one place where every failure of a rank ends up
         for announce in before_end:
             announce(error)
-        print(describe(error, debug), file=sys.stderr, flush=True)
+        # One write: print's second one, of the line's end, may come after another rank's message.
+        sys.stderr.write(f"{describe(error, debug)}\n")
+        sys.stderr.flush()
         _end(EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR)
 
 

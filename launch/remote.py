@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -53,6 +54,7 @@ def enter(payload: dict[str, Any]) -> None:
 def serve(payload: dict[str, Any]) -> int:
     """Runs the command; returns its exit code. Lines on stdin are numbers of signals for it, and its end ends it."""
     enter(payload)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job, and all below it, would ignore Ctrl-C
     child = subprocess.Popen(payload["command"], stdin=subprocess.DEVNULL, start_new_session=True)
     threading.Thread(target=_obey, args=(child,), daemon=True).start()
     code = child.wait()

@@ -93,7 +93,7 @@ def test_causal_lm_and_resume(model: Path, alpaca: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_expert_parallel(model: Path, alpaca: Path, tmp_path: Path, ranks: int):
-    """--ep_size 2: trains what --ep_size 1 trains, evaluates, saves one whole adapter, and resumes."""
+    """--ep_size 2: trains what --ep_size 1 trains, evaluates, saves one whole adapter; two ranks also resume."""
     whole, spread, resumed = (tmp_path / name for name in ("whole", "spread", "resumed"))
     more = ("--max_steps", "4", "--save_steps", "2", "--eval_fraction", "0.25", "--num_experts", "4")
     sharded = ("--ep_size", "2")
@@ -112,6 +112,8 @@ def test_expert_parallel(model: Path, alpaca: Path, tmp_path: Path, ranks: int):
         assert (got[name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, name
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), spread)
 
+    if ranks == 4:
+        return
     shutil.copytree(spread / "checkpoint-2", resumed / "checkpoint-2")
     again = (*more, "--resume_from_checkpoint", "true")
     finished = launch(arguments(model, alpaca, "zero2_ep", resumed, *again, *sharded), ranks, timeout=400)
@@ -119,8 +121,7 @@ def test_expert_parallel(model: Path, alpaca: Path, tmp_path: Path, ranks: int):
     for name, tensor in got.items():
         assert torch.equal(tensor, adapter_of(resumed)[name]), name
 
-    if ranks == 2:
-        resume_elsewhere(model, alpaca, spread, tmp_path / "elsewhere", *again)
+    resume_elsewhere(model, alpaca, spread, tmp_path / "elsewhere", *again)
 
 
 def losses_of(checkpoint: Path) -> list[float]:

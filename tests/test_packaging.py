@@ -29,7 +29,9 @@ def test_wheel(tmp_path: Path) -> None:
         names = [name for name in wheel.namelist() if ".dist-info/" not in name]
         (metadata,) = (message_from_bytes(wheel.read(n)) for n in wheel.namelist() if n.endswith("/METADATA"))
         licences = [name for name in wheel.namelist() if name.endswith("LICENSE")]
-    modules = {str(p.relative_to(source)) for p in (source / "ds_moelora").rglob("*") if p.suffix in (".py", ".typed")}
+    modules = {
+        str(p.relative_to(source)) for p in (source / "ds_moelora").rglob("*") if p.suffix in (".py", ".typed", ".cpp")
+    }
     assert set(names) == modules
     assert licences
     assert set(metadata.get_all("Provides-Extra")) == {"train", "bench", "docs", "dev"}

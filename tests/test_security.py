@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ds_moelora import check_data_only, data_only
+from ds_moelora.parallel.manifest import describe_files, files_in, has_manifest, write_manifest
 from launch import modeling, train
 from launch.errors import UserError
 from tests.launch_support import ROOT, alpaca_rows, launch, tiny_model, write_jsonl
@@ -78,6 +79,8 @@ def plant(folder: Path, kind: str, marker: Path) -> Path:
     found = next(iter(sorted(folder.glob(kind))), folder / kind)
     found.parent.mkdir(exist_ok=True)
     torch.save({"state": Malicious(marker)}, found)
+    if has_manifest(folder):  # which whoever changes a file can change as well
+        write_manifest(folder, describe_files(folder, files_in(folder)))
     return found
 
 
