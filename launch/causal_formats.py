@@ -139,10 +139,9 @@ def _refuse_other_types(rows: Rows, layout: tuple[str, ...], flag: str) -> None:
 
 def _renamed(rows: Rows, run: DataArguments, flag: str, keep: str | None) -> Rows:
     """`rows` with the columns that flags name called as their layout calls them, and no others but `keep`."""
-    flags = {name: getattr(run, f"{name}_column", None) for layout in LAYOUTS for name in layout}
-    wishes = {name: wish for name, wish in flags.items() if wish is not None}
+    columns = {name: getattr(run, f"{name}_column", None) for layout in LAYOUTS for name in layout}
     named = {
-        choose_column(rows, old, (), f"--{new}_column", flag): new for new, old in wishes.items() if old is not None
+        choose_column(rows, old, (), f"--{new}_column", flag): new for new, old in columns.items() if old is not None
     }
     if not named:
         return rows
