@@ -40,7 +40,7 @@ def of_language(language):
     ]
 
 
-MESSAGE = re.compile(r"^\*\*(.+?)\*\*$", re.M)
+MESSAGE = re.compile(r"^\*\*(.+?)\*\*(?: \(`.*`\))?$", re.M)
 
 
 def test_every_block_names_its_language():
