@@ -120,7 +120,7 @@ def load_processor(arguments: Arguments) -> PreTrainedTokenizerBase | BaseImageP
 
 def quieten() -> None:
     """One rank shows progress bars; deprecations inside the libraries are not the reader's to mend."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch\.distributed)\.")
     if process_rank()[0] > 0:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
