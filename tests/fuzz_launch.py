@@ -18,14 +18,14 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
+import datasets
+import huggingface_hub
 from hypothesis import HealthCheck, Phase, given, settings
 
 from launch import modeling, train
@@ -64,7 +64,11 @@ def stopped_before_training() -> Iterator[None]:
     def stop(*args: Any) -> None:
         raise Started
 
-    with mock.patch.object(train, "start", stop), mock.patch.object(modeling, "load_model", stop):
+    with ExitStack() as patches:
+        for owner, name in ((train, "start"), (modeling, "load_model")):
+            patches.enter_context(mock.patch.object(owner, name, stop))
+        for values in (huggingface_hub.constants, datasets.config):  # without a network they try for a minute
+            patches.enter_context(mock.patch.object(values, "HF_HUB_OFFLINE", True))
         yield
 
 
