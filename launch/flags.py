@@ -16,17 +16,14 @@ LANGUAGE = ("causal-lm", "image-text-to-text")  # what SFTTrainer trains
 DEFAULT_OPTIM = "adamw_torch"
 
 
-def _flag(default: Any, help_text: str) -> Any:
+def flag(default: Any, help_text: str) -> Any:
     """A dataclass field with a help text."""
     return field(default=default, metadata={"help": help_text})
 
 
-flag = _flag  # for the flags of the other programs
-
-
 def _pattern(name: str) -> Any:
     """A flag that gives single layers another value; JSON on the command line, a mapping in a recipe."""
-    return _flag(
+    return flag(
         None, f"Layers whose {name} differs, as JSON, e.g. '{{\"q_proj\": 4}}'; keys may be regular expressions."
     )
 
@@ -39,8 +36,8 @@ class DataArguments:
         default="causal-lm",
         metadata={"help": "What is trained.", "choices": list(TASKS)},
     )
-    model_name_or_path: str | None = _flag(None, "Model: a folder or a hub id. Without model and dataset: the demo.")
-    revision: str = _flag("main", "Branch, tag or commit of a model from the hub.")
+    model_name_or_path: str | None = flag(None, "Model: a folder or a hub id. Without model and dataset: the demo.")
+    revision: str = flag("main", "Branch, tag or commit of a model from the hub.")
     dataset_name: list[str] = field(
         default_factory=list,
         metadata={
@@ -48,9 +45,9 @@ class DataArguments:
             "datasets' save_to_disk), or a hub id; several are mixed."
         },
     )
-    dataset_config: str | None = _flag(None, "Configuration of a dataset from the hub.")
-    dataset_split: str = _flag("train", "Split of --dataset_name to train on.")
-    max_eval_samples: int | None = _flag(None, "Use the first N evaluation rows only.")
+    dataset_config: str | None = flag(None, "Configuration of a dataset from the hub.")
+    dataset_split: str = flag("train", "Split of --dataset_name to train on.")
+    max_eval_samples: int | None = flag(None, "Use the first N evaluation rows only.")
     prompt_template: str = field(
         default="alpaca",
         metadata={
@@ -59,24 +56,24 @@ class DataArguments:
             "choices": ["alpaca", "plain", "chat"],
         },
     )
-    instruction_column: str | None = _flag(None, "causal-lm: the column to read as instruction.")
-    input_column: str | None = _flag(None, "causal-lm: the column to read as input; needs --instruction_column.")
-    output_column: str | None = _flag(None, "causal-lm: the column to read as output; needs --instruction_column.")
-    prompt_column: str | None = _flag(None, "causal-lm: the column to read as prompt; needs --completion_column.")
-    completion_column: str | None = _flag(None, "causal-lm: the column to read as completion.")
-    messages_column: str | None = _flag(None, "causal-lm: the column to read as messages, in either spelling.")
-    prompt_format: str | None = _flag(
+    instruction_column: str | None = flag(None, "causal-lm: the column to read as instruction.")
+    input_column: str | None = flag(None, "causal-lm: the column to read as input; needs --instruction_column.")
+    output_column: str | None = flag(None, "causal-lm: the column to read as output; needs --instruction_column.")
+    prompt_column: str | None = flag(None, "causal-lm: the column to read as prompt; needs --completion_column.")
+    completion_column: str | None = flag(None, "causal-lm: the column to read as completion.")
+    messages_column: str | None = flag(None, "causal-lm: the column to read as messages, in either spelling.")
+    prompt_format: str | None = flag(
         None, "causal-lm: a Jinja template that makes the prompt of a row's columns; needs --completion_format."
     )
-    completion_format: str | None = _flag(None, "causal-lm: the same for the completion.")
-    text_column: str | None = _flag(None, "The column with the text. Default: see docs/data.md and docs/launcher.md.")
-    text_pair_column: str | None = _flag(None, "Classification: the second of two texts; needs --text_column.")
-    text_pattern: str | None = _flag(
+    completion_format: str | None = flag(None, "causal-lm: the same for the completion.")
+    text_column: str | None = flag(None, "The column with the text. Default: see docs/data.md and docs/launcher.md.")
+    text_pair_column: str | None = flag(None, "Classification: the second of two texts; needs --text_column.")
+    text_pattern: str | None = flag(
         None, "Classification: a regular expression; its first group in each text is what the model reads."
     )
-    image_column: str | None = _flag(None, "Images: the column with the pictures. Default: image, img or picture.")
-    label_column: str | None = _flag(None, "Classification: the column with the label. Default: label or answer.")
-    show_traceback: bool = _flag(False, "Show the traceback of errors that are otherwise one message.")
+    image_column: str | None = flag(None, "Images: the column with the pictures. Default: image, img or picture.")
+    label_column: str | None = flag(None, "Classification: the column with the label. Default: label or answer.")
+    show_traceback: bool = flag(False, "Show the traceback of errors that are otherwise one message.")
 
 
 @dataclass
@@ -94,18 +91,18 @@ class RunArguments(DataArguments):
             "choices": ["first_exhausted", "all_exhausted"],
         },
     )
-    streaming: bool = _flag(False, "causal-lm: read training rows while training, instead of all at the start.")
-    eval_dataset_name: str | None = _flag(None, "Evaluation data, in the same form as --dataset_name.")
-    eval_dataset_split: str | None = _flag(None, "Its split. Default: the first of validation, test, train it has.")
-    eval_fraction: float = _flag(0.0, "Share of the training data set aside for evaluation (instead of a dataset).")
-    max_train_samples: int | None = _flag(None, "Use the first N training rows of each data set only.")
-    load_in_4bit: bool = _flag(False, "Keep the frozen base in 4 bits (NF4), by bitsandbytes. ZeRO 0 to 2.")
-    regression: bool = _flag(False, "Classification: labels are numbers (STS-B), learnt by least squares.")
-    overwrite_output_dir: bool = _flag(False, "Accept a non-empty output_dir; its old checkpoints are removed.")
-    lost_rank_seconds: float = _flag(30.0, "Seconds without a sign of a rank's host until all ranks end.")
-    stop_after_nan_steps: int = _flag(3, "End after so many steps in a row with a loss not finite; 0: never.")
-    status_file: str | None = _flag(None, "launch/supervise.sh reads here how far the run has come.")
-    unsafe_checkpoints: bool = _flag(
+    streaming: bool = flag(False, "causal-lm: read training rows while training, instead of all at the start.")
+    eval_dataset_name: str | None = flag(None, "Evaluation data, in the same form as --dataset_name.")
+    eval_dataset_split: str | None = flag(None, "Its split. Default: the first of validation, test, train it has.")
+    eval_fraction: float = flag(0.0, "Share of the training data set aside for evaluation (instead of a dataset).")
+    max_train_samples: int | None = flag(None, "Use the first N training rows of each data set only.")
+    load_in_4bit: bool = flag(False, "Keep the frozen base in 4 bits (NF4), by bitsandbytes. ZeRO 0 to 2.")
+    regression: bool = flag(False, "Classification: labels are numbers (STS-B), learnt by least squares.")
+    overwrite_output_dir: bool = flag(False, "Accept a non-empty output_dir; its old checkpoints are removed.")
+    lost_rank_seconds: float = flag(30.0, "Seconds without a sign of a rank's host until all ranks end.")
+    stop_after_nan_steps: int = flag(3, "End after so many steps in a row with a loss not finite; 0: never.")
+    status_file: str | None = flag(None, "launch/supervise.sh reads here how far the run has come.")
+    unsafe_checkpoints: bool = flag(
         False, "Resume from files that hold Python objects, whose code is run. Only for checkpoints of your own."
     )
 
@@ -120,36 +117,36 @@ class AdapterArguments:
 
     # The alias is for torchrun, which takes `--r` for one of its own flags, even behind the script's name.
     r: int = field(default=8, metadata={"help": "Rank of one expert.", "aliases": ["--lora_r"]})
-    num_experts: int = _flag(8, "Experts per layer.")
-    top_k: int = _flag(2, "Experts that a token uses.")
-    lora_alpha: float = _flag(16.0, "Numerator of the scaling.")
-    lora_dropout: float = _flag(0.0, "Dropout on the adapter's input.")
+    num_experts: int = flag(8, "Experts per layer.")
+    top_k: int = flag(2, "Experts that a token uses.")
+    lora_alpha: float = flag(16.0, "Numerator of the scaling.")
+    lora_dropout: float = flag(0.0, "Dropout on the adapter's input.")
     target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
         metadata={"help": "Module names, one regular expression, or all-linear: where the mixture is put."},
     )
-    scaling: str = _flag("alpha", "alpha: alpha/r. rslora: alpha/sqrt(r). goat: sqrt(3 eta in/r).")
-    eta: float = _flag(1.0, "With --scaling goat: learning rate of full fine-tuning over that of LoRA.")
-    init_lora_weights: str = _flag(
+    scaling: str = flag("alpha", "alpha: alpha/r. rslora: alpha/sqrt(r). goat: sqrt(3 eta in/r).")
+    eta: float = flag(1.0, "With --scaling goat: learning rate of full fine-tuning over that of LoRA.")
+    init_lora_weights: str = flag(
         "true", "true: B starts at zero. goat, goat_mini, pissa, milora: from the base weights' singular values."
     )
-    rho: float = _flag(10.0, "With such a start: how far the factors are scaled down.")
-    svd_cache_dir: str | None = _flag(None, "With such a start: a folder that keeps decompositions.")
-    router_aux_loss_coef: float = _flag(1e-3, "Weight of the load-balancing loss; 0 switches it off.")
-    router_z_loss_coef: float = _flag(0.0, "Weight of the router z-loss; 0 switches it off.")
-    router_temperature: float = _flag(1.0, "What the router's logits are divided by.")
-    router_jitter: float = _flag(0.0, "eps: in training the router's input is times uniform(1 - eps, 1 + eps).")
-    top_p: float | None = _flag(None, "Use the most probable experts up to this probability, at most top_k of them.")
-    shared_expert: bool = _flag(False, "One more expert per layer that every token uses.")
-    shared_A: bool = _flag(False, "One A for all experts of a layer (HydraLoRA).")
+    rho: float = flag(10.0, "With such a start: how far the factors are scaled down.")
+    svd_cache_dir: str | None = flag(None, "With such a start: a folder that keeps decompositions.")
+    router_aux_loss_coef: float = flag(1e-3, "Weight of the load-balancing loss; 0 switches it off.")
+    router_z_loss_coef: float = flag(0.0, "Weight of the router z-loss; 0 switches it off.")
+    router_temperature: float = flag(1.0, "What the router's logits are divided by.")
+    router_jitter: float = flag(0.0, "eps: in training the router's input is times uniform(1 - eps, 1 + eps).")
+    top_p: float | None = flag(None, "Use the most probable experts up to this probability, at most top_k of them.")
+    shared_expert: bool = flag(False, "One more expert per layer that every token uses.")
+    shared_A: bool = flag(False, "One A for all experts of a layer (HydraLoRA).")
     rank_pattern: str | None = _pattern("r")
     alpha_pattern: str | None = _pattern("lora_alpha")
     num_experts_pattern: str | None = _pattern("num_experts")
     top_k_pattern: str | None = _pattern("top_k")
-    ep_size: int = _flag(1, "Ranks that share the experts; divides num_experts and the number of ranks. ZeRO 1 or 2.")
-    ep_dispatch: str = _flag("auto", "With --ep_size > 1: move weights, tokens, or auto.")
-    ep_bucket_layers: int = _flag(1, "With --ep_size > 1: layers whose experts are gathered together.")
-    expert_compute: str = _flag("auto", "dense, grouped (chosen experts alone) or auto.")
+    ep_size: int = flag(1, "Ranks that share the experts; divides num_experts and the number of ranks. ZeRO 1 or 2.")
+    ep_dispatch: str = flag("auto", "With --ep_size > 1: move weights, tokens, or auto.")
+    ep_bucket_layers: int = flag(1, "With --ep_size > 1: layers whose experts are gathered together.")
+    expert_compute: str = flag("auto", "dense, grouped (chosen experts alone) or auto.")
     modules_to_save: list[str] = field(
         default_factory=list, metadata={"help": "Modules trained and saved in full beside the adapter."}
     )
@@ -167,14 +164,14 @@ class ScoringArguments:
             "choices": ["auto", "answers", "loss"],
         },
     )
-    answer_pattern: str | None = _flag(
+    answer_pattern: str | None = flag(
         None, "causal-lm: a regular expression; its first group in what the model writes is the answer."
     )
     answer_ignore: list[str] = field(
         default_factory=list,
         metadata={"help": "What answers may differ in: case, punctuation, articles, whitespace, number (spelling)."},
     )
-    max_new_tokens: int = _flag(64, "causal-lm: longest answer in tokens.")
+    max_new_tokens: int = flag(64, "causal-lm: longest answer in tokens.")
 
 
 class _Deferred:
@@ -209,11 +206,11 @@ class CausalConfig(_Deferred, SFTConfig):
 
     # The adapter's coefficient, not that of a mixture inside the base model: `AdapterArguments` has the flag.
     router_aux_loss_coef: float | None = field(default=None, init=False)
-    output_dir: str = _flag("outputs/run", "Folder for the adapter, checkpoints, TensorBoard logs and the summary.")
-    optim: str | None = _flag(None, "Only without an optimizer block in the DeepSpeed config: a transformers name.")
-    report_to: str = _flag("tensorboard", "Where metrics go: tensorboard, none, or another integration's name.")
-    logging_first_step: bool = _flag(True, "Log the first step.")
-    include_num_input_tokens_seen: str = _flag("non_padding", "Count tokens: no, all or non_padding.")
+    output_dir: str = flag("outputs/run", "Folder for the adapter, checkpoints, TensorBoard logs and the summary.")
+    optim: str | None = flag(None, "Only without an optimizer block in the DeepSpeed config: a transformers name.")
+    report_to: str = flag("tensorboard", "Where metrics go: tensorboard, none, or another integration's name.")
+    logging_first_step: bool = flag(True, "Log the first step.")
+    include_num_input_tokens_seen: str = flag("non_padding", "Count tokens: no, all or non_padding.")
 
     def __post_init__(self) -> None:
         """Left to `start()`."""
@@ -223,14 +220,14 @@ class CausalConfig(_Deferred, SFTConfig):
 class HeadConfig(_Deferred, TrainingArguments):
     """transformers' `TrainingArguments` with this launcher's defaults, for models with a classification head."""
 
-    output_dir: str = _flag("outputs/run", "Folder for the adapter, checkpoints, TensorBoard logs and the summary.")
-    optim: str | None = _flag(None, "Only without an optimizer block in the DeepSpeed config: a transformers name.")
-    report_to: str = _flag("tensorboard", "Where metrics go: tensorboard, none, or another integration's name.")
-    logging_first_step: bool = _flag(True, "Log the first step.")
-    include_num_input_tokens_seen: str = _flag("non_padding", "Count tokens: no, all or non_padding.")
-    logging_steps: float = _flag(10, "Log every so many steps.")
-    bf16: bool | None = _flag(None, "bf16 training. Default: where an accelerator supports it.")
-    trust_remote_code: bool = _flag(False, "Run code that a model's repository brings. Off unless you trust it.")
+    output_dir: str = flag("outputs/run", "Folder for the adapter, checkpoints, TensorBoard logs and the summary.")
+    optim: str | None = flag(None, "Only without an optimizer block in the DeepSpeed config: a transformers name.")
+    report_to: str = flag("tensorboard", "Where metrics go: tensorboard, none, or another integration's name.")
+    logging_first_step: bool = flag(True, "Log the first step.")
+    include_num_input_tokens_seen: str = flag("non_padding", "Count tokens: no, all or non_padding.")
+    logging_steps: float = flag(10, "Log every so many steps.")
+    bf16: bool | None = flag(None, "bf16 training. Default: where an accelerator supports it.")
+    trust_remote_code: bool = flag(False, "Run code that a model's repository brings. Off unless you trust it.")
 
     def __post_init__(self) -> None:
         """Left to `start()`."""
@@ -240,7 +237,7 @@ class HeadConfig(_Deferred, TrainingArguments):
 class ClassificationConfig(HeadConfig):
     """For sequence-classification."""
 
-    max_length: int = _flag(256, "Longest input in tokens; longer texts are cut.")
+    max_length: int = flag(256, "Longest input in tokens; longer texts are cut.")
 
 
 @dataclass
