@@ -7,6 +7,7 @@ import functools
 import shutil
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from ds_moelora.core.kernels import RANKS, Rows, load_kernels
 from ds_moelora.core.pairs import LoraPair, tag_pair
 from ds_moelora.core.preconditioner import damped_inverse, gram
 from ds_moelora.optim.compiled import complement
+from ds_moelora.optim.statistics import StepStatistics
 
 from .support.mixture import Stack, batches
 from .support.plain_lora import plain_lora
@@ -125,19 +127,43 @@ def test_training_equals_torchs(kind: str, groups: Callable[[nn.Module], Any]) -
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
 
 
-def test_threads_change_no_bit() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 2)
-    try:
-        kernels = load_kernels()
-        rows, x = Rows([(6, 50, False)], range(6)), torch.randn(6, 50, 4)
-        first, second = torch.zeros(6, 4, 4), torch.zeros(6, 4, 4)
-        kernels.add_grams_(first, rows, [x.data_ptr()])
-        torch.set_num_threads(1)
-        kernels.add_grams_(second, rows, [x.data_ptr()])
-    finally:
+@pytest.mark.parametrize("kind", CLASSES)
+def test_threads_change_no_bit(kind: str) -> None:
+    def stepped(threads: int) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model, before = Stack([(300, 200, 3, 4), (64, 300, 2, 8)]), torch.get_num_threads()
+        optimizer = CLASSES[kind](one_group(model), **OPTIMIZERS[kind], compiled=True)
         torch.set_num_threads(threads)
-    assert torch.equal(first, second)
+        try:
+            for _ in range(2):
+                for p in optimizer.param_groups[0]["params"]:
+                    p.grad = torch.randn_like(p)
+                optimizer.step()
+        finally:
+            torch.set_num_threads(before)
+        return [p.detach() for p in optimizer.param_groups[0]["params"]]
+
+    assert all(torch.equal(one, three) for one, three in zip(stepped(1), stepped(3), strict=True))
+
+
+def test_watched_steps_are_the_same_steps() -> None:
+    """What is watched are preconditioned gradients, which the fused step never writes: torch takes those steps."""
+    seen = []
+
+    class Every2nd(GateRiemannianAdamW):
+        def step(self, closure: Any = None) -> Any:
+            self.statistics = None if self.statistics else StepStatistics()
+            loss = super().step(closure)
+            if self.statistics:
+                seen.append(float(self.statistics.preconditioned))
+            return loss
+
+    plain, _ = train("GateRiemannianAdamW", True, one_group)
+    with mock.patch.dict(CLASSES, GateRiemannianAdamW=Every2nd):
+        watched, _ = train("GateRiemannianAdamW", True, one_group)
+    assert deviation(watched, {name: p.double() for name, p in plain.items()}) < 1e-5
+    assert len(seen) == 3
+    assert all(value > 0 for value in seen)
 
 
 def run_sharded(stages: list[int]) -> list[tuple[float, bool]]:
