@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_moelora.core.routing import route, sequence_balance_loss, sequence_z_loss
+from ds_moelora.core.routing import chosen_by, route, sequence_balance_loss, sequence_z_loss
 
 
 @given(st.integers(0, 9), st.integers(1, 9), st.integers(1, 9), st.integers(0, 1000))
@@ -36,6 +36,19 @@ def test_gates_are_computed_in_float32_or_wider(dtype, wide, k):
     gates, chosen = route(torch.zeros(2, 4, dtype=dtype), k)
     assert gates.dtype == wide
     assert chosen.dtype == torch.bool
+
+
+@given(
+    logits=st.lists(st.lists(st.sampled_from([-1e30, -200, -1, 0, 1, 200, math.nan]), min_size=5, max_size=5)),
+    k=st.integers(1, 5),
+    top_p=st.sampled_from([None, 0.3, 0.99]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_gates_tell_what_was_chosen(logits, k, top_p, dtype):
+    """Where the gate of a chosen expert underflows, and where a token is broken, too."""
+    gates, chosen = route(torch.tensor(logits, dtype=dtype).reshape(-1, 5), k, top_p)
+    assert torch.equal(chosen_by(gates), chosen)
+    assert not gates[~chosen].any()
 
 
 def test_one_of_one_expert_has_gate_1_and_no_gradient():

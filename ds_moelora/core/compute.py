@@ -65,11 +65,11 @@ class Needs(NamedTuple):
 
 
 class MixtureGrads(NamedTuple):
-    """Gradients of one mixture: dx (T, I), dA like lora_A, dB (E, O, R) in the compute dtype, dgates (T, E), and
-    drouter (E, I) with a `RouterStep`.
+    """Gradients of one mixture: dx (T, I), dA like lora_A and dB like lora_B (shape and dtype, contiguous),
+    dgates (T, E), and with a `RouterStep` drouter (E, I) in the compute dtype.
 
-    None where not needed. dA and dB need not be contiguous. dgates is right where an expert was chosen; elsewhere it
-    is never read, since those gates are constants.
+    None where not needed. dgates is right where an expert was chosen; elsewhere it is never read, since those gates
+    are constants.
     """
 
     dx: Tensor | None

@@ -13,6 +13,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .compute import ExpertCompute, MixtureGrads, Needs, RouterStep, gate_factor
 from .pairs import GateSettings
 
+PRODUCTS_AT_ONCE = 1 << 18  # elements; 1 MB in float32
+
 # The stacked copies of frozen factors: all that decoding one token would do with them is copy them again.
 _of_frozen = WeakTensorKeyDictionary()
 
@@ -34,9 +36,10 @@ def _stack(factors: Tensor, dtype: torch.dtype) -> Tensor:
     return kept[1]
 
 
-def _unstack(stacked: Tensor, rank: int) -> Tensor:
-    """(E*R, F) -> (E, F, R), a view."""
-    return _expert_rows(stacked, rank).transpose(1, 2)
+def _unstack(stacked: Tensor, like: Tensor) -> Tensor:
+    """(E*R, F) -> (E, F, R), a copy in the dtype of `like`."""
+    rows = _expert_rows(stacked, like.shape[2])
+    return rows.transpose(1, 2).to(like.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 def _expert_rows(stacked: Tensor, rank: int) -> Tensor:
@@ -54,16 +57,24 @@ def _scale(projection: Tensor, factor: Tensor, rank: int) -> Tensor:
     return (_expert_rows(projection, rank) * factor).flatten(0, 1)
 
 
+def _inner_products(q_ERT: Tensor, p_ERT: Tensor, dtype: torch.dtype) -> Tensor:
+    """(E, T) sums over R of q p in `dtype`, float32 or wider: they are the router's whole signal, and differences of
+    nearly equal terms. p may be (1, R, T), of a shared A.
+
+    On CPUs a few experts at a time, whose wide products stay in the cache; whole, they are the peak of a step.
+    """
+    E, R, T = q_ERT.shape
+    at_once = E if q_ERT.is_cuda else max(PRODUCTS_AT_ONCE // max(R * T, 1), 1)
+    parts = [
+        (part * (p_ERT if len(p_ERT) == 1 else p_ERT[start : start + at_once]).to(dtype)).sum(1)
+        for start, part in zip(range(0, E, at_once), q_ERT.split(at_once), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _token_rows(rows: Tensor) -> Tensor:
     """(N, T) -> (T, N), copied: a product with a transposed view takes up to three times as long in bfloat16."""
     return rows.t().contiguous()
-
-
-def _sum_shared(gradient: Tensor, num_A: int, rank: int) -> Tensor:
-    """(E*R, T), the gradient of each expert's projection -> (num_A*R, T), that of the projections by `num_A` As."""
-    if len(gradient) == num_A * rank:
-        return gradient
-    return _expert_rows(gradient, rank).sum(0)
 
 
 def _dense_forward(
@@ -101,31 +112,65 @@ def _dense_backward(
     s, dtype, (num_A, _, R) = scaling, p.dtype, lora_A.shape
     dx = dgates = dA = dB = drouter = None
     h = _by_expert(gate_factor(settings.gate_scaling, gates, chosen) * s, dtype)
-    if needs.x or needs.gates or needs.A:
-        q = _stack(lora_B, dtype) @ dy.t()
-    if needs.gates:
-        # Summed in float32: it is the router's whole signal, and a difference of nearly equal terms.
-        dgates = ((_expert_rows(q, R) * _expert_rows(p, R).to(gates.dtype)).sum(1) * s).t()
+    if needs.B:  # first: what it scales p into is gone before q comes
+        dB = _unstack(_scale(p, h, R) @ dy, lora_B)
+    if not (needs.x or needs.gates or needs.A):
+        return MixtureGrads(None, None, None, dB)
     # The logits are E more projections of x: their gradient and the router's weight join the experts' products.
-    below, weight_below = [], []
-    if router is not None and dgates is not None:
-        below, weight_below = [router.backward(dgates).t().to(dtype)], [router.weight.to(dtype)]
-
-    def projections(factor: Tensor) -> Tensor:
-        return torch.cat([_sum_shared(_scale(q, factor, R), num_A, R), *below])
-
+    joint = _Joint(_stack(lora_B, dtype), dy, num_A, R, 0 if router is None else len(router.weight))
+    if needs.gates:
+        dgates = _inner_products(joint.q, _expert_rows(p, R), gates.dtype).mul_(s).t()
+        if router is not None:
+            joint.below.copy_(router.backward(dgates).t())
     same = settings.gate_scaling == "none" or settings.scale_input_grad
     if needs.x:
-        exact = projections(h if same else _by_expert(gates * s, dtype))
-        weights = torch.cat([_stack(lora_A, dtype), *weight_below])
-        dx = _token_rows(exact) @ weights if onto is None else onto.addmm_(_token_rows(exact), weights)
+        exact = joint.scaled(h if same else _by_expert(gates * s, dtype), last=same or not needs.A)
+        dx = _send_down(exact, lora_A, router, onto)
     if needs.A:
         assert x is not None
-        gradients = (exact if same and needs.x else projections(h)) @ x
-        dA, drouter = _unstack(gradients[: num_A * R], R), gradients[num_A * R :] if below else None
-    if needs.B:
-        dB = _unstack(_scale(p, h, R) @ dy, R)
+        gradients = (exact if same and needs.x else joint.scaled(h, last=True)) @ x
+        dA = _unstack(gradients[: num_A * R], lora_A)
+        drouter = None if router is None else gradients[num_A * R :].clone()  # a view would keep all of them
     return MixtureGrads(dx, dgates, dA, dB, drouter)
+
+
+def _send_down(exact: Tensor, lora_A: Tensor, router: RouterStep | None, onto: Tensor | None) -> Tensor:
+    """(T, I): what the rows of `exact` send through A, and through the router's weight, into x."""
+    rows, dtype = _token_rows(exact), exact.dtype
+    if router is None:
+        weights = _stack(lora_A, dtype)
+    else:
+        num_A, features, rank = lora_A.shape
+        weights = exact.new_empty(len(exact), features)
+        _expert_rows(weights[: num_A * rank], rank).copy_(lora_A.transpose(1, 2))
+        weights[num_A * rank :] = router.weight
+    return rows @ weights if onto is None else onto.addmm_(rows, weights)
+
+
+class _Joint:
+    """q = B dy and, below it, room for the gradient of the logits: rows that join the products with x and A.
+
+    Args:
+        stacked_B: (E*R, O). dy: (T, O). num_A: E, or 1 for a shared A. rank: R. num_below: E, or 0 without a router.
+    """
+
+    def __init__(self, stacked_B: Tensor, dy: Tensor, num_A: int, rank: int, num_below: int) -> None:
+        self._rows = dy.new_empty(len(stacked_B) + num_below, len(dy))
+        upper, self.below = self._rows.split([len(stacked_B), num_below])
+        torch.mm(stacked_B, dy.t(), out=upper)
+        self.q, self._num_A = _expert_rows(upper, rank), num_A
+
+    def scaled(self, factor: Tensor, last: bool) -> Tensor:
+        """(num_A*R + num_below, T): q times factor (E, 1, T), summed over experts if A is shared, and what is below.
+
+        Args:
+            last: nobody needs q any more, whose memory then takes the result.
+        """
+        if len(self.q) != self._num_A:
+            return torch.cat([(self.q * factor).sum(0), self.below])
+        rows = self._rows if last else self._rows.clone()
+        _expert_rows(rows[: self.q.shape[0] * self.q.shape[1]], self.q.shape[1]).mul_(factor)
+        return rows
 
 
 DENSE = ExpertCompute("dense", _dense_forward, _dense_backward)

@@ -104,6 +104,7 @@ def _backward(
         dlogits = router.backward(dgates).to(dtype)
         dx = None if dx is None else dx.addmm_(dlogits, router.weight.to(dtype))
         drouter = None if x is None else dlogits.t() @ x
+    dA, dB = None if dA is None else dA.to(lora_A.dtype), None if dB is None else dB.to(lora_B.dtype)
     return MixtureGrads(dx, dgates, dA, dB, drouter)
 
 

@@ -114,6 +114,4 @@ class _MoELoRA(torch.autograd.Function):
                 dy, x, p, gates, chosen, lora_A, lora_B, ctx.scaling, ctx.settings, needs, onto
             )
             dx = None if grads.dx is None else grads.dx.to(ctx.x_dtype)
-            dA = None if grads.dA is None else grads.dA.to(lora_A.dtype).contiguous()
-            dB = None if grads.dB is None else grads.dB.to(lora_B.dtype).contiguous()
-        return dy if needs_base else None, dx, grads.dgates, None, dA, dB, *[None] * 5
+        return dy if needs_base else None, dx, grads.dgates, None, grads.dA, grads.dB, *[None] * 5

@@ -5,7 +5,8 @@
 Router, experts and (with `base_weight`) the frozen layer all send a gradient into x. Here they are added up in one
 (T, I) buffer; autograd would allocate, fill and add one for each, which at these ranks costs more than the products.
 
-Shape suffixes as in `core.moe_lora`. Saved for backward: what that function saves, and the router's weight.
+Shape suffixes as in `core.moe_lora`. Saved for backward: x, p, the gates, in which the choice is, too
+(`core.routing.chosen_by`), and the Parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from .compute import ExpertCompute, Needs, RouterStep, no_autocast, refuse_second_derivative
 from .dense import DENSE
 from .pairs import GateSettings
-from .routing import gates_backward, route
+from .routing import chosen_by, gates_backward, route
 
 
 def routed_moe_lora(
@@ -111,13 +112,14 @@ class _RoutedMoELoRA(torch.autograd.Function):
         ctx.scaling, ctx.temperature, ctx.settings, ctx.compute = scaling, choice[2], settings, compute
         ctx.x_dtype = x.dtype
         saved_x = mixed.x if any(ctx.needs_input_grad[2:4]) else None
-        ctx.save_for_backward(saved_x, mixed.p, mixed.gates, mixed.chosen, router_weight, lora_A, lora_B, base_weight)
+        ctx.save_for_backward(saved_x, mixed.p, mixed.gates, router_weight, lora_A, lora_B, base_weight)
         return mixed.y, mixed.logits, mixed.chosen
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dlogits: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        x, p, gates, chosen, router_weight, lora_A, lora_B, base_weight = ctx.saved_tensors
+        x, p, gates, router_weight, lora_A, lora_B, base_weight = ctx.saved_tensors
+        chosen = chosen_by(gates)
         needs_base, needs_x, needs_router, needs_A, needs_B = ctx.needs_input_grad[:5]
         # One product gives dA and drouter, and dx takes what the router sends.
         needs = Needs(needs_x, needs_x or needs_A or needs_router, needs_A or needs_router, needs_B)
@@ -133,6 +135,5 @@ class _RoutedMoELoRA(torch.autograd.Function):
             )
             dx = None if grads.dx is None else grads.dx.to(ctx.x_dtype)
             drouter = grads.drouter.to(router_weight.dtype) if needs_router else None
-            dA = grads.dA.to(lora_A.dtype).contiguous() if needs_A else None
-            dB = grads.dB.to(lora_B.dtype).contiguous() if needs_B else None
-        return dy if needs_base else None, dx, drouter, dA, dB, *[None] * 6
+        dA = grads.dA if needs_A else None
+        return dy if needs_base else None, dx, drouter, dA, grads.dB, *[None] * 6

@@ -15,13 +15,19 @@ class Routing(NamedTuple):
     """A router's decision for T tokens and E experts.
 
     Args:
-        gates: (T, E), float32 or wider; rows sum to 1, zero where an expert is not chosen.
-        chosen: (T, E) bool; k True per row, with top-p routing 1 to k. Kept beside the gates because the gate of a
-            chosen expert may underflow to 0.
+        gates: (T, E), float32 or wider; rows sum to 1. Where an expert is not chosen they are -0.0; the gate of a
+            chosen expert may underflow, to +0.0 (see `chosen_by`).
+        chosen: (T, E) bool; k True per row, with top-p routing 1 to k.
     """
 
     gates: Tensor
     chosen: Tensor
+
+
+def chosen_by(gates_TE: Tensor) -> Tensor:
+    """(T, E) bool: which experts are chosen, from the gates of `route` alone; so a backward pass need not keep both."""
+    bits = {torch.float32: torch.int32, torch.float64: torch.int64}[gates_TE.dtype]
+    return gates_TE.view(bits) != torch.iinfo(bits).min  # the bits of -0.0
 
 
 def route(logits_TE: Tensor, top_k: int, top_p: float | None = None) -> Routing:
@@ -44,7 +50,8 @@ def route(logits_TE: Tensor, top_k: int, top_p: float | None = None) -> Routing:
     wide_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     if top_p is not None:
         chosen = _nucleus(wide_TE.detach().softmax(-1), top_k, top_p)
-        return Routing(wide_TE.masked_fill(~chosen, -torch.inf).softmax(-1), chosen)
+        gates = wide_TE.masked_fill(~chosen, -torch.inf).softmax(-1)
+        return Routing(gates.masked_fill(~chosen, -0.0), chosen)
     if top_k == logits_TE.shape[-1]:
         return Routing(wide_TE.softmax(-1), torch.ones_like(wide_TE, dtype=torch.bool))
     if not (torch.is_grad_enabled() and wide_TE.requires_grad):
@@ -54,7 +61,7 @@ def route(logits_TE: Tensor, top_k: int, top_p: float | None = None) -> Routing:
 
 def _top_k_gates(logits_TE: Tensor, top_k: int) -> Routing:
     top_logits, top_index = logits_TE.topk(top_k, dim=-1, sorted=False)
-    gates = torch.zeros_like(logits_TE).scatter_(-1, top_index, top_logits.softmax(-1))
+    gates = torch.full_like(logits_TE, -0.0).scatter_(-1, top_index, top_logits.softmax(-1))
     return Routing(gates, torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(-1, top_index, True))
 
 

@@ -125,9 +125,7 @@ class _Exchanged(torch.autograd.Function):
                 local = gates_M.shape[1]
                 by_rank = dgates.view(num_tokens, num_experts // local, local)
                 by_rank[exchange.token, exchange.rank] = exchange.back(grads.dgates)
-            dA = None if grads.dA is None else grads.dA.to(lora_A.dtype).contiguous()
-            dB = None if grads.dB is None else grads.dB.to(lora_B.dtype).contiguous()
-        return dy if needs_base else None, dx, dgates, None, dA, dB, None, None, None, None
+        return dy if needs_base else None, dx, dgates, None, grads.dA, grads.dB, None, None, None, None
 
 
 def share_needing(num_experts: int, ranks: int, top_k: int) -> float:

@@ -162,8 +162,8 @@ def _activations(model: ModelShape, work: Workload, choice: Choice) -> list[Item
 def block_activations(model: ModelShape, work: Workload, choice: Choice) -> float:
     """Bytes that autograd keeps of one block: T (b sum(I + O) + 8 H), and of every adapted module
 
-        dense     T E (r b + 9)        p, the gates, what was chosen, the softmax of the loss
-        grouped   T (k r b + 9 E)
+        dense     T E (r b + 8)        p, the gates, the softmax of the loss; with ep_size > 1 9: what was chosen, too
+        grouped   T (k r b + 8 E)
         tokens    M (I b + (E / n) (r b + 5)) + 9 T E for the M rows that arrive
 
     sum(I + O) over the block's linear modules: what is kept of attention and of the MLP is the inputs and outputs of
@@ -171,7 +171,7 @@ def block_activations(model: ModelShape, work: Workload, choice: Choice) -> floa
     """
     T, b, E, r = work.tokens, work.size, work.num_experts, work.rank
     own = T * (b * model.block_width + 8 * model.hidden_size)
-    gates = 9 * T * E
+    gates = (8 if choice.ep_size == 1 else 9) * T * E
     if choice.dispatch == "tokens":
         rows, local = received_rows(work, choice), E / choice.ep_size
         columns = local * r if work.expert_compute == "dense" else min(work.top_k, local) * r
