@@ -49,11 +49,14 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=0.1)
     args = parser.parse_args()
     names = args.only or [path.stem for path in sorted(RESULTS.glob("*.csv")) if has_ratios(path)]
+    failed = []
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "fresh.csv"
             command = [sys.executable, "-m", f"benchmarks.bench_{name}", "--short", "--output", str(output)]
-            subprocess.run(command, check=True, cwd=ROOT.parent)
+            if subprocess.run(command, cwd=ROOT.parent).returncode:
+                failed.append(name)  # the others' figures are worth having all the same
+                continue
             fresh = read_rows(output)
         committed = read_rows(RESULTS / f"{name}.csv")
         lines, compared = moved(committed, fresh, args.tolerance)
@@ -61,6 +64,8 @@ def main() -> None:
             print(f"\n{name}: committed results are from other hardware: {there}")
         print(f"\n{name}: {len(lines)} of {compared} ratios moved by more than {args.tolerance:.0%}")
         print("\n".join(lines))
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}; see above")
 
 
 if __name__ == "__main__":

@@ -52,9 +52,10 @@ def build(contender: str, stage: int, ep_size: int) -> Any:
     if contender == "lora":
         adapter: Any = lora_config(AdapterArguments(num_experts=EXPERTS, r=RANK), "causal-lm")
     else:
+        parallel: dict[str, Any] = {"ep_size": ep_size, "ep_dispatch": "weights"} if ep_size > 1 else {}
         adapter = ds_moelora.MoELoRAConfig(
             r=RANK, num_experts=EXPERTS, top_k=TOP_K, target_modules="all-linear", task_type="CAUSAL_LM",
-            ep_size=ep_size, ep_dispatch="weights", expert_compute="dense",
+            expert_compute="dense", **parallel,
         )  # fmt: skip
     model = get_peft_model(base, adapter).train()
     kinds: dict[str, dict[str, Any]] = {

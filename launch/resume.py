@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ds_moelora.parallel.checkpoint import check_checkpoint
-from ds_moelora.parallel.elastic import read_manifest
+from ds_moelora.parallel.elastic_folder import read_manifest
 from ds_moelora.parallel.manifest import check_manifest, has_manifest
 from launch.arguments import Arguments
 from launch.errors import UserError

@@ -26,7 +26,8 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from ds_moelora import data_only, load_elastic, save_elastic
 from ds_moelora.adapters import append_experts, sharded_experts, without_experts
-from ds_moelora.parallel.elastic import read_manifest, topology_changes, why_not_elastic
+from ds_moelora.parallel.elastic import topology_changes, why_not_elastic
+from ds_moelora.parallel.elastic_folder import read_manifest
 from launch import images
 from launch.arguments import Arguments
 from launch.columns import Rows

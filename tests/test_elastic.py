@@ -17,7 +17,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import ds_moelora
-from ds_moelora.parallel.elastic import read_manifest, topology_changes
+from ds_moelora.parallel.elastic import topology_changes
+from ds_moelora.parallel.elastic_folder import read_manifest
 
 from .support.expert_parallel import adapted, batches, whole_weights
 from .support.ranks import close_pool, run_on_ranks
@@ -252,14 +253,14 @@ def fails_to_write(folder: str) -> str:
     """On every rank: the disk of rank 0 is full from the second file on."""
     import deepspeed
 
-    from ds_moelora.parallel import elastic
+    from ds_moelora.parallel import elastic_folder
 
     module = adapted()
     params = [p for p in module.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=module, model_parameters=params, config=engine_config(2, "GateRiemannianAdamW")
     )
-    written, original = [], elastic.save_file
+    written, original = [], elastic_folder.save_file
 
     def full(tensors: Any, path: Path, **options: Any) -> None:
         if written:
@@ -267,12 +268,12 @@ def fails_to_write(folder: str) -> str:
         written.append(path)
         original(tensors, path, **options)
 
-    elastic.save_file = full  # type: ignore[assignment]
+    elastic_folder.save_file = full  # type: ignore[assignment]
     try:
         with pytest.raises(RuntimeError) as caught:
             ds_moelora.save_elastic(engine, folder)
     finally:
-        elastic.save_file = original
+        elastic_folder.save_file = original
     engine.destroy()
     return str(caught.value)
 

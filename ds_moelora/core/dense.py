@@ -64,7 +64,7 @@ def _inner_products(q_ERT: Tensor, p_ERT: Tensor, dtype: torch.dtype) -> Tensor:
     On CPUs a few experts at a time, whose wide products stay in the cache; whole, they are the peak of a step.
     """
     E, R, T = q_ERT.shape
-    at_once = E if q_ERT.is_cuda else max(PRODUCTS_AT_ONCE // max(R * T, 1), 1)
+    at_once = E if q_ERT.device.type != "cpu" else max(PRODUCTS_AT_ONCE // max(R * T, 1), 1)
     parts = [
         (part * (p_ERT if len(p_ERT) == 1 else p_ERT[start : start + at_once]).to(dtype)).sum(1)
         for start, part in zip(range(0, E, at_once), q_ERT.split(at_once), strict=True)

@@ -11,8 +11,6 @@ parameters and buffers are not in it: the base model comes from where it came fr
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from itertools import groupby
 from pathlib import Path
@@ -21,17 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .elastic_folder import FORMAT, read_manifest, try_to_publish, try_to_write
 from .run_state import restore_run_state, run_state
 from .zero import told_boundary
 
 if TYPE_CHECKING:
     from .trained import Trained, TrainedParameters
-
-MANIFEST = "elastic.json"
-FORMAT = 1
 
 
 def save_elastic(engine: Any, folder: str | Path) -> None:
@@ -83,10 +78,10 @@ def save_elastic(engine: Any, folder: str | Path) -> None:
             manifest["parameters"][trained.name] = {**entry, "file": f"{number:05d}.safetensors"}
             tensors.update(gathered)
         if is_writer and failure is None:
-            failure = _try_to_write(partial / f"{number:05d}.safetensors", tensors, module)
+            failure = try_to_write(partial / f"{number:05d}.safetensors", tensors, module)
     if is_writer and failure is None:
         manifest["files"] = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        failure = _try_to_publish(partial, folder, manifest)
+        failure = try_to_publish(partial, folder, manifest)
     _agree(failure, f"the elastic checkpoint {folder} could not be written")
 
 
@@ -142,29 +137,6 @@ def topology_changes(engine: Any, folder: str | Path) -> list[str]:
     return [f"{name} {saved[name]} -> {value}" for name, value in topology(engine).items() if saved[name] != value]
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The description of an elastic checkpoint whose files are all there, in full length.
-
-    Raises:
-        ValueError: naming what is missing.
-    """
-    path = folder / MANIFEST
-    remedy = "Resume from an older checkpoint."
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is no elastic checkpoint: it has no {MANIFEST}. {remedy}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}). {remedy}") from error
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {manifest.get('format')}; this version reads {FORMAT}.")
-    for name, size in manifest["files"].items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else 0
-        if found != size:
-            raise ValueError(f"{folder / name} is incomplete: {found} of {size} bytes. {remedy}")
-    return manifest
-
-
 # -- saving -----------------------------------------------------------------------------------------------------------
 
 
@@ -212,34 +184,6 @@ def _gather(parameters: TrainedParameters, trained: Trained, device: Any) -> tup
     lr = parameters.optimizer.param_groups[trained.group]["lr"]
     entry = {"shape": list(trained.shape), "states": [n for n in local if n != "weight"], "numbers": numbers}
     return tensors, {**entry, "lr": float(lr)}
-
-
-def _try_to_write(path: Path, tensors: dict[str, Tensor], module: str) -> str | None:
-    try:
-        save_file(tensors, path, metadata={"module": module, "format": "pt"})
-    except Exception as error:  # told to every rank by _agree
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _try_to_publish(partial: Path, folder: Path, manifest: dict[str, Any]) -> str | None:
-    try:
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        with (partial / MANIFEST).open("w") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        older = folder.with_name(f".{folder.name}.older")
-        shutil.rmtree(older, ignore_errors=True)
-        if folder.exists():
-            folder.rename(older)  # until the new one has its place: a killed process loses neither
-        partial.rename(folder)
-        shutil.rmtree(older, ignore_errors=True)
-    except OSError as error:
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def _agree(failure: str | None, what: str) -> None:
