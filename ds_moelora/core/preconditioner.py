@@ -87,7 +87,7 @@ def _attempt(grams: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 def damped_inverse(grams: Tensor, damping: Tensor | float) -> Tensor:
     """`(G + d I)^-1` with `d = effective_damping(G, damping)`, by batched Cholesky.
 
-    No branch, no host synchronisation, and no failure. A singular G, rounded to fp32, is indefinite by a few
+    No failure, and on GPUs neither a branch nor a host synchronisation. A singular G, rounded to fp32, is indefinite by a few
     eps * trace: where that spoils the factorisation, d is raised to 64 eps_fp32 * trace, and in the last resort G is
     replaced by its upper bound `trace I`: a shorter step, never a wrong one. A G with a NaN or an infinity gives an
     inverse of NaNs: the update is visibly broken wherever that expert is used, never silently plain, nor nought.
@@ -102,6 +102,8 @@ def damped_inverse(grams: Tensor, damping: Tensor | float) -> Tensor:
     trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)
     d = effective_damping(grams, damping)
     first, first_usable = _attempt(grams, d)
+    if grams.device.type == "cpu" and bool(first_usable.all()) and bool(grams.isfinite().all()):
+        return first  # what the lines below would return
     second, second_usable = _attempt(grams, torch.maximum(d, SECOND_ATTEMPT * RELATIVE_DAMPING * trace))
     # Not finite: x * 0 is NaN for inf and NaN alike. LAPACK leaves finite garbage there, so what went in decides.
     poison = (grams * 0).sum((-2, -1), keepdim=True)
