@@ -10,6 +10,8 @@ from benchmarks.compare import moved
 from benchmarks.harness import Results, measure, peak_bytes, read_rows, saved_bytes
 from benchmarks.scaling_plot import table, write_scalars
 
+from .support.ranks import run_on_ranks
+
 
 def test_ratios_are_taken_within_a_round(tmp_path) -> None:
     """The machine gets slower from round to round; the second contender always takes three times as long."""
@@ -59,6 +61,23 @@ def test_the_gpu_script_runs_on_a_cpu(tmp_path, capsys) -> None:
     rows = read_rows(path)
     assert {row["contender"] for row in rows} >= {"base", "peft", "dense", "fused AdamW", "GateRiemannianAdamW"}
     assert all(float(row["ratio"]) > 0 for row in rows)
+
+
+def measure_scaling(ep_size: int) -> dict[str, dict[str, float]]:
+    """On every rank: one round of the benchmark's contenders."""
+    from benchmarks import scaling_worker
+
+    return scaling_worker.measure({"stage": 2, "ep_size": ep_size, "tokens": scaling_worker.SEQUENCE}, 1)
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_what_scaling_measures(ep_size: int) -> None:
+    first, second = run_on_ranks(2, measure_scaling, ep_size=ep_size)
+    for found in (first, second):
+        assert all(found[name]["sent"] > 0 and found[name]["memory"] > 0 for name in ("lora", "adamw", "ours"))
+        more = found["ours"]["sent"] - found["adamw"]["sent"]
+        assert more > 0 if ep_size == 1 else more == 0  # the Gram matrices; with one owner per expert nobody needs any
+    assert [first[name]["cpu"] for name in first] == [second[name]["cpu"] for name in second]
 
 
 def test_scaling(tmp_path) -> None:

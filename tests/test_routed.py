@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from ds_moelora.core import dense
 from ds_moelora.core.dense import DENSE
 from ds_moelora.core.grouped import GROUPED
 from ds_moelora.core.layer_reference import max_relative_error, reference_layer
@@ -49,6 +50,21 @@ def test_gradients_of_everything_that_sees_x(compute, num_A: int) -> None:
         errors = {"y": max_relative_error(y, out)}
         errors |= {n: max_relative_error(a.grad, b.grad) for n, a, b in zip(NAMES, actual, expected, strict=True)}
         assert max(errors.values()) < 1e-12, (settings, fused, errors)
+
+
+@pytest.mark.parametrize("num_A", [1, E])
+def test_products_in_parts_are_those_at_once(monkeypatch: pytest.MonkeyPatch, num_A: int) -> None:
+    """The gates' gradient, of so many experts at a time; the last part is smaller."""
+
+    def grads() -> list[torch.Tensor | None]:
+        x, router, A, B = tensors = leaves(num_A)
+        routed_moe_lora(x.detach() @ W.t(), x, router, A, B, 1.3, k, compute=DENSE, base_weight=W)[0].backward(DY)
+        return [tensor.grad for tensor in tensors]
+
+    whole = grads()
+    for experts_at_once in (1, 4):
+        monkeypatch.setattr(dense, "PRODUCTS_AT_ONCE", experts_at_once * r * T + 1)
+        assert all(torch.equal(a, b) for a, b in zip(grads(), whole, strict=True))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("compute", [DENSE, GROUPED])

@@ -64,12 +64,11 @@ def _inner_products(q_ERT: Tensor, p_ERT: Tensor, dtype: torch.dtype) -> Tensor:
     On CPUs a few experts at a time, whose wide products stay in the cache; whole, they are the peak of a step.
     """
     E, R, T = q_ERT.shape
-    at_once = E if q_ERT.device.type != "cpu" else max(PRODUCTS_AT_ONCE // max(R * T, 1), 1)
-    parts = [
-        (part * (p_ERT if len(p_ERT) == 1 else p_ERT[start : start + at_once]).to(dtype)).sum(1)
-        for start, part in zip(range(0, E, at_once), q_ERT.split(at_once), strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if q_ERT.device.type != "cpu" or E * R * T <= PRODUCTS_AT_ONCE:
+        return (q_ERT * p_ERT.to(dtype)).sum(1)
+    q_parts = q_ERT.split(max(PRODUCTS_AT_ONCE // (R * T), 1))
+    p_parts = [p_ERT] * len(q_parts) if len(p_ERT) == 1 else p_ERT.split(len(q_parts[0]))
+    return torch.cat([(q * p.to(dtype)).sum(1) for q, p in zip(q_parts, p_parts, strict=True)])
 
 
 def _token_rows(rows: Tensor) -> Tensor:
