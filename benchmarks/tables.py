@@ -1,4 +1,4 @@
-"""Writes the layer's tables into benchmarks/README.md, between its markers, from benchmarks/results/layer.csv.
+"""Writes tables into benchmarks/README.md, between its markers, from benchmarks/results/{layer,optimizer}.csv.
 
 python -m benchmarks.tables
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .harness import RESULTS, ROOT, Row, case_of, read_rows
 
-MARKERS = ("<!-- layer: begin -->", "<!-- layer: end -->")
+WAYS = ("ours", "compiled", "loop", "flat")  # of the optimizer's step, beside torch's
 NAMES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -121,10 +121,8 @@ def report(rows: list[Row]) -> str:
     kept = [case for case in every if case["heap"] == "kept" and case["mode"] == "train"]
     grid = [case for case in trained if case["tokens"] in ("512", "2048", "8192") and _in_grid(case)]
     swept = [case for case in trained if case not in grid]
-    first = rows[0]
-    commits = ", ".join(sorted({row["commit"] for row in rows}))
     parts = [
-        [f"Measured {first['date']} on {first['hardware']}; {first['versions']}; commit {commits}."],
+        [origin(rows)],
         goals(grid, kept, decoded),
         ["Training, forward and backward, as multiples of the frozen base layer's time:"],
         training_table(grid),
@@ -147,12 +145,69 @@ def _in_grid(case: Case) -> bool:
     }
 
 
+def origin(rows: list[Row]) -> str:
+    """When, on what and with what they were measured."""
+    first, commits = rows[0], ", ".join(sorted({row["commit"] for row in rows}))
+    return f"Measured {first['date']} on {first['hardware']}; {first['versions']}; commit {commits}."
+
+
+def optimizer_goals(whole: dict[str, Row], flat: dict[str, Row]) -> Iterator[str]:
+    """The goals for 2,240 pairs, met by the default (eager) step and by the compiled one."""
+    yield "| goal | bound | default | `compiled` |"
+    yield "|---|---|---|---|"
+    for title, bound, rows in (
+        ("step / torch's fused AdamW, no ZeRO", 1.6, whole),
+        ("step / torch's fused AdamW, flat ZeRO-2 partition of one rank", 0.9, flat),
+    ):
+        figures = [float(rows[name]["ratio"]) for name in ("ours", "compiled")]
+        yield f"| {title} | <= {bound:g} | " + " | ".join(_verdict(f, f <= bound) for f in figures) + " |"
+    figures = [float(whole["loop"]["ratio"]) / float(whole[name]["ratio"]) for name in ("ours", "compiled")]
+    yield "| pair by pair, published form / step | >= 20 | " + " | ".join(_verdict(f, f >= 20) for f in figures) + " |"
+
+
+def _verdict(figure: float, met: bool) -> str:
+    return f"**{figure:.2f}** ({'met' if met else 'missed'})"
+
+
+def optimizer_table(cases: list[dict[str, Row]]) -> Iterator[str]:
+    """One row for each case of bench_optimizer.py."""
+    yield (
+        "| part, optimizer | modules | E, r | features | ranks | torch's, ms | default | `compiled` | pair by pair |"
+        + (" torch's, flat | rows, MFLOPs of a rank |")
+    )
+    yield "|---" * 11 + "|"
+    for rows in cases:
+        case = rows["torch"]
+        columns = [f"{case['part']}, {case['optimizer']}", case["modules"], f"{case['experts']}, {case['rank']}"]
+        ratios = [f"{float(rows[way]['ratio']):.2f}" if way in rows else "" for way in WAYS]
+        ours = rows["ours"]
+        work = f"{ours['rows_per_rank']}, {float(ours['flops_per_rank']) / 1e6:.0f}" if ours["rows_per_rank"] else ""
+        times = [case["features"], case["ranks"], f"{float(case['median_ms']):.1f}", *ratios, work]
+        yield "| " + " | ".join([*columns, *times]) + " |"
+
+
+def optimizer_report(rows: list[Row]) -> str:
+    """Everything between the optimizer's markers; the first cases are those that the goals are about."""
+    found: dict[object, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(case_of(row), {})[row["contender"]] = row
+    cases = list(found.values())
+    whole, flat = (next(case for case in cases if case["torch"]["part"] == part) for part in ("whole", "zero"))
+    parts = [[origin(rows)], optimizer_goals(whole, flat), optimizer_table(cases)]
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def fill_in(page: str, name: str, text: str) -> str:
+    """The page with `text` between the markers of this name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = page.partition(begin)
+    return f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
+
+
 def main() -> None:
     path = ROOT / "README.md"
-    before, _, rest = path.read_text().partition(MARKERS[0])
-    after = rest.partition(MARKERS[1])[2]
-    text = report(read_rows(RESULTS / "layer.csv"))
-    path.write_text(f"{before}{MARKERS[0]}\n\n{text}\n\n{MARKERS[1]}{after}")
+    page = fill_in(path.read_text(), "layer", report(read_rows(RESULTS / "layer.csv")))
+    path.write_text(fill_in(page, "optimizer", optimizer_report(read_rows(RESULTS / "optimizer.csv"))))
 
 
 if __name__ == "__main__":

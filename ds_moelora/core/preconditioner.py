@@ -87,10 +87,11 @@ def _attempt(grams: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 def damped_inverse(grams: Tensor, damping: Tensor | float) -> Tensor:
     """`(G + d I)^-1` with `d = effective_damping(G, damping)`, by batched Cholesky.
 
-    No failure, and on GPUs neither a branch nor a host synchronisation. A singular G, rounded to fp32, is indefinite by a few
-    eps * trace: where that spoils the factorisation, d is raised to 64 eps_fp32 * trace, and in the last resort G is
-    replaced by its upper bound `trace I`: a shorter step, never a wrong one. A G with a NaN or an infinity gives an
-    inverse of NaNs: the update is visibly broken wherever that expert is used, never silently plain, nor nought.
+    No failure, and on GPUs neither a branch nor a host synchronisation. A singular G, rounded to fp32, is indefinite
+    by a few eps * trace: where that spoils the factorisation, d is raised to 64 eps_fp32 * trace, and in the last
+    resort G is replaced by its upper bound `trace I`: a shorter step, never a wrong one. A G with a NaN or an infinity
+    gives an inverse of NaNs: the update is visibly broken wherever that expert is used, never silently plain, nor
+    nought.
 
     Args:
         grams: (N, r, r), symmetric positive semi-definite, float32 or float64.
