@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ds_moelora import GateRiemannianAdamW, GateRiemannianSGD
+from ds_moelora.core.choice import BY_NAME
+from ds_moelora.core.compute import ExpertCompute
 from ds_moelora.core.layer_reference import max_relative_error, reference_layer
 from ds_moelora.core.pairs import GateSettings, LoraPair, tag_pair
 from ds_moelora.core.reference import ReferenceSGD
@@ -43,7 +45,7 @@ def layer_sizes(tiny: bool) -> Iterator[Size]:
             yield from (Size(*mixture, features, features, tokens) for mixture in MIXTURES)
 
 
-def layer_deviation(device: str, dtype: torch.dtype) -> float:
+def layer_deviation(device: str, dtype: torch.dtype, compute: ExpertCompute) -> float:
     """The largest relative error of output and gradients against the per-expert formula in float64."""
     generator = torch.Generator().manual_seed(1)
     T, I, O, E, k, r = 256, 512, 384, 20, 10, 4
@@ -55,7 +57,7 @@ def layer_deviation(device: str, dtype: torch.dtype) -> float:
     leaves = [draw(size, std).requires_grad_() for size, std in sizes]
     dy = draw((T, O), 1.0)
     base, x, router, A, B = leaves
-    y, _, chosen = routed_moe_lora(base, x, router, A, B, 1.5, k, settings=GateSettings("sqrt"))
+    y, _, chosen = routed_moe_lora(base, x, router, A, B, 1.5, k, settings=GateSettings("sqrt"), compute=compute)
     y.backward(dy)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     base, x, router, A, B = wide
@@ -95,7 +97,11 @@ def optimizer_deviation(device: str) -> float:
 
 def check(device: str) -> None:
     """Ends the run if anything deviates from float64 by more than rounding."""
-    deviations = {f"layer {dtype}": (layer_deviation(device, dtype), bound) for dtype, bound in TOLERANCE.items()}
+    deviations = {
+        f"layer {dtype}, {compute.name}": (layer_deviation(device, dtype, compute), bound)
+        for dtype, bound in TOLERANCE.items()
+        for compute in BY_NAME.values()
+    }
     deviations["optimizer"] = (optimizer_deviation(device), 1e-3)  # inverses of Gram matrices amplify 6e-8
     for name, (deviation, bound) in deviations.items():
         print(f"{name}: {deviation:.1e} from float64 (bound {bound:.0e})")
@@ -121,7 +127,7 @@ def run_layers(results: Results, device: str, tiny: bool, copy_rate: float, gemm
         case = {"part": "layer", "dtype": "bfloat16", **vars(size), "modules": 1}
         if results.has(case):
             continue
-        layers = contenders(size, torch.bfloat16, device, loop=False)
+        layers = contenders(size, torch.bfloat16, device, loop=False, computes=("dense", "grouped", "compiled"))
         x = torch.randn(1, size.tokens, size.in_features, device=device).bfloat16().requires_grad_()
         dy = torch.randn(1, size.tokens, size.out_features, device=device).bfloat16()
         steps = {name: training_step(layer, x, dy) for name, layer in layers.items()}

@@ -3,13 +3,13 @@
 base     the frozen linear layer alone
 peft     PEFT's LoRA of rank E*r: as many trainable weights, but for the router; the floor for a mixture
 loop     y + s * sum_i g_i B_i A_i x as a loop over experts, all tokens through each, the way published code does it
-dense, grouped
+dense, grouped, compiled
          this package's layer with that `expert_compute`
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +89,13 @@ def _adapted(base: nn.Linear, config: LoraConfig | MoELoRAConfig) -> nn.Module:
     return model.base_model.model.layer
 
 
-def contenders(size: Size, dtype: torch.dtype, device: str = "cpu", loop: bool = True) -> dict[str, nn.Module]:
+def contenders(
+    size: Size,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    loop: bool = True,
+    computes: Sequence[str] = ("dense", "grouped"),
+) -> dict[str, nn.Module]:
     """Name -> layer; (..., in) -> (..., out)."""
     torch.manual_seed(0)
     weight = torch.randn(size.out_features, size.in_features) * size.in_features**-0.5
@@ -103,7 +109,7 @@ def contenders(size: Size, dtype: torch.dtype, device: str = "cpu", loop: bool =
     layers = {"base": base(), "peft": _adapted(base(), lora)}
     if loop:
         layers["loop"] = Loop(base(), size, scaling=2.0)
-    for compute in ("dense", "grouped"):
+    for compute in computes:
         mixture = MoELoRAConfig(
             r=size.rank,
             num_experts=size.experts,

@@ -23,6 +23,14 @@ IMAGES = ROOT.parent / "docs" / "images"
 STYLES = {"base": "k.-", "peft": "C0.-", "dense": "C1.-", "grouped": "C2.-", "loop": "C3.-"}
 
 
+def finish(axes: Axes, fixed: dict[str, str], measured_at: set[float]) -> None:
+    """The title, and ticks where something was measured."""
+    axes.set_xticks(sorted(measured_at), [f"{at:g}" for at in sorted(measured_at)], fontsize=8)
+    axes.minorticks_off()
+    axes.set_title(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fixed.items()), fontsize=8)
+    axes.legend(fontsize=7)
+
+
 def draw(axes: Axes, rows: list[Row], axis: str, fixed: dict[str, str], added: bool) -> None:
     """One panel: times of all contenders in the cases with the columns `fixed`, over the column `axis`."""
     common = {"mode": "train", "dtype": "float32", "heap": "default", "in_features": "1024", "out_features": "1024"}
@@ -40,11 +48,10 @@ def draw(axes: Axes, rows: list[Row], axis: str, fixed: dict[str, str], added: b
             axes.loglog(xs, [points[-1][1] * at / xs[-1] for at in xs], "C1--", linewidth=1, label="proportional")
     axes.set_xlabel(axis.replace("_", " "))
     axes.set_ylabel("ms added to the base layer" if added else "ms, forward and backward")
-    axes.set_title(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fixed.items()), fontsize=8)
-    axes.legend(fontsize=7)
+    finish(axes, fixed, set(base))
 
 
-OPTIMIZER_STYLES = {"torch": "k.-", "ours": "C1.-", "loop": "C3.-"}
+OPTIMIZER_STYLES = {"torch": "k.-", "ours": "C1.-", "compiled": "C2.-", "loop": "C3.-"}
 # part, axis, fixed columns, power of the axis with which theory has the time grow
 OPTIMIZER_PANELS: list[tuple[str, str, dict[str, str], float]] = [
     ("whole", "modules", {"experts": "20", "rank": "4", "features": "512"}, 1),
@@ -69,8 +76,7 @@ def draw_optimizer(axes: Axes, rows: list[Row], part: str, axis: str, fixed: dic
             axes.loglog([at for at, _ in points], line, "C1--", linewidth=1, label=f"{axis}^{power:g}")
     axes.set_xlabel({"ranks": "processes, ZeRO-2"}.get(axis, axis))
     axes.set_ylabel("ms of CPU time per step")
-    axes.set_title(", ".join(f"{name} {value}" for name, value in fixed.items()), fontsize=8)
-    axes.legend(fontsize=7)
+    finish(axes, fixed, {float(row[axis]) for row in rows})
 
 
 def optimizer_figure() -> None:

@@ -16,6 +16,7 @@ from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
 from ds_moelora.core.expert_parallel import check_ep_size
 from ds_moelora.core.pairs import GATE_SCALINGS
+from launch.answering import wants_answers
 from launch.arguments import Arguments
 from launch.bounds import check_bounds
 from launch.data_checks import check_data
@@ -174,6 +175,8 @@ def check_numbers(arguments: Arguments) -> None:
         and not has_eval
     ):
         raise UserError("--eval_strategy needs an evaluation set: --eval_dataset_name, or --eval_fraction.")
+    if wants_answers(arguments.scoring, run.task) and not has_eval:
+        raise UserError("--score answers (or --answer_pattern) needs --eval_dataset_name, or --eval_fraction.")
 
 
 def check_task(arguments: Arguments) -> None:

@@ -77,8 +77,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         arguments.run.model_name_or_path = str(demo.base_model())
     processor = load_processor(arguments)
     train, evaluation, model_options = load_data(arguments, processor)
-    if answers and evaluation is None:
-        raise UserError("--score answers (or --answer_pattern) needs --eval_dataset_name, or --eval_fraction.")
     modeling.check_model(arguments, config, model_options)
 
     watch = start(arguments)

@@ -41,7 +41,7 @@ from ds_moelora import MoELoRAConfig
         ),
         ({"ep_bucket_layers": 2}, r"ep_bucket_layers=2 has no effect without ep_size > 1"),
         ({"ep_dispatch": "tokens"}, r"ep_dispatch='tokens' has no effect without ep_size > 1"),
-        ({"expert_compute": "fast"}, r"expert_compute='fast' is unknown; use one of auto, dense, grouped"),
+        ({"expert_compute": "fast"}, r"expert_compute='fast' is unknown; use one of auto, dense, grouped, compiled"),
         ({"target_modules": []}, r"target_modules=set\(\) is empty"),
         ({"target_modules": "q.*", "layers_to_transform": [0]}, r"layers_to_transform=\[0\] cannot be used"),
         ({"target_modules": ["q"], "layers_pattern": "h"}, r"layers_pattern='h' has no effect"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ds_moelora.core.choice import choose_compute
 from ds_moelora.core.compute import ExpertCompute
 from ds_moelora.core.dense import DENSE
-from ds_moelora.core.grouped import GROUPED, choose_compute
+from ds_moelora.core.grouped import GROUPED
 from ds_moelora.core.initialization import draw_uniform_, expert_seed
 from ds_moelora.core.moe_lora import moe_lora
 from ds_moelora.core.pairs import GATE_SCALINGS, GateSettings

@@ -107,6 +107,7 @@ RUN = [
     ({"deepspeed": None}, ["--deepspeed", "--optim"]),
     ({"optim": "adamw_torch"}, ["--optim", "no effect"]),
     ({"eval_strategy": "epoch"}, ["--eval_dataset_name", "--eval_fraction"]),
+    ({"score": "answers"}, ["--eval_dataset_name", "--eval_fraction"]),
     ({"eval_fraction": 2}, ["--eval_fraction", "2"]),
     ({"max_train_samples": 0}, ["--max_train_samples", "0"]),
     ({"label_smoothing_factor": 0.1}, ["--label_smoothing_factor", "load-balancing"]),

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ds_moelora.core import preconditioner
 from ds_moelora.core.preconditioner import damped_inverse, effective_damping, gram, precondition_
 from ds_moelora.core.reference import damped_inverse as slow_inverse
+
+
+@pytest.fixture(autouse=True, scope="module", params=["host", "device"])
+def where(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a device, whose values nobody may look at, inverses are found by another way."""
+    looks = preconditioner.on_host
+    if request.param == "device":
+        preconditioner.on_host = lambda tensor: False
+    yield
+    preconditioner.on_host = looks
 
 
 @given(n=st.integers(0, 40), r=st.integers(1, 16), seed=st.integers(0, 99))

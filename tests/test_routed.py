@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
 from ds_moelora.core import dense
+from ds_moelora.core.compiled import COMPILED
 from ds_moelora.core.dense import DENSE
 from ds_moelora.core.grouped import GROUPED
 from ds_moelora.core.layer_reference import max_relative_error, reference_layer
@@ -30,7 +32,14 @@ W = torch.randn(O, I, generator=torch.Generator().manual_seed(4), dtype=torch.fl
 DY = torch.randn(T, O, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("compute", [DENSE, GROUPED])
+@pytest.fixture(autouse=True)
+def uncompiled() -> Iterator[None]:
+    """What `COMPILED` has compiled runs as it is written; tests/test_compiled.py compiles it."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.parametrize("compute", [DENSE, GROUPED, COMPILED])
 @pytest.mark.parametrize("num_A", [1, E])
 def test_gradients_of_everything_that_sees_x(compute, num_A: int) -> None:
     """Every gate scaling, with and without the frozen layer's share, and an auxiliary loss on the logits."""
@@ -67,7 +76,7 @@ def test_products_in_parts_are_those_at_once(monkeypatch: pytest.MonkeyPatch, nu
         assert all(torch.equal(a, b) for a, b in zip(grads(), whole, strict=True))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("compute", [DENSE, GROUPED])
+@pytest.mark.parametrize("compute", [DENSE, GROUPED, COMPILED])
 @pytest.mark.parametrize("wanted", range(4))
 def test_only_the_wanted_gradient(compute, wanted: int) -> None:
     def grads(which: list[int]) -> list[torch.Tensor | None]:

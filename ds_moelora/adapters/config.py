@@ -64,7 +64,8 @@ class MoELoRAConfig(PeftConfig):
             what is faster on the first training batch.
         ep_bucket_layers: with ep_size > 1, where weights move: so many consecutive layers, >= 1, share one all-gather
             and one reduce-scatter; their gathered experts are in memory together.
-        expert_compute: "dense" computes all experts in one product, "grouped" the chosen ones alone, "auto" decides by
+        expert_compute: "dense" computes all experts in one product, "grouped" the chosen ones alone, "compiled" is
+            dense with what lies between its products compiled by torch.compile; "auto" is one of the first two, by
             size, with ep_size > 1 by trial.
         modules_to_save: modules to train and save whole, beside the adapter (e.g. a new classification head).
         layers_to_transform: index or indices of the layers to adapt; needs `target_modules` as a list.
@@ -132,7 +133,7 @@ class MoELoRAConfig(PeftConfig):
         default=1, metadata={"help": "With ep_size > 1: layers whose experts are gathered together. Not saved."}
     )
     expert_compute: str = field(
-        default="auto", metadata={"help": "'dense', 'grouped' (chosen experts alone) or 'auto'. Not saved."}
+        default="auto", metadata={"help": "'auto', 'dense', 'grouped' or 'compiled'. Not saved."}
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules to train and save whole, beside the adapter."}

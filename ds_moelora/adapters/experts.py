@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.choice import choose_compute
 from ..core.compute import ExpertCompute
 from ..core.expert_parallel import FACTORS, INITIAL_FACTORS, ExpertShard, ShardSpec, build_shard, check_ep_size
-from ..core.grouped import choose_compute
 from ..core.initialization import draw_uniform_
 from ..core.moe_lora import moe_lora
 from ..core.pairs import GateSettings, LoraPair, tag_pair

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .pairs import GATE_SCALINGS
+from .routing import gates_backward
 
 
 def gate_factor(gate_scaling: str, gates: Tensor, chosen: Tensor) -> Tensor:
@@ -83,18 +84,29 @@ class RouterStep(NamedTuple):
     """The router, where a backward pass is to do its part, too.
 
     Args:
-        weight: (E, I). backward: (T, E) gradient of the gates -> that of the logits, computed from W x.
+        weight: (E, I). dlogits: (T, E), what auxiliary losses send into the logits W x / temperature.
+        temperature: as in `core.routed.routed_moe_lora`.
     """
 
     weight: Tensor
-    backward: Callable[[Tensor], Tensor]
+    dlogits: Tensor
+    temperature: float
+
+    def backward(self, gates: Tensor, dgates: Tensor) -> Tensor:
+        """(T, E): the gradient of W x, from that of the gates."""
+        return products_gradient(self.dlogits, gates, dgates, self.temperature)
+
+
+def products_gradient(dlogits: Tensor, gates: Tensor, dgates: Tensor, temperature: float) -> Tensor:
+    """(T, E): the gradient of W x; `core.routing.gates_backward` for the gates' share."""
+    return (dlogits + gates_backward(gates, dgates)) / temperature
 
 
 class ExpertCompute(NamedTuple):
     """One way to do the mixture's products, without autograd; callers save for backward what `forward` was given.
 
     Args:
-        name: "dense" or "grouped".
+        name: "dense", "grouped" or "compiled".
         forward: (base_out, x, gates, chosen, lora_A, lora_B, scaling, inplace) -> (y, p). x has the dtype of base_out;
             p is whatever `backward` wants back, one tensor.
         backward: (dy, x, p, gates, chosen, lora_A, lora_B, scaling, settings, needs, onto=None, router=None) ->

@@ -19,7 +19,7 @@ PRODUCTS_AT_ONCE = 1 << 18  # elements; 1 MB in float32
 _of_frozen = WeakTensorKeyDictionary()
 
 
-def _stack(factors: Tensor, dtype: torch.dtype) -> Tensor:
+def stack(factors: Tensor, dtype: torch.dtype) -> Tensor:
     """(E, F, R) -> (E*R, F): one small copy per use, which the cast to the compute dtype makes anyway.
 
     Of a Parameter without `requires_grad`, as PEFT loads adapters for inference, the copy is kept. Of one that is
@@ -36,13 +36,13 @@ def _stack(factors: Tensor, dtype: torch.dtype) -> Tensor:
     return kept[1]
 
 
-def _unstack(stacked: Tensor, like: Tensor) -> Tensor:
+def unstack(stacked: Tensor, like: Tensor) -> Tensor:
     """(E*R, F) -> (E, F, R), a copy in the dtype of `like`."""
-    rows = _expert_rows(stacked, like.shape[2])
+    rows = expert_rows(stacked, like.shape[2])
     return rows.transpose(1, 2).to(like.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
-def _expert_rows(stacked: Tensor, rank: int) -> Tensor:
+def expert_rows(stacked: Tensor, rank: int) -> Tensor:
     """(E*R, T) -> (E, R, T), a view."""
     return stacked.view(len(stacked) // rank, rank, stacked.shape[1])  # not -1: there may be no tokens
 
@@ -54,7 +54,7 @@ def _by_expert(values_TE: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _scale(projection: Tensor, factor: Tensor, rank: int) -> Tensor:
     """Multiplies expert e's R rows of (E*R, T) by row e of (E, 1, T); of a shared (R, T), every expert has them all."""
-    return (_expert_rows(projection, rank) * factor).flatten(0, 1)
+    return (expert_rows(projection, rank) * factor).flatten(0, 1)
 
 
 def _inner_products(q_ERT: Tensor, p_ERT: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,9 +87,9 @@ def _dense_forward(
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = base_out.dtype
-    p = _stack(lora_A, dtype) @ x.t()
+    p = stack(lora_A, dtype) @ x.t()
     weighted = _token_rows(_scale(p, _by_expert(gates * scaling, dtype), lora_B.shape[2]))
-    B = _stack(lora_B, dtype)
+    B = stack(lora_B, dtype)
     y = base_out.addmm_(weighted, B) if inplace else torch.addmm(base_out, weighted, B)
     return y, p
 
@@ -112,36 +112,35 @@ def _dense_backward(
     dx = dgates = dA = dB = drouter = None
     h = _by_expert(gate_factor(settings.gate_scaling, gates, chosen) * s, dtype)
     if needs.B:  # first: what it scales p into is gone before q comes
-        dB = _unstack(_scale(p, h, R) @ dy, lora_B)
+        dB = unstack(_scale(p, h, R) @ dy, lora_B)
     if not (needs.x or needs.gates or needs.A):
         return MixtureGrads(None, None, None, dB)
     # The logits are E more projections of x: their gradient and the router's weight join the experts' products.
-    joint = _Joint(_stack(lora_B, dtype), dy, num_A, R, 0 if router is None else len(router.weight))
+    joint = _Joint(stack(lora_B, dtype), dy, num_A, R, 0 if router is None else len(router.weight))
     if needs.gates:
-        dgates = _inner_products(joint.q, _expert_rows(p, R), gates.dtype).mul_(s).t()
+        dgates = _inner_products(joint.q, expert_rows(p, R), gates.dtype).mul_(s).t()
         if router is not None:
-            joint.below.copy_(router.backward(dgates).t())
+            joint.below.copy_(router.backward(gates, dgates).t())
     same = settings.gate_scaling == "none" or settings.scale_input_grad
     if needs.x:
         exact = joint.scaled(h if same else _by_expert(gates * s, dtype), last=same or not needs.A)
-        dx = _send_down(exact, lora_A, router, onto)
+        dx = send_down(_token_rows(exact), lora_A, router, onto)
     if needs.A:
         assert x is not None
         gradients = (exact if same and needs.x else joint.scaled(h, last=True)) @ x
-        dA = _unstack(gradients[: num_A * R], lora_A)
+        dA = unstack(gradients[: num_A * R], lora_A)
         drouter = None if router is None else gradients[num_A * R :].clone()  # a view would keep all of them
     return MixtureGrads(dx, dgates, dA, dB, drouter)
 
 
-def _send_down(exact: Tensor, lora_A: Tensor, router: RouterStep | None, onto: Tensor | None) -> Tensor:
-    """(T, I): what the rows of `exact` send through A, and through the router's weight, into x."""
-    rows, dtype = _token_rows(exact), exact.dtype
+def send_down(rows: Tensor, lora_A: Tensor, router: RouterStep | None, onto: Tensor | None) -> Tensor:
+    """(T, I): what `rows` (T, num_A*R + E) send through A, and through the router's weight, into x."""
     if router is None:
-        weights = _stack(lora_A, dtype)
+        weights = stack(lora_A, rows.dtype)
     else:
         num_A, features, rank = lora_A.shape
-        weights = exact.new_empty(len(exact), features)
-        _expert_rows(weights[: num_A * rank], rank).copy_(lora_A.transpose(1, 2))
+        weights = rows.new_empty(rows.shape[1], features)
+        expert_rows(weights[: num_A * rank], rank).copy_(lora_A.transpose(1, 2))
         weights[num_A * rank :] = router.weight
     return rows @ weights if onto is None else onto.addmm_(rows, weights)
 
@@ -157,7 +156,7 @@ class _Joint:
         self._rows = dy.new_empty(len(stacked_B) + num_below, len(dy))
         upper, self.below = self._rows.split([len(stacked_B), num_below])
         torch.mm(stacked_B, dy.t(), out=upper)
-        self.q, self._num_A = _expert_rows(upper, rank), num_A
+        self.q, self._num_A = expert_rows(upper, rank), num_A
 
     def scaled(self, factor: Tensor, last: bool) -> Tensor:
         """(num_A*R + num_below, T): q times factor (E, 1, T), summed over experts if A is shared, and what is below.
@@ -168,7 +167,7 @@ class _Joint:
         if len(self.q) != self._num_A:
             return torch.cat([(self.q * factor).sum(0), self.below])
         rows = self._rows if last else self._rows.clone()
-        _expert_rows(rows[: self.q.shape[0] * self.q.shape[1]], self.q.shape[1]).mul_(factor)
+        expert_rows(rows[: self.q.shape[0] * self.q.shape[1]], self.q.shape[1]).mul_(factor)
         return rows
 
 

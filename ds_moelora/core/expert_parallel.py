@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .pairs import GateSettings
 
 DISPATCHES = ("auto", "weights", "tokens")
-COMPUTES = ("auto", "dense", "grouped")
+COMPUTES = ("auto", "dense", "grouped", "compiled")
 FACTORS = ("lora_A", "lora_B")
 INITIAL_FACTORS = ("initial_A", "initial_B")
 
@@ -29,7 +29,7 @@ class ShardSpec:
         layer_name: the layer's qualified name, for messages.
         num_experts: E over all ranks. ep_size: ranks that share them. top_k: k.
         in_features: I. out_features: O. rank: R of one expert.
-        dispatch: "weights", "tokens" or "auto". compute: "dense", "grouped" or "auto".
+        dispatch: "weights", "tokens" or "auto". compute: one of COMPUTES.
         keeps_start: the factors of the start are kept beside the trained ones, as `initial_A` and `initial_B`.
         bucket_layers: layers whose experts are gathered together.
     """

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from .compute import ExpertCompute, MixtureGrads, Needs, RouterStep, gate_factor
-from .dense import DENSE
 from .pairs import GateSettings
 
 
@@ -101,7 +100,7 @@ def _backward(
             torch.mm(dy_i.t(), p_i * h_i, out=dB[i])
     drouter = None
     if router is not None and dgates is not None:
-        dlogits = router.backward(dgates).to(dtype)
+        dlogits = router.backward(gates, dgates).to(dtype)
         dx = None if dx is None else dx.addmm_(dlogits, router.weight.to(dtype))
         drouter = None if x is None else dlogits.t() @ x
     dA, dB = None if dA is None else dA.to(lora_A.dtype), None if dB is None else dB.to(lora_B.dtype)
@@ -109,32 +108,3 @@ def _backward(
 
 
 GROUPED = ExpertCompute("grouped", _forward, _backward)
-
-
-# Dense costs E*r columns whether chosen or not; grouped gathers and scatters k rows per token, a cost that hardly
-# depends on r. They cross where E*r is so many times k (benchmarks/README.md): where the processor multiplies
-# half-precision matrices far faster than it copies rows, much later.
-GROUPED_FROM_COLUMNS = 256
-GROUPED_FROM_COLUMNS_PER_CHOICE = 128
-GROUPED_FROM_COLUMNS_PER_CHOICE_IN_HALF = 1024
-
-
-def choose_compute(
-    wish: str, num_experts: int, top_k: int, rank: int, dtype: torch.dtype = torch.float32
-) -> ExpertCompute:
-    """The wish, or for "auto": grouped on CPUs if E*r >= max(256, 128 k), in 16 bits 1024 k; else dense.
-
-    With an accelerator "auto" is dense: grouped has to know on the host how many rows each expert gets, one
-    synchronisation per pass, and where it would still win there has not been measured.
-
-    Args:
-        wish: "dense", "grouped" or "auto". num_experts: of those that one product would cover.
-        dtype: of the products.
-    """
-    if wish == "auto":
-        per_choice = GROUPED_FROM_COLUMNS_PER_CHOICE
-        if dtype.itemsize == 2:
-            per_choice = GROUPED_FROM_COLUMNS_PER_CHOICE_IN_HALF
-        enough = num_experts * rank >= max(GROUPED_FROM_COLUMNS, per_choice * top_k)
-        return GROUPED if enough and not torch.accelerator.is_available() else DENSE
-    return GROUPED if wish == "grouped" else DENSE

@@ -84,6 +84,11 @@ def _attempt(grams: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     return inverses, sound & (squared_norms <= 4 * grams.shape[-1])
 
 
+def on_host(tensor: Tensor) -> bool:
+    """Whether looking at a tensor's values costs no wait for a device."""
+    return tensor.device.type == "cpu"
+
+
 def damped_inverse(grams: Tensor, damping: Tensor | float) -> Tensor:
     """`(G + d I)^-1` with `d = effective_damping(G, damping)`, by batched Cholesky.
 
@@ -103,7 +108,7 @@ def damped_inverse(grams: Tensor, damping: Tensor | float) -> Tensor:
     trace = grams.diagonal(dim1=-2, dim2=-1).sum(-1)
     d = effective_damping(grams, damping)
     first, first_usable = _attempt(grams, d)
-    if grams.device.type == "cpu" and bool(first_usable.all()) and bool(grams.isfinite().all()):
+    if on_host(grams) and bool(first_usable.all()) and bool(grams.isfinite().all()):
         return first  # what the lines below would return
     second, second_usable = _attempt(grams, torch.maximum(d, SECOND_ATTEMPT * RELATIVE_DAMPING * trace))
     # Not finite: x * 0 is NaN for inf and NaN alike. LAPACK leaves finite garbage there, so what went in decides.

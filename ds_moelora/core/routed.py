@@ -19,7 +19,7 @@ from torch import Tensor
 from .compute import ExpertCompute, Needs, RouterStep, no_autocast, refuse_second_derivative
 from .dense import DENSE
 from .pairs import GateSettings
-from .routing import chosen_by, gates_backward, route
+from .routing import chosen_by, route
 
 
 def routed_moe_lora(
@@ -124,12 +124,9 @@ class _RoutedMoELoRA(torch.autograd.Function):
         # One product gives dA and drouter, and dx takes what the router sends.
         needs = Needs(needs_x, needs_x or needs_A or needs_router, needs_A or needs_router, needs_B)
 
-        def router_backward(dgates: Tensor) -> Tensor:
-            return (dlogits + gates_backward(gates, dgates)) / ctx.temperature
-
         with no_autocast(dy):
             onto = dy @ base_weight.to(dy.dtype) if needs_x and base_weight is not None else None
-            router = RouterStep(router_weight, router_backward) if needs.gates else None
+            router = RouterStep(router_weight, dlogits, ctx.temperature) if needs.gates else None
             grads = ctx.compute.backward(
                 dy, x, p, gates, chosen, lora_A, lora_B, ctx.scaling, ctx.settings, needs, onto, router
             )

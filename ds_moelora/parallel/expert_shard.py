@@ -31,7 +31,7 @@ from .trial import Batch, Way, choose_way, open_ways, way_by_rule
 
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
 TOPOLOGY = "topology"
-WAYS = ("weights", "tokens", "dense", "grouped")
+WAYS = ("weights", "tokens", "dense", "grouped", "compiled")
 
 
 def rank_and_world() -> tuple[int, int]:

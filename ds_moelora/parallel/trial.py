@@ -6,7 +6,7 @@ away) by each way in turn, on all ranks together, before its real turn. Layers o
 maxima over all ranks, so that all ranks decide alike; after the trial nothing is measured any more.
 
 So that a run repeats to the bit wherever it makes no difference, the way that is best by rule (fewer bytes moved,
-`core.grouped.choose_compute`) is kept unless another was more than `MARGIN` faster.
+`core.choice.choose_compute`) is kept unless another was more than `MARGIN` faster.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..core.choice import BY_NAME, choose_compute
 from ..core.compute import ExpertCompute
-from ..core.dense import DENSE
 from ..core.expert_parallel import ShardSpec
-from ..core.grouped import GROUPED, choose_compute
 from ..core.pairs import GateSettings
 from .dispatch import bytes_moved, exchanged_moe_lora
 from .gathering import Bucket, gathered_moe_lora
@@ -38,14 +37,14 @@ _decided: dict[tuple[Any, ...], Way] = {}
 
 
 class Way(NamedTuple):
-    """How tokens and experts meet ("weights", "tokens"), and how the products are done ("dense", "grouped")."""
+    """How tokens and experts meet ("weights", "tokens"), and how the products are done (but "auto")."""
 
     dispatch: str
     compute: str
 
     @property
     def products(self) -> ExpertCompute:
-        return GROUPED if self.compute == "grouped" else DENSE
+        return BY_NAME[self.compute]
 
     def __str__(self) -> str:
         return f"{self.dispatch}, {self.compute}"

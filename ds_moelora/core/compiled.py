@@ -1,0 +1,129 @@
+"""The dense products (`core.dense`), with all that lies between two of them compiled by torch.compile.
+
+Between its matrix products a mixture does some thirty operations on tensors of rank level: small ones, each of which
+costs a GPU a launch and a pass. Here they are two functions, one of the forward and one of the backward pass, which
+torch.compile turns into a few kernels. Shape suffixes and formulas: `core.moe_lora`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compute import ExpertCompute, MixtureGrads, Needs, RouterStep, gate_factor, products_gradient
+from .dense import expert_rows, send_down, stack, unstack
+from .pairs import GateSettings
+
+
+def _weighted(p: Tensor, gates: Tensor, scaling: float, rank: int) -> Tensor:
+    """(T, E*R): s g p, tokens first."""
+    factor = (gates * scaling).t().to(p.dtype).unsqueeze(1)
+    return (expert_rows(p, rank) * factor).flatten(0, 1).t().contiguous()
+
+
+def _between(
+    q: Tensor,
+    p: Tensor,
+    gates: Tensor,
+    chosen: Tensor,
+    dlogits: Tensor | None,
+    temperature: float,
+    scaling: float,
+    lora_A_shape: tuple[int, int],
+    gate_scaling: str,
+    scale_input_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From q = B dy (E*R, T) to the factors of the three products that follow.
+
+    Args:
+        dlogits, temperature: those of a `RouterStep`; None: there is none, and so no rows for it.
+        lora_A_shape: (num_A, R).
+
+    Returns:
+        dgates (T, E). For dx: s g q, tokens first (T, num_A*R + E). For dA: s h q (num_A*R + E, T). For dB: s h p
+        (E*R, T).
+    """
+    num_A, rank = lora_A_shape
+    q_ERT, p_ERT, dtype = expert_rows(q, rank), expert_rows(p, rank), p.dtype
+    dgates = ((q_ERT * p_ERT.to(gates.dtype)).sum(1) * scaling).t()
+    below = [] if dlogits is None else [products_gradient(dlogits, gates, dgates, temperature).t().to(dtype)]
+
+    def factor(values_TE: Tensor) -> Tensor:
+        return (values_TE * scaling).t().to(dtype).unsqueeze(1)
+
+    def rows(factor_E1T: Tensor) -> Tensor:
+        scaled = q_ERT * factor_E1T
+        return torch.cat([scaled.flatten(0, 1) if num_A == len(scaled) else scaled.sum(0), *below])
+
+    h = factor(gate_factor(gate_scaling, gates, chosen))
+    ours = rows(h)
+    exact = ours if gate_scaling == "none" or scale_input_grad else rows(factor(gates))
+    return dgates, exact.t().contiguous(), ours, (p_ERT * h).flatten(0, 1)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # fullgraph: where a function cannot be compiled whole, or has been for too many shapes, an error says so.
+    return torch.compile(function, fullgraph=True)
+
+
+def _forward(
+    base_out: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    chosen: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = base_out.dtype
+    p = stack(lora_A, dtype) @ x.t()
+    weighted, B = _compiled(_weighted)(p, gates, scaling, lora_B.shape[2]), stack(lora_B, dtype)
+    return base_out.addmm_(weighted, B) if inplace else torch.addmm(base_out, weighted, B), p
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    p: Tensor,
+    gates: Tensor,
+    chosen: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    settings: GateSettings,
+    needs: Needs,
+    onto: Tensor | None = None,
+    router: RouterStep | None = None,
+) -> MixtureGrads:
+    num_A, _, rank = lora_A.shape
+    dgates, exact, ours, scaled_p = _compiled(_between)(
+        stack(lora_B, p.dtype) @ dy.t(),
+        p,
+        gates,
+        chosen,
+        None if router is None else router.dlogits,
+        1.0 if router is None else router.temperature,
+        scaling,
+        (num_A, rank),
+        settings.gate_scaling,
+        settings.scale_input_grad,
+    )
+    dx = dA = drouter = None
+    if needs.x:
+        dx = send_down(exact, lora_A, router, onto)
+    if needs.A:
+        assert x is not None
+        gradients = ours @ x
+        dA = unstack(gradients[: num_A * rank], lora_A)
+        drouter = None if router is None else gradients[num_A * rank :].clone()  # a view would keep all of them
+    dB = unstack(scaled_p @ dy, lora_B) if needs.B else None
+    return MixtureGrads(dx, dgates if needs.gates else None, dA, dB, drouter)
+
+
+COMPILED = ExpertCompute("compiled", _forward, _backward)

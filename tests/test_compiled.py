@@ -1,0 +1,51 @@
+"""The dense products with torch.compile between them: compiled, for any number of tokens, in a model, and equal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from ds_moelora.core.compiled import COMPILED
+from ds_moelora.core.dense import DENSE
+from ds_moelora.core.layer_reference import max_relative_error
+from ds_moelora.core.pairs import GateSettings
+from ds_moelora.core.routed import routed_moe_lora
+
+from .adapter_support import adapted, assert_same, batch, train_step
+
+I, O, E, k, r = 24, 20, 6, 2, 4
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # bfloat16: fused, fewer intermediate results are rounded
+
+
+def results(compute, tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """y and the gradients of x, router, A and B."""
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = [(tokens, I), (E, I), (E, I, r), (E, O, r)]
+    leaves = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    base = torch.randn(tokens, O, generator=generator).to(dtype)
+    y, logits, _ = routed_moe_lora(base, *leaves, 1.5, k, settings=GateSettings("sqrt"), compute=compute)
+    (y.sum() + 0.1 * logits.float().square().sum()).backward()
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_to_dense(dtype: torch.dtype) -> None:
+    """The third number of tokens is not compiled for by itself; none at all are a case of their own."""
+    counters.clear()
+    for tokens in (7, 12, 33, 0):
+        for mine, theirs in zip(results(COMPILED, tokens, dtype), results(DENSE, tokens, dtype), strict=True):
+            assert mine.dtype == theirs.dtype
+            assert max_relative_error(mine, theirs) < TOLERANCE[dtype]
+    assert 2 <= counters["stats"]["unique_graphs"] <= 6  # forward and backward, each at most static, dynamic, empty
+
+
+def test_in_a_model() -> None:
+    """Where the layer itself is hidden from an outer torch.compile, its products are compiled all the same."""
+    counters.clear()
+    loss, grads = train_step(adapted(), batch())
+    assert counters["stats"]["unique_graphs"] == 0
+    other_loss, others = train_step(adapted(expert_compute="compiled"), batch())
+    assert counters["stats"]["unique_graphs"] >= 2
+    torch.testing.assert_close(loss, other_loss)
+    assert_same(others, grads, rtol=1e-4)
