@@ -220,14 +220,14 @@ def test_full_disk(setting: Setting, small_disk: Path, tmp_path: Path, report: C
     )
 
 
-def test_going_on_with_one_rank(setting: Setting, tmp_path: Path) -> None:
-    """Other numbers, larger ones as well, are in tests/test_elastic.py."""
+@pytest.mark.parametrize(("ranks", "batch"), [(1, "4"), (4, "1")])
+def test_going_on_with_another_number_of_ranks(setting: Setting, tmp_path: Path, ranks: int, batch: str) -> None:
     output_dir = tmp_path / "run"
     shutil.copytree(setting.reference / "checkpoint-16", output_dir / "checkpoint-16")
-    arguments = [*setting.arguments, "--per_device_train_batch_size", "4", "--output_dir", str(output_dir)]
-    run = Run(deepspeed_command(arguments, 1), tmp_path / "run.log")
+    arguments = [*setting.arguments, "--per_device_train_batch_size", batch, "--output_dir", str(output_dir)]
+    run = Run(deepspeed_command(arguments, ranks), tmp_path / "run.log")
     assert run.finish() == 0, run.output[-4000:]
-    assert "the topology has changed, world_size 2 -> 1" in run.output
+    assert f"the topology has changed, world_size 2 -> {ranks}" in run.output
     # fp32 sums in another order, over eight steps of AdamW.
     assert losses_of(output_dir / f"checkpoint-{STEPS}") == pytest.approx(setting.losses(), rel=1e-4)
 

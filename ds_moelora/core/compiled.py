@@ -8,14 +8,15 @@ torch.compile turns into a few kernels. Shape suffixes and formulas: `core.moe_l
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .compute import ExpertCompute, MixtureGrads, Needs, RouterStep, gate_factor, products_gradient
-from .dense import expert_rows, send_down, stack, unstack
+from .dense import expert_rows, factor_gradients, send_down, stack, unstack
 from .pairs import GateSettings
 
 
@@ -33,7 +34,8 @@ def _between(
     dlogits: Tensor | None,
     temperature: float,
     scaling: float,
-    lora_A_shape: tuple[int, int],
+    num_A: int,
+    rank: int,
     gate_scaling: str,
     scale_input_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -41,13 +43,12 @@ def _between(
 
     Args:
         dlogits, temperature: those of a `RouterStep`; None: there is none, and so no rows for it.
-        lora_A_shape: (num_A, R).
+        num_A, rank: of lora_A (num_A, I, R), whose I makes no difference here.
 
     Returns:
         dgates (T, E). For dx: s g q, tokens first (T, num_A*R + E). For dA: s h q (num_A*R + E, T). For dB: s h p
         (E*R, T).
     """
-    num_A, rank = lora_A_shape
     q_ERT, p_ERT, dtype = expert_rows(q, rank), expert_rows(p, rank), p.dtype
     dgates = ((q_ERT * p_ERT.to(gates.dtype)).sum(1) * scaling).t()
     below = [] if dlogits is None else [products_gradient(dlogits, gates, dgates, temperature).t().to(dtype)]
@@ -66,9 +67,13 @@ def _between(
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # fullgraph: where a function cannot be compiled whole, or has been for too many shapes, an error says so.
-    return torch.compile(function, fullgraph=True)
+def _compiled(function: Callable[..., Any], *kind: Hashable) -> Callable[..., Any]:
+    """The function compiled for one kind of adapter (E, R, dtype, ...), and within it for any number of tokens.
+
+    torch gives up after a few compilations of the same code: every kind has a copy of it.
+    """
+    copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(copy, fullgraph=True)  # fullgraph: what cannot be compiled whole is an error
 
 
 def _forward(
@@ -83,7 +88,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     dtype = base_out.dtype
     p = stack(lora_A, dtype) @ x.t()
-    weighted, B = _compiled(_weighted)(p, gates, scaling, lora_B.shape[2]), stack(lora_B, dtype)
+    num_experts, _, rank = lora_B.shape
+    weigh = _compiled(_weighted, num_experts, rank, len(lora_A), dtype)
+    weighted, B = weigh(p, gates, scaling, rank), stack(lora_B, dtype)
     return base_out.addmm_(weighted, B) if inplace else torch.addmm(base_out, weighted, B), p
 
 
@@ -102,7 +109,8 @@ def _backward(
     router: RouterStep | None = None,
 ) -> MixtureGrads:
     num_A, _, rank = lora_A.shape
-    dgates, exact, ours, scaled_p = _compiled(_between)(
+    kind = (len(lora_B), rank, num_A, p.dtype, router is None, settings.gate_scaling, settings.scale_input_grad)
+    dgates, exact, ours, scaled_p = _compiled(_between, *kind)(
         stack(lora_B, p.dtype) @ dy.t(),
         p,
         gates,
@@ -110,18 +118,13 @@ def _backward(
         None if router is None else router.dlogits,
         1.0 if router is None else router.temperature,
         scaling,
-        (num_A, rank),
+        num_A,
+        rank,
         settings.gate_scaling,
         settings.scale_input_grad,
     )
-    dx = dA = drouter = None
-    if needs.x:
-        dx = send_down(exact, lora_A, router, onto)
-    if needs.A:
-        assert x is not None
-        gradients = ours @ x
-        dA = unstack(gradients[: num_A * rank], lora_A)
-        drouter = None if router is None else gradients[num_A * rank :].clone()  # a view would keep all of them
+    dx = send_down(exact, lora_A, router, onto) if needs.x else None
+    dA, drouter = factor_gradients(ours, x, lora_A) if needs.A else (None, None)
     dB = unstack(scaled_p @ dy, lora_B) if needs.B else None
     return MixtureGrads(dx, dgates if needs.gates else None, dA, dB, drouter)
 

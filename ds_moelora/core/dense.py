@@ -126,10 +126,7 @@ def _dense_backward(
         exact = joint.scaled(h if same else _by_expert(gates * s, dtype), last=same or not needs.A)
         dx = send_down(_token_rows(exact), lora_A, router, onto)
     if needs.A:
-        assert x is not None
-        gradients = (exact if same and needs.x else joint.scaled(h, last=True)) @ x
-        dA = unstack(gradients[: num_A * R], lora_A)
-        drouter = None if router is None else gradients[num_A * R :].clone()  # a view would keep all of them
+        dA, drouter = factor_gradients(exact if same and needs.x else joint.scaled(h, last=True), x, lora_A)
     return MixtureGrads(dx, dgates, dA, dB, drouter)
 
 
@@ -143,6 +140,14 @@ def send_down(rows: Tensor, lora_A: Tensor, router: RouterStep | None, onto: Ten
         expert_rows(weights[: num_A * rank], rank).copy_(lora_A.transpose(1, 2))
         weights[num_A * rank :] = router.weight
     return rows @ weights if onto is None else onto.addmm_(rows, weights)
+
+
+def factor_gradients(rows: Tensor, x: Tensor | None, lora_A: Tensor) -> tuple[Tensor, Tensor | None]:
+    """dA, and the gradient (E, I) of the router's weight if `rows` (num_A*R + E, T) have any below those of A."""
+    assert x is not None
+    gradients, of_A = rows @ x, lora_A.shape[0] * lora_A.shape[2]
+    # A view of the router's would keep all of them.
+    return unstack(gradients[:of_A], lora_A), gradients[of_A:].clone() if len(gradients) > of_A else None
 
 
 class _Joint:
