@@ -28,10 +28,10 @@ test: $(VENV)/.ready
 
 # Every launcher on two hosts out of network namespaces: root, and openssh-server, pdsh, openmpi-bin, iproute2.
 test-multinode: $(VENV)/.ready
-	python -m pytest tests/multinode tests/test_multinode_launch.py tests/test_hosts.py tests/test_nodes.py -ra $(PYTEST_ARGS)
+	python -m pytest tests/multinode tests/launch/test_multinode_launch.py tests/launch/test_hosts.py tests/expert_parallel/test_nodes.py -ra $(PYTEST_ARGS)
 
 conformance: $(VENV)/.ready
-	python -m pytest tests/conformance tests/test_zero_exactness.py $(PYTEST_ARGS)
+	python -m pytest tests/conformance tests/optimizer/test_zero_exactness.py $(PYTEST_ARGS)
 
 # A run that is killed 25 times at random and restarts itself: about 10 minutes.
 soak: $(VENV)/.ready

@@ -25,7 +25,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=["ds_moelora", "ds_moelora.*"]),
-    package_data={"ds_moelora": ["py.typed", "core/kernels.cpp"]},
+    package_data={"ds_moelora": ["py.typed", "optimizer/kernels/kernels.cpp"]},
     python_requires=">=3.10",
     # Lower bounds: the oldest versions whose interfaces this package uses. Tested versions: constraints.txt.
     install_requires=[

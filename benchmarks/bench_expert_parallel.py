@@ -34,9 +34,9 @@ from expert_parallel_plot import draw
 from rich.console import Console
 from rich.table import Table
 
-from ds_moelora.core.expert_parallel import ShardSpec
-from ds_moelora.parallel.dispatch import bytes_moved
-from ds_moelora.parallel.trial import way_by_rule
+from ds_moelora.expert_parallel.exchange import bytes_moved
+from ds_moelora.expert_parallel.spec import ShardSpec
+from ds_moelora.expert_parallel.trial import way_by_rule
 
 ROOT = Path(__file__).parent.parent
 CSV = ROOT / "benchmarks" / "results" / "expert_parallel.csv"
@@ -122,7 +122,7 @@ def regrets(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def by_rule(row: dict[str, Any]) -> str:
-    """The way that `parallel.trial` keeps unless another was clearly faster."""
+    """The way that `expert_parallel.trial` keeps unless another was clearly faster."""
     E, ep, k, r, features = (row[key] for key in ("E", "ranks", "k", "r", "features"))
     moved = bytes_moved(E, ep, k, features, features, r, row["tokens_per_rank"], 4)
     spec = ShardSpec(

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ds_moelora import GateRiemannianAdamW, GateRiemannianSGD
-from ds_moelora.core.choice import BY_NAME
-from ds_moelora.core.compute import ExpertCompute
-from ds_moelora.core.layer_reference import max_relative_error, reference_layer
-from ds_moelora.core.pairs import GateSettings, LoraPair, tag_pair
-from ds_moelora.core.reference import ReferenceSGD
-from ds_moelora.core.routed import routed_moe_lora
+from ds_moelora.mixture.choice import BY_NAME
+from ds_moelora.mixture.compute import ExpertCompute
+from ds_moelora.mixture.reference import max_relative_error, reference_layer
+from ds_moelora.mixture.routed import routed_moe_lora
+from ds_moelora.optimizer.reference import ReferenceSGD
+from ds_moelora.pairs import GateSettings, LoraPair, tag_pair
 
 from .harness import Results, Step, arguments, measure, peak_bytes, ratio, saved_bytes
 from .layers import Size, contenders, training_step

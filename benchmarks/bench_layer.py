@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ds_moelora.core.choice import choose_compute
+from ds_moelora.mixture.choice import choose_compute
 
 from .harness import Results, arguments, measure, peak_bytes, ratio, saved_bytes, set_heap
 from .layers import Size, contenders, decoding_step, training_step

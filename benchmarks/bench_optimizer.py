@@ -31,8 +31,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import ds_moelora
-from ds_moelora.core.kernels import RANKS
-from ds_moelora.core.pairs import LoraPair, tag_pair
+from ds_moelora.optimizer.kernels.cpp import RANKS
+from ds_moelora.pairs import LoraPair, tag_pair
 
 from .harness import Results, arguments, measure, set_heap
 

@@ -38,8 +38,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from ds_moelora import MoELoRAConfig
-from ds_moelora.core.goat import mean_product, starting_factors, triplet_indices
-from ds_moelora.core.svd import Triplets, singular_triplets
+from ds_moelora.mixture.goat import mean_product, starting_factors, triplet_indices
+from ds_moelora.mixture.svd import Triplets, singular_triplets
 
 EXPERTS, RANK, SCALING, RHO = 8, 4, 2.0, 10.0
 VARIANTS = {"goat": ("gram",), "pissa": ("gram", "krylov"), "milora": ("gram", "krylov")}

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from launch.demo_base import byte_tokenizer
-from launch.extensions import find_free_port
+from launch.checks.extensions import find_free_port
+from launch.demo.base import byte_tokenizer
 
 from .harness import ROOT, Results, arguments, set_heap
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from ds_moelora.core.layer_reference import max_relative_error, reference_layer
-from ds_moelora.core.moe_lora import moe_lora
-from ds_moelora.core.pairs import GATE_SCALINGS, GateSettings
-from ds_moelora.core.routing import route
+from ds_moelora.mixture.moe_lora import moe_lora
+from ds_moelora.mixture.reference import max_relative_error, reference_layer
+from ds_moelora.mixture.routing import route
+from ds_moelora.pairs import GATE_SCALINGS, GateSettings
 
 COLUMNS = ("y", "dx", "dA", "dB", "drouter")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)

@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
-from ds_moelora.planning import Choice, Hardware, Workload, hardware, layer_time, load_calibration
+from ds_moelora.planner import Choice, Hardware, Workload, hardware, layer_time, load_calibration
 
 RESULTS = Path(__file__).parent / "results"
 WAYS = {f"{d}, {c}": (d, c) for d, c in itertools.product(("weights", "tokens"), ("dense", "grouped"))}

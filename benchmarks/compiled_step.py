@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 from ds_moelora import GateRiemannianAdamW
-from ds_moelora.core.kernels import Kernels
+from ds_moelora.optimizer.kernels.cpp import Kernels
 
 from .bench_gpu import tagged_factors
 from .harness import hardware, measure

@@ -61,10 +61,10 @@ def _flops_per_second(
 
     dense: 3 * 2 T E r (in + out); grouped: 3 * 2 T k r (in + out), copies and the loop over experts counted as time.
     """
-    from ds_moelora.core.dense import DENSE
-    from ds_moelora.core.grouped import GROUPED
-    from ds_moelora.core.moe_lora import moe_lora
-    from ds_moelora.core.routing import route
+    from ds_moelora.mixture.dense import DENSE
+    from ds_moelora.mixture.grouped import GROUPED
+    from ds_moelora.mixture.moe_lora import moe_lora
+    from ds_moelora.mixture.routing import route
 
     x, A, B = (torch.randn(*shape).requires_grad_() for shape in ((T, F), (E, F, r), (E, F, r)))
     gates, chosen = route(torch.randn(T, E).requires_grad_(), k)

@@ -144,7 +144,7 @@ class WithMoE(nn.Module):
 def adapted(point: Point, dispatch: str, compute: str) -> Any:
     """A `MoELoRALayer` on its expert-parallel group."""
     from ds_moelora import MoELoRAConfig
-    from ds_moelora.adapters.layer import MoELoRALayer
+    from ds_moelora.tuner.layer import MoELoRALayer
 
     config = MoELoRAConfig(
         r=point.r,
@@ -163,7 +163,7 @@ def adapted(point: Point, dispatch: str, compute: str) -> Any:
 
 def stack(point: Point, bucket_layers: int) -> nn.Module:
     """`LAYERS` layers one after the other, whose weights move in buckets."""
-    from ds_moelora.parallel.gathering import Schedule
+    from ds_moelora.expert_parallel.gather import Schedule
 
     layers, schedule = [adapted(point, "weights", "dense") for _ in range(LAYERS)], Schedule(bucket_layers)
     for layer in layers:

@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.products
 
-Shape suffixes as in `core.moe_lora`: E r = 80 columns (E = 20, r = 4), T = 2048 tokens, I = O = 1024 and 3072 features.
+Shape suffixes as in `mixture.moe_lora`: E r = 80 columns (E = 20, r = 4), T = 2048 tokens, I = O = 1024 and 3072
+features.
 """
 
 from __future__ import annotations

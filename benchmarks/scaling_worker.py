@@ -29,9 +29,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ds_moelora
 from benchmarks.harness import peak_bytes
 from benchmarks.train_lora import lora_config
-from ds_moelora.parallel.comm_meter import CommMeter
-from launch.extensions import load_collectives, unlink_buffers
-from launch.flags import AdapterArguments
+from ds_moelora.monitoring.traffic import CommMeter
+from launch.checks.extensions import load_collectives, unlink_buffers
+from launch.checks.flags import AdapterArguments
 
 CONTENDERS = ("lora", "adamw", "ours")
 EXPERTS, TOP_K, RANK = 8, 2, 4

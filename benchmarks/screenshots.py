@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from launch.extensions import find_free_port
+from launch.checks.extensions import find_free_port
 
 from .harness import ROOT
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from peft import LoraConfig
 
-from launch import modeling, train
-from launch.errors import run_guarded
-from launch.flags import AdapterArguments
+from launch import train
+from launch.checks.errors import run_guarded
+from launch.checks.flags import AdapterArguments
+from launch.training import modeling
 
 
 def lora_config(adapter: AdapterArguments, task: str) -> Any:

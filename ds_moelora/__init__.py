@@ -3,11 +3,11 @@
 Importing the package registers the optimizers with DeepSpeed and the tuner with PEFT (see `plugin.register`).
 """
 
-from .adapters import MoELoRAConfig, MoELoRAModel, gather_experts, save_without_residual, tag_lora_pairs
-from .optim import GateRiemannianAdamW, GateRiemannianSGD
-from .parallel.data_only import check_data_only, data_only
-from .parallel.elastic import load_elastic, save_elastic
+from .checkpoint.data_only import check_data_only, data_only
+from .checkpoint.elastic import load_elastic, save_elastic
+from .optimizer import GateRiemannianAdamW, GateRiemannianSGD
 from .plugin import register
+from .tuner import MoELoRAConfig, MoELoRAModel, gather_experts, save_without_residual, tag_lora_pairs
 
 __version__ = "0.1.0"
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from .adapters import register_with_peft
-from .core.expert_parallel import ShardSpec, register_shard_builder
-from .core.ranks import register_ranks
-from .optim import GateRiemannianAdamW, GateRiemannianSGD
-from .parallel.ranks import find_ranks
+from .expert_parallel.spec import ShardSpec, register_shard_builder
+from .optimizer import GateRiemannianAdamW, GateRiemannianSGD
+from .tuner import register_with_peft
+from .tuner.distributed_processes import find_ranks
+from .tuner.processes import register_ranks
 
 OPTIMIZERS = (GateRiemannianAdamW, GateRiemannianSGD)
 
@@ -23,8 +23,8 @@ def register() -> None:
     - DeepSpeed resolves `"optimizer": {"type": NAME}` by `getattr(torch.optim, NAME)`, and ZeRO accepts the classes
       listed in `ZERO_SUPPORTED_OPTIMIZERS`. Without DeepSpeed installed this part is left out, and so it is on the
       import by `python -m ds_moelora`: DeepSpeed takes long to import and prints to stdout.
-    - `ep_size > 1` gets its modules from `parallel.expert_shard`; without DeepSpeed it is refused.
-    - SVD initialisation finds the other ranks and partitioned weights through `parallel.ranks`.
+    - `ep_size > 1` gets its modules from `expert_parallel.shard`; without DeepSpeed it is refused.
+    - SVD initialisation finds the other ranks and partitioned weights through `tuner.distributed_processes`.
     - PEFT resolves `peft_type` "MOELORA" through its mappings.
 
     Raises:
@@ -52,6 +52,6 @@ def _starts_as_command() -> bool:
 
 def _build_shard(spec: ShardSpec) -> Any:
     # Imported by who needs it: it subclasses a class of DeepSpeed's.
-    from .parallel.expert_shard import ShardedExperts
+    from .expert_parallel.shard import ShardedExperts
 
     return ShardedExperts(spec)

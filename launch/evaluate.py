@@ -30,11 +30,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-from launch import answering, demo, formats, images, trainers
-from launch.arguments import Arguments, command_line, read_flags
-from launch.data import load_rows
-from launch.errors import UserError, run_guarded
-from launch.flags import (
+from launch.checks.arguments import Arguments, command_line, read_flags
+from launch.checks.errors import UserError, run_guarded
+from launch.checks.flags import (
     SCORED_TASKS,
     TASKS,
     TRAINING_CLASSES,
@@ -44,8 +42,19 @@ from launch.flags import (
     ScoringArguments,
     flag,
 )
-from launch.loading import Source, find_source, inference_precision, load_for_inference, load_processor, quieten
-from launch.report import write_text
+from launch.data import answering, formats, images
+from launch.data.rows import load_rows
+from launch.demo import defaults as demo
+from launch.training import trainers
+from launch.training.loading import (
+    Source,
+    find_source,
+    inference_precision,
+    load_for_inference,
+    load_processor,
+    quieten,
+)
+from launch.training.report import write_text
 
 DEMO = "demo"
 LIBRARIES = ("ds_moelora", "torch", "transformers", "peft", "trl", "datasets")
@@ -168,7 +177,7 @@ def load_evaluation_rows(
     """The rows as the task's trainer takes them.
 
     Raises:
-        UserError: as `launch.data` and `launch.formats`, or a label that is none of the model's classes.
+        UserError: as `launch.data.rows` and `launch.data.formats`, or a label that is none of the model's classes.
     """
     where = f"--dataset_name {wish.dataset_name}"
     if wish.dataset_name == DEMO:

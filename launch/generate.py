@@ -25,12 +25,12 @@ if __package__ in (None, ""):
 from datasets import Dataset
 from transformers import TextStreamer, set_seed
 
-from launch.answering import write_answers
-from launch.arguments import read_flags
-from launch.errors import UserError, run_guarded
-from launch.flags import DataArguments, flag
-from launch.formats import causal_rows
-from launch.loading import find_source, inference_precision, load_for_inference, load_processor, quieten
+from launch.checks.arguments import read_flags
+from launch.checks.errors import UserError, run_guarded
+from launch.checks.flags import DataArguments, flag
+from launch.data.answering import write_answers
+from launch.data.formats import causal_rows
+from launch.training.loading import find_source, inference_precision, load_for_inference, load_processor, quieten
 
 TEMPLATES = ("none", "alpaca", "plain", "chat")
 

@@ -17,4 +17,4 @@ elif [[ -x $root/.venv/bin/python ]]; then
 else
   python=python3
 fi
-exec "$python" "$root/launch/multinode.py" "$@"
+exec "$python" "$root/launch/cluster/multinode.py" "$@"

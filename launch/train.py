@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 2 launch/train.py ...        python launch/train.py ...
 
 docs/launcher.md has all flags, data formats and recipes. The order below matters: everything that can be wrong is
-checked before torch.distributed opens, and every rank finds it out alone (see `launch.errors`).
+checked before torch.distributed opens, and every rank finds it out alone (see `launch.checks.errors`).
 """
 
 from __future__ import annotations
@@ -31,28 +31,20 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorM
 from transformers.trainer_utils import set_seed
 
 import ds_moelora  # noqa: F401  (registers the optimizers and the tuner)
-from ds_moelora.adapters import record_training
 from ds_moelora.monitoring import MoELoRACallback
-from launch import (
-    answering,
-    card,
-    checks,
-    demo,
-    image_text,
-    images,
-    modeling,
-    report,
-    resume,
-    saving,
-    trainers,
-    watchdog,
-)
-from launch.arguments import Arguments, parse_arguments
-from launch.errors import MASTER_PORT, UserError, adopt_rank, process_rank, run_guarded
-from launch.extensions import find_free_port, load_collectives, unlink_buffers
-from launch.flags import LANGUAGE
-from launch.sources import load_data
-from launch.stopping import Stopping
+from ds_moelora.tuner import record_training
+from launch.checkpoint import resume, saving
+from launch.checkpoint.stopping import Stopping
+from launch.checks import preflight as checks
+from launch.checks.arguments import Arguments, parse_arguments
+from launch.checks.errors import MASTER_PORT, UserError, adopt_rank, process_rank, run_guarded
+from launch.checks.extensions import find_free_port, load_collectives, unlink_buffers
+from launch.checks.flags import LANGUAGE
+from launch.cluster import watchdog
+from launch.data import answering, image_text, images
+from launch.data.sources import load_data
+from launch.demo import defaults as demo
+from launch.training import card, modeling, report, trainers
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:

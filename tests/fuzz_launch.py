@@ -28,10 +28,11 @@ import datasets
 import huggingface_hub
 from hypothesis import HealthCheck, Phase, given, settings
 
-from launch import modeling, train
-from launch.errors import UserError
-from tests.launch_support import launch, tiny_model
+from launch import train
+from launch.checks.errors import UserError
+from launch.training import modeling
 from tests.support.launch_draws import RANKS, Draw, draws
+from tests.support.launch_support import launch, tiny_model
 
 LIMIT_SECONDS = 20
 

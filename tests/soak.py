@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from launch.resume import checkpoints, newest_complete
-from tests.launch_support import ROOT, alpaca_rows, tiny_model, write_jsonl
+from launch.checkpoint.resume import checkpoints, newest_complete
 from tests.support.failures import Run, deepspeed_command, losses_of
+from tests.support.launch_support import ROOT, alpaca_rows, tiny_model, write_jsonl
 
 SETTINGS = ["--deepspeed", "configs/zero2.json", "--lora_r", "2", "--num_experts", "2", "--top_k", "1", "--seed", "3",
             "--learning_rate", "1e-3", "--logging_steps", "1", "--per_device_train_batch_size", "2",

@@ -17,7 +17,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 import ds_moelora
-from ds_moelora.core import preconditioner
+from ds_moelora.optimizer import preconditioner
 
 HEAD_LR = 1e-3
 FINAL_LR = 0.1  # of the first: the papers' linear decay to a tenth

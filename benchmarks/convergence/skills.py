@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_moelora.adapters.layer import MoELoRALayer
-from launch.demo_base import EOS, base_model
-from launch.demo_tasks import SKILLS, split_lines
+from ds_moelora.tuner.layer import MoELoRALayer
+from launch.demo.base import EOS, base_model
+from launch.demo.tasks import SKILLS, split_lines
 
 HELD_OUT_LINES = 64
 IGNORED = -100

@@ -33,7 +33,7 @@ def arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], text:
 
 
 def architecture() -> None:
-    """Who knows whom: the import direction that tests/test_package.py keeps."""
+    """Who knows whom: the import direction that tests/project/test_package.py keeps."""
     figure, axes = plt.subplots(figsize=(9, 5))
     axes.set(xlim=(0, 9), ylim=(0, 5.2))
     axes.axis("off")
@@ -41,7 +41,7 @@ def architecture() -> None:
     box(axes, 0.2, 1.7, 2.6, 0.9, "adapters", "the PEFT tuner: layers, saving", GREEN)
     box(axes, 6.2, 1.7, 2.6, 0.9, "parallel", "where ZeRO's slices lie; exchange", ORANGE)
     box(axes, 6.2, 3.0, 2.6, 0.9, "optim", "GateRiemannianAdamW, -SGD", GREEN)
-    box(axes, 3.2, 2.35, 2.6, 0.9, "tags", "core.pairs: adapter meets optimizer", GREY)
+    box(axes, 3.2, 2.35, 2.6, 0.9, "tags", "pairs: adapter meets optimizer", GREY)
     box(axes, 0.2, 4.2, 2.6, 0.9, "launch", "scripts around TRL and Trainer", GREY)
     box(axes, 3.2, 4.2, 2.6, 0.9, "plugin", "registers with DeepSpeed and PEFT", BLUE)
     box(axes, 6.2, 4.2, 2.6, 0.9, "DeepSpeed", "engine, ZeRO, expert groups", GREY)

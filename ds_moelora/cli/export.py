@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..adapters.export import export_adapter
+from ..tuner.files.export import export_adapter
 from .tables import table
 
 SUMMARY = "a saved mixture as plain PEFT LoRAs: one per expert, and the routers"

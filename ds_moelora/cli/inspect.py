@@ -22,8 +22,8 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from ..adapters.adapter_file import SavedAdapter, read_adapter
-from ..adapters.inspection import ExpertFacts, LayerFacts, layer_facts
+from ..tuner.files.adapter_file import SavedAdapter, read_adapter
+from ..tuner.files.inspection import ExpertFacts, LayerFacts, layer_facts
 from .tables import table
 
 SUMMARY = "layers, ranks, norms, condition numbers and routers of a saved adapter"

@@ -16,7 +16,7 @@ from typing import Any
 
 import transformers
 
-from ..planning import (
+from ..planner import (
     GPUS,
     LINKS,
     DoesNotFitError,
@@ -27,7 +27,7 @@ from ..planning import (
     load_calibration,
     make_plan,
 )
-from ..planning.workload import COMPUTES, DTYPE_BYTES, OPTIMIZER_STATES
+from ..planner.workload import COMPUTES, DTYPE_BYTES, OPTIMIZER_STATES
 from . import plan_report
 
 SUMMARY = "memory, bytes and time per step on N GPUs; which ZeRO stage, ep_size and dispatch to choose"

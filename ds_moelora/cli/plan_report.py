@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from ..planning import Candidate, DoesNotFitError, Plan, Workload, evaluate
-from ..planning.hardware import GB
-from ..planning.timing import transfer_seconds
+from ..planner import Candidate, DoesNotFitError, Plan, Workload, evaluate
+from ..planner.hardware import GB
+from ..planner.timing import transfer_seconds
 from .tables import table
 
 SHOWN_WAYS = 10

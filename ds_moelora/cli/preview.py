@@ -2,7 +2,7 @@
 
 Takes every flag of launch/train.py. No weights are loaded, and nothing is written. In colour, trained tokens are green
 and all others blue; with --no-color (or the environment's NO_COLOR) trained tokens stand between [[ and ]]. The
-launcher is not part of the installed package: this command hands over to launch/preview.py of the repository.
+launcher is not part of the installed package: this command hands over to launch/data/preview.py of the repository.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 SUMMARY = "one training batch with its loss mask, from the launcher's flags"
 TAKES_OTHER_FLAGS = True
-SCRIPT = Path("launch") / "preview.py"
+SCRIPT = Path("launch") / "data" / "preview.py"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the launcher's preview in a process of its own.
 
     Raises:
-        ValueError: `--rows` below 1, or no launch/preview.py beside the package or in the working directory.
+        ValueError: `--rows` below 1, or no launch/data/preview.py beside the package or in the working directory.
     """
     if args.rows < 1:
         raise ValueError(f"--rows {args.rows} must be at least 1.")

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from ..parallel.monitor import ds_config, zero_stage
+from .deepspeed_engine import ds_config, zero_stage
 from .heat_map import heat_map
 from .meter import Report, TrainingMeter
 from .run_info import configuration, hyperparameters, write_run_info

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..parallel.monitor import check_monitor, ds_config, tensorboard_writer, write_events, zero_stage
+from .deepspeed_engine import check_monitor, ds_config, tensorboard_writer, write_events, zero_stage
 from .heat_map import heat_map
 from .meter import TrainingMeter
 from .run_info import configuration, hyperparameters, write_run_info

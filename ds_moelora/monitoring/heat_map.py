@@ -30,7 +30,7 @@ def heat_map(loads: Tensor, names: Sequence[str], step: int) -> np.ndarray:
     """The picture of one step.
 
     Args:
-        loads: (L, E), `core.statistics.load_over_ideal`. names: of the layers. step: for the title.
+        loads: (L, E), `monitoring.formulas.load_over_ideal`. names: of the layers. step: for the title.
 
     Returns:
         (height, width, 3) uint8.

@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..adapters.balance import batch_layout
-from ..core.statistics import load_over_ideal, mean_similarity
-from ..optim import GateRiemannianAdamW, GateRiemannianSGD
-from ..optim.statistics import StepStatistics
-from ..parallel.comm_meter import CommMeter
-from ..parallel.monitor import basic_optimizer
+from ..optimizer import GateRiemannianAdamW, GateRiemannianSGD
+from ..optimizer.step_statistics import StepStatistics
+from ..tuner.losses import batch_layout
+from .deepspeed_engine import basic_optimizer
+from .formulas import load_over_ideal, mean_similarity
 from .routers import RouterMeter
+from .traffic import CommMeter
 
 TAGS = (
     "moe/load_max_over_ideal",
@@ -48,7 +48,7 @@ class Report:
 
     Args:
         scalars: tag of `TAGS` -> value; without those that nothing was seen of.
-        loads: (L, E) `core.statistics.load_over_ideal`; L = 0 without a mixture.
+        loads: (L, E) `monitoring.formulas.load_over_ideal`; L = 0 without a mixture.
         layers: names of the L layers.
     """
 

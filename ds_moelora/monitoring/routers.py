@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import MoELoRAExperts, MoELoRAModel
-from ..adapters.balance import BatchLayout, RouterRecord, sequences_of
-from ..core.statistics import RouterSums, projection, router_sums, sketch_products
+from ..tuner import MoELoRAExperts, MoELoRAModel
+from ..tuner.losses import BatchLayout, RouterRecord, sequences_of
+from .formulas import RouterSums, projection, router_sums, sketch_products
 
 # Logits of that many elements are looked at together: few operations for small batches, bounded memory for large ones.
 TOGETHER = 1 << 24
@@ -27,7 +27,7 @@ class RouterMeter:
     Attributes:
         names: of the layers. num_experts: E of each. ep_size: ranks that share the experts.
         packed: (L, 4 + E): entropy, balance, tokens, sequences and slots of `RouterSums`, E padded to the largest.
-        sketches: (L, E, P * P), `core.statistics.sketch_products`; zero where the experts are other ranks'.
+        sketches: (L, E, P * P), `monitoring.formulas.sketch_products`; zero where the experts are other ranks'.
     """
 
     def __init__(self, model: nn.Module) -> None:

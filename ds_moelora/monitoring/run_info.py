@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from torch.utils.tensorboard.summary import hparams
 
-from ..optim import GateRiemannianAdamW, GateRiemannianSGD
-from ..parallel.monitor import basic_optimizer
+from ..optimizer import GateRiemannianAdamW, GateRiemannianSGD
+from .deepspeed_engine import basic_optimizer
 
 ADAPTER_FIELDS = (
     *("r", "num_experts", "top_k", "lora_alpha", "scaling", "lora_dropout", "init_lora_weights"),

@@ -15,19 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_moelora.parallel.checkpoint import check_checkpoint
+from ds_moelora.checkpoint.whole import check_checkpoint
 
 from ..support.mixture import SHAPES, Stack, batches
 from ..support.plain_lora import plain_lora
 from ..support.ranks import run_on_ranks
-from ..support.training import (
-    SHARDED,
-    deviation,
-    engine_config,
-    full_weights,
-    loraplus_groups,
-    one_group,
-)
+from ..support.training import SHARDED, deviation, engine_config, full_weights, loraplus_groups, one_group
 
 pytestmark = pytest.mark.dist
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_moelora import GateRiemannianAdamW
-from ds_moelora.core import preconditioner
-from ds_moelora.core.pairs import LoraPair, tag_pair
+from ds_moelora.optimizer import preconditioner
+from ds_moelora.pairs import LoraPair, tag_pair
 
 from ..support.mixture import SHAPES, Stack
 from ..support.plain_lora import plain_lora

@@ -15,13 +15,7 @@ from ..support.mixture import SHAPES, Stack
 from ..support.plain_lora import plain_lora
 from ..support.ranks import run_on_ranks
 from ..support.training import engine_config, one_group, run_engine
-from ..support.versions import (
-    GATHER_ERROR,
-    GATHER_FAILS,
-    OVERFLOW_STAYS,
-    STAGE_3_ERROR,
-    STAGE_3_LOSES_WRAPPED_MODULES,
-)
+from ..support.versions import GATHER_ERROR, GATHER_FAILS, OVERFLOW_STAYS, STAGE_3_ERROR, STAGE_3_LOSES_WRAPPED_MODULES
 
 pytestmark = pytest.mark.dist
 
@@ -93,6 +87,6 @@ def wrong_fragments(round_robin: bool) -> int:
 
 
 def test_hp_mapping_is_wrong_with_round_robin_gradients() -> None:
-    """Why `parallel.zero` does not read it (and why `safe_get_full_fp32_param` cannot be trusted there)."""
+    """Why `optimizer.sharding.zero` does not read it (and why `safe_get_full_fp32_param` cannot be trusted there)."""
     assert run_on_ranks(2, wrong_fragments, round_robin=False) == [0, 0]
     assert all(wrong > 0 for wrong in run_on_ranks(2, wrong_fragments, round_robin=True))

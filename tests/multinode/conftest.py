@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch_support import ROOT, alpaca_rows, tiny_model, write_jsonl
 from tests.multinode.network import INTERFACE, TwoHosts, missing, two_hosts
 from tests.multinode.runs import Workplace
+from tests.support.launch_support import ROOT, alpaca_rows, tiny_model, write_jsonl
 
 
 @pytest.fixture(scope="session")

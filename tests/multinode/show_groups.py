@@ -9,8 +9,8 @@ import sys
 import deepspeed
 import torch.distributed as dist
 
-from ds_moelora.parallel.engine_hooks import create_groups, expert_group
-from launch.errors import adopt_rank
+from ds_moelora.expert_parallel.engine import create_groups, expert_group
+from launch.checks.errors import adopt_rank
 
 adopt_rank()
 deepspeed.init_distributed(verbose=False)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch_support import ROOT, launch
 from tests.multinode.network import INTERFACE, NAMES, Host, TwoHosts
 from tests.multinode.runs import Workplace
+from tests.support.launch_support import ROOT, launch
 
 STANDIN = Path(__file__).parent / "standin"
 TIMEOUT = 300.0
@@ -160,7 +160,7 @@ def test_ranks_end_with_the_launching_process(net: TwoHosts, place: Workplace):
         time.sleep(0.1)
     else:
         raise AssertionError("the ranks did not start")
-    assert net.hosts[0].run(["pkill", "-KILL", "-f", "launch/multinode.py"])[0] == 0
+    assert net.hosts[0].run(["pkill", "-KILL", "-f", "launch/cluster/multinode.py"])[0] == 0
     for host in net.hosts:
         wait_for_silence(host, 50)
     launching.communicate()

@@ -1,4 +1,4 @@
-"""The code blocks of README and docs, and what each kind of them has to stand (`tests/test_docs.py`)."""
+"""The code blocks of README and docs, and what each kind of them has to stand (`tests/project/test_docs.py`)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def execute(page: str, sources: list[tuple[int, str]], folder: str) -> None:
     from peft import get_peft_model
 
     from ds_moelora import MoELoRAConfig
-    from tests.launch_support import tiny_model
+    from tests.support.launch_support import tiny_model
 
     with chdir(folder):
         if dist.get_rank() == 0:
@@ -142,7 +142,7 @@ def _batches() -> list[dict[str, Any]]:
 
 def parse_launcher(arguments: list[str], demo_defaults: dict[str, Any]) -> None:
     """Raises unless `launch/train.py` takes these flags."""
-    from launch.arguments import parse_arguments
+    from launch.checks.arguments import parse_arguments
 
     parse_arguments(arguments, demo_defaults)
 
@@ -152,7 +152,7 @@ def _after(words: list[str], script: str) -> list[str]:
 
 
 def _check_training(words: list[str]) -> None:
-    from launch.demo import DEFAULTS
+    from launch.demo.defaults import DEFAULTS
 
     with chdir(ROOT):
         arguments = [word for word in _after(words, "launch/train.py") if word != "..."]
@@ -252,7 +252,7 @@ def squeeze(text: str) -> str:
 def messages_in_sources() -> list[str]:
     """All string constants of package and launcher; f-strings without their values."""
     found = []
-    for path in [*(ROOT / "ds_moelora").rglob("*.py"), *(ROOT / "launch").glob("*.py")]:
+    for path in [*(ROOT / "ds_moelora").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(squeeze(node.value))

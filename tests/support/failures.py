@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from launch.resume import newest_complete, step_of
-from tests.launch_support import ROOT, alpaca_rows, compile_once, find_free_port, tiny_model, write_jsonl
+from launch.checkpoint.resume import newest_complete, step_of
+from tests.support.launch_support import ROOT, alpaca_rows, compile_once, find_free_port, tiny_model, write_jsonl
 
 STEPS, SAVE_STEPS = 24, 2
 SETTINGS = ["--deepspeed", "configs/zero2.json", "--lora_r", "2", "--num_experts", "2", "--top_k", "1", "--seed", "3",

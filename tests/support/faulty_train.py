@@ -15,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import LlamaModel
 
-from ds_moelora.parallel.sharded import ShardedPreconditioner
-from launch import saving, train, trainers
+from ds_moelora.optimizer.sharding.sharded import ShardedPreconditioner
+from launch import train
+from launch.checkpoint import saving
+from launch.training import trainers
 
 KIND, RANK, STEP = os.environ["FAULT"].split(":")
 step = 0  # the one being done

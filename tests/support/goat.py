@@ -9,9 +9,9 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from ds_moelora import MoELoRAConfig
-from ds_moelora.adapters import MoELoRALayer
+from ds_moelora.tuner import MoELoRALayer
 
-from ..adapter_support import train_step
+from .adapter_support import train_step
 
 
 class Regression(nn.Module):

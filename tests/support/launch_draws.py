@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
-from tests.launch_support import ROOT, alpaca_rows
+from tests.support.launch_support import ROOT, alpaca_rows
 
 RANKS = 2
 VARIANTS = ("goat", "goat_mini", "pissa", "milora")

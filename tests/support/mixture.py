@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_moelora.core.pairs import LoraPair, tag_pair
+from ds_moelora.pairs import LoraPair, tag_pair
 
 
 class Mixture(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ds_moelora.planning import Linear, ModelShape
+from ds_moelora.planner import Linear, ModelShape
 
 from .expert_parallel import adapted, batches
 from .training import engine_config

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_moelora.core.reference import ReferenceAdamW, ReferenceSGD
+from ds_moelora.optimizer.reference import ReferenceAdamW, ReferenceSGD
 
 from .mixture import SHAPES, Stack, batches
 

@@ -1,0 +1,1 @@
+"""Training state that names no topology: writing, reading, checking."""

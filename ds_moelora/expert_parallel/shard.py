@@ -1,0 +1,281 @@
+"""One rank's experts of one layer, as DeepSpeed's engine wants to see them. Imported only where `ep_size > 1`.
+
+The module is a subclass of `deepspeed.moe.layer.MoE` because that is how the engine finds out that a model has experts:
+it then creates the groups (`set_deepspeed_parallelism`), makes parameter groups for expert parameters (those with
+`allreduce = False` and a `group_name`), shards their optimizer state over the expert-data-parallel group, and saves
+every expert in a file of its own. Nothing else of DeepSpeed's class is used: its dispatch drops tokens and wants
+in = out.
+
+Experts are stacked in two parameters; `state_dict()` has them one by one under the names that DeepSpeed's checkpoints
+expect, `deepspeed_moe.experts.deepspeed_experts.<local number>.lora_A`, and `load_state_dict` stacks them again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from torch import Tensor, nn
+
+from ..mixture.dense import DENSE
+from ..pairs import GateSettings
+from .engine import adapt_engine, create_groups, expert_group
+from .exchange import exchanged_moe_lora
+from .gather import Bucket, Entered, Schedule, gathered_moe_lora
+from .spec import FACTORS, INITIAL_FACTORS, ShardSpec, check_ep_size
+from .trial import Batch, Way, choose_way, open_ways, way_by_rule
+
+EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
+TOPOLOGY = "topology"
+WAYS = ("weights", "tokens", "dense", "grouped", "compiled")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of processes, also before torch.distributed is open.
+
+    Raises:
+        ValueError: nobody has said yet.
+    """
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    try:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError):
+        raise ValueError(
+            "ep_size > 1 must know this process's rank: call deepspeed.init_distributed() before get_peft_model, and "
+            "start the script with the deepspeed launcher or torchrun."
+        ) from None
+
+
+class ShardedExperts(MoE):
+    """`expert_parallel.spec.ExpertShard` over DeepSpeed's expert-parallel group.
+
+    Before `deepspeed.initialize` it takes the group to be ep_size consecutive ranks, DeepSpeed's default. Where the
+    engine finds otherwise (`use_data_before_expert_parallel_`), the experts change places then.
+
+    Raises:
+        ValueError: `ep_size` does not divide the world size, or the rank is not known.
+    """
+
+    initial_A: Tensor
+    initial_B: Tensor
+
+    def __init__(self, spec: ShardSpec) -> None:
+        nn.Module.__init__(self)  # not MoE's, which builds DeepSpeed's own gate and experts
+        rank, world = rank_and_world()
+        check_ep_size(spec.ep_size, spec.num_experts, world)
+        adapt_engine()
+        self.spec = spec
+        # What the engine reads:
+        self.ep_size, self.num_experts = spec.ep_size, spec.num_experts
+        self.expert_group_name = f"ep_size_{spec.ep_size}"
+        self.num_local_experts = spec.num_experts // spec.ep_size
+        self.ep_rank = rank % spec.ep_size
+        self.lora_A = nn.Parameter(torch.empty(self.num_local_experts, spec.in_features, spec.rank))
+        self.lora_B = nn.Parameter(torch.empty(self.num_local_experts, spec.out_features, spec.rank))
+        self.factor_names = FACTORS + INITIAL_FACTORS if spec.keeps_start else FACTORS
+        for name, param in zip(INITIAL_FACTORS if spec.keeps_start else (), (self.lora_A, self.lora_B), strict=False):
+            self.register_buffer(name, torch.zeros_like(param, requires_grad=False))
+        self.is_connected = False
+        self.way: Way | None = None  # settled by the first training batch
+        self.schedule: Schedule | None = None  # of the model's buckets
+        self.place: tuple[Bucket, int] | None = None  # in one of them
+        self._entered: Entered | None = None
+        self._dtype: torch.dtype | None = None  # in which the base layer last answered
+        self.register_state_dict_post_hook(_split_experts)
+        self._register_load_state_dict_pre_hook(_stack_experts, with_module=True)
+        self.mark()
+
+    @property
+    def first_expert(self) -> int:
+        """Global number of this rank's first expert."""
+        return self.ep_rank * self.num_local_experts
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The expert-parallel group; looked up, since modules are copied and pickled and groups cannot be."""
+        group = expert_group(self.expert_group_name) if self.is_connected else None
+        if group is None:
+            raise ValueError(
+                f"{self.spec.layer_name}: the ranks of an expert-parallel model are not connected yet; call "
+                "deepspeed.initialize first. To use an adapter without DeepSpeed, load it with ep_size=1."
+            )
+        return group
+
+    def mark(self) -> None:
+        """Says to DeepSpeed that these parameters differ between the ranks of an expert-parallel group."""
+        for param in (self.lora_A, self.lora_B):
+            param.allreduce = False  # type: ignore[attr-defined]
+            param.group_name = self.expert_group_name  # type: ignore[attr-defined]
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Called by the engine: creates the groups, once for all layers, and settles whose experts these are."""
+        create_groups(self.ep_size, use_data_before_expert_parallel_)
+        self.is_connected = True
+        self._move_to(dist.get_rank(self.group))
+
+    @torch.no_grad()
+    def _move_to(self, ep_rank: int) -> None:
+        """Makes this rank the `ep_rank`-th of its group; if any rank changes place, experts are exchanged."""
+        places = torch.zeros(dist.get_world_size(), 2, dtype=torch.long, device=self.lora_A.device)
+        places[dist.get_rank()] = torch.tensor([self.ep_rank, ep_rank], device=places.device)
+        dist.all_reduce(places)
+        if torch.equal(places[:, 0], places[:, 1]):
+            return
+        source = [places[:, 0].tolist().index(place) for place in range(self.ep_size)]
+        for name in self.factor_names:
+            param = getattr(self, name)
+            mine = param.detach().clone()
+            for place in range(self.ep_size):  # one shard at a time passes by
+                passing = mine if dist.get_rank() == source[place] else torch.empty_like(mine)
+                dist.broadcast(passing, source[place])
+                if place == ep_rank:
+                    param.copy_(passing)
+        self.ep_rank = ep_rank
+
+    # -- the mixture --------------------------------------------------------------------------------------------------
+
+    def prefetch(self, x: Tensor) -> None:
+        """Starts gathering the experts, so that the base layer runs meanwhile. x: (..., I)."""
+        if self.schedule is not None and self.training:
+            self.schedule.saw(self)
+        if self._way().dispatch == "weights":
+            bucket, index = self.place or (Bucket([self]), 0)
+            dtype = self._dtype or _compute_dtype(x)
+            self._entered = bucket.enter(index, dtype) or Bucket([self]).enter(0, dtype)
+
+    def bucket_key(self) -> Any:
+        """Neighbours with the same key may be gathered together; None: by itself."""
+        return (self.expert_group_name, self.lora_A.dtype, self._dtype) if self._way().dispatch == "weights" else None
+
+    def _way(self) -> Way:
+        # Until a training batch has been tried: what does not depend on it.
+        return self.way or way_by_rule(self.spec, "tokens" if self.spec.dispatch == "tokens" else "weights")
+
+    def mix(
+        self,
+        base_out: Tensor,
+        x: Tensor,
+        gates: Tensor,
+        chosen: Tensor,
+        scaling: float,
+        settings: GateSettings | None,
+        inplace: bool,
+    ) -> Tensor:
+        """base_out + s * sum_i g_i(x) B_i A_i x over the experts of all ranks; (T, I) -> (T, O)."""
+        entered, self._entered = self._entered, None
+        if self.way is None and self.training:
+            self.way = choose_way(self.spec, self, Batch(base_out, x, gates, chosen, scaling, settings))
+        way, self._dtype = self._way(), base_out.dtype
+        if entered is not None and (way.dispatch == "tokens" or entered.dtype != base_out.dtype):
+            entered.leave()  # "auto" has just decided, or a base layer answers in another dtype than it is asked in
+            entered = None
+        if way.dispatch == "tokens":
+            A, B = self.lora_A, self.lora_B
+            return exchanged_moe_lora(base_out, x, gates, chosen, A, B, scaling, settings, way.products, self.group)
+        entered = entered or Bucket([self]).enter(0, base_out.dtype)
+        assert entered is not None
+        return gathered_moe_lora(base_out, x, gates, chosen, entered, scaling, settings, inplace, way.products)
+
+    def add_mean(self, y: Tensor, x: Tensor, scaling: float) -> Tensor:
+        """y + (scaling / E) sum_i B_i A_i x of the start: a mixture whose gates are all 1 / E."""
+        rows, num_experts = x.reshape(-1, x.shape[-1]), self.num_experts
+        gates = rows.new_full((len(rows), num_experts), 1 / num_experts, dtype=torch.float32)
+        flat = y.reshape(-1, y.shape[-1])
+        entered = Bucket([InitialFactors(self)]).enter(0, flat.dtype)
+        assert entered is not None
+        mixed = gathered_moe_lora(flat, rows, gates, gates > 0, entered, scaling, None, False, DENSE)
+        return mixed.view(y.shape)
+
+    def topology(self) -> Tensor:
+        """[ep_size, distance between the ranks of a group, and the way that "auto" took: dispatch, compute].
+
+        It is saved with every expert. The first two say which experts a rank's optimizer state belongs to: DeepSpeed
+        would load that of others, of the same size, in silence. The last two (-1: not settled) make a resumed run go
+        the same way, and so repeat to the bit.
+        """
+        members = dist.get_process_group_ranks(self.group) if self.is_connected else [0, 1]
+        way = [-1, -1] if self.way is None else [WAYS.index(name) for name in self.way]
+        return torch.tensor([self.ep_size, members[1] - members[0], *way])
+
+    # -- whole tensors ------------------------------------------------------------------------------------------------
+
+    def gather(self, name: str) -> Tensor | None:
+        """All experts of a factor on the CPU of rank 0; only the group of rank 0 communicates."""
+        group, param = self.group, getattr(self, name)
+        members = dist.get_process_group_ranks(group)
+        if 0 not in members:
+            return None
+        is_first = dist.get_rank() == 0
+        mine = param.detach().contiguous()
+        parts = [torch.empty_like(mine) for _ in members] if is_first else None
+        dist.gather(mine, parts, dst=0, group=group)
+        return None if parts is None else torch.cat([part.cpu() for part in parts])
+
+    def local_entries(self, prefix: str, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's experts of whole tensors, one by one, as `state_dict()` names them under `prefix`."""
+        first, entries = self.first_expert, {}
+        for i in range(self.num_local_experts if whole else 0):
+            entries[f"{prefix}{EXPERTS}{i}.{TOPOLOGY}"] = self.topology()
+        for name, tensor in whole.items():
+            for i in range(self.num_local_experts):
+                entries[f"{prefix}{EXPERTS}{i}.{name}"] = tensor[first + i]
+        return entries
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
+class InitialFactors:
+    """The factors of a layer's start as a layer of their own, to be gathered."""
+
+    def __init__(self, experts: ShardedExperts) -> None:
+        self.lora_A, self.lora_B, self._experts = experts.initial_A, experts.initial_B, experts
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self._experts.group
+
+
+def _split_experts(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """State-dict hook: one entry per expert and factor."""
+    assert isinstance(module, ShardedExperts)
+    for i in range(module.num_local_experts):
+        state_dict[f"{prefix}{EXPERTS}{i}.{TOPOLOGY}"] = module.topology()
+    for name in module.factor_names:
+        stacked = state_dict.pop(prefix + name)
+        for i, expert in enumerate(stacked):
+            state_dict[f"{prefix}{EXPERTS}{i}.{name}"] = expert
+
+
+def _stack_experts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """The reverse, before loading.
+
+    Raises:
+        ValueError: the experts were saved in another topology.
+    """
+    assert isinstance(module, ShardedExperts)
+    for key in [k for k in state_dict if k.startswith(prefix + EXPERTS) and k.endswith("." + TOPOLOGY)]:
+        saved = state_dict.pop(key).tolist()
+        if saved[:2] != module.topology().tolist()[:2]:
+            raise ValueError(
+                f"this checkpoint was saved with ep_size={saved[0]} and expert-parallel ranks {saved[1]} apart, the "
+                f"run has {module.ep_size} and {module.topology().tolist()[1]}: its optimizer state belongs to other "
+                "experts. Resume in the same topology, from an elastic checkpoint, or anew from the saved adapter."
+            )
+        way = Way(*(WAYS[i] for i in saved[2:])) if min(saved[2:], default=-1) >= 0 else None
+        if module.way is None and way in open_ways(module.spec):
+            module.way = way
+    for name in module.factor_names:
+        experts: dict[int, Tensor] = {}
+        for key in [k for k in state_dict if k.startswith(prefix + EXPERTS) and k.endswith("." + name)]:
+            experts[int(key[len(prefix + EXPERTS) :].split(".")[0])] = state_dict.pop(key)
+        if experts:
+            state_dict[prefix + name] = torch.stack([experts[i] for i in sorted(experts)])

@@ -1,0 +1,179 @@
+"""The mixture's products over all experts at once: a plain LoRA of rank E*R, scaled by the gates in between.
+
+Shape suffixes and formulas: `mixture.moe_lora`. Tensors of rank level are (E*R, T), tokens last: the gates then
+multiply long rows rather than R neighbours, and dA and dB are products of two row-major matrices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..pairs import GateSettings
+from .compute import ExpertCompute, MixtureGrads, Needs, RouterStep, gate_factor
+
+PRODUCTS_AT_ONCE = 1 << 18  # elements; 1 MB in float32
+
+# The stacked copies of frozen factors: all that decoding one token would do with them is copy them again.
+_of_frozen = WeakTensorKeyDictionary()
+
+
+def stack(factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """(E, F, R) -> (E*R, F): one small copy per use, which the cast to the compute dtype makes anyway.
+
+    Of a Parameter without `requires_grad`, as PEFT loads adapters for inference, the copy is kept. Of one that is
+    trained it is not, and an older one is dropped: optimizers write to `.data` without any trace.
+    """
+    if factors.requires_grad:
+        _of_frozen.pop(factors, None)
+    if factors.requires_grad or not isinstance(factors, nn.Parameter) or factors.is_inference():
+        return factors.to(dtype).transpose(1, 2).reshape(-1, factors.shape[1])
+    state = (factors._version, factors.data_ptr(), factors.shape, dtype)
+    kept = _of_frozen.get(factors)
+    if kept is None or kept[0] != state:
+        kept = _of_frozen[factors] = (state, factors.detach().to(dtype).transpose(1, 2).flatten(0, 1).contiguous())
+    return kept[1]
+
+
+def unstack(stacked: Tensor, like: Tensor) -> Tensor:
+    """(E*R, F) -> (E, F, R), a copy in the dtype of `like`."""
+    rows = expert_rows(stacked, like.shape[2])
+    return rows.transpose(1, 2).to(like.dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def expert_rows(stacked: Tensor, rank: int) -> Tensor:
+    """(E*R, T) -> (E, R, T), a view."""
+    return stacked.view(len(stacked) // rank, rank, stacked.shape[1])  # not -1: there may be no tokens
+
+
+def _by_expert(values_TE: Tensor, dtype: torch.dtype) -> Tensor:
+    """(T, E) -> (E, 1, T), contiguous: what every rank component of an expert is multiplied by."""
+    return values_TE.t().to(dtype, memory_format=torch.contiguous_format).unsqueeze(1)
+
+
+def _scale(projection: Tensor, factor: Tensor, rank: int) -> Tensor:
+    """Multiplies expert e's R rows of (E*R, T) by row e of (E, 1, T); of a shared (R, T), every expert has them all."""
+    return (expert_rows(projection, rank) * factor).flatten(0, 1)
+
+
+def _inner_products(q_ERT: Tensor, p_ERT: Tensor, dtype: torch.dtype) -> Tensor:
+    """(E, T) sums over R of q p in `dtype`, float32 or wider: they are the router's whole signal, and differences of
+    nearly equal terms. p may be (1, R, T), of a shared A.
+
+    On CPUs a few experts at a time, whose wide products stay in the cache; whole, they are the peak of a step.
+    """
+    E, R, T = q_ERT.shape
+    if q_ERT.device.type != "cpu" or E * R * T <= PRODUCTS_AT_ONCE:
+        return (q_ERT * p_ERT.to(dtype)).sum(1)
+    q_parts = q_ERT.split(max(PRODUCTS_AT_ONCE // (R * T), 1))
+    p_parts = [p_ERT] * len(q_parts) if len(p_ERT) == 1 else p_ERT.split(len(q_parts[0]))
+    return torch.cat([(q * p.to(dtype)).sum(1) for q, p in zip(q_parts, p_parts, strict=True)])
+
+
+def _token_rows(rows: Tensor) -> Tensor:
+    """(N, T) -> (T, N), copied: a product with a transposed view takes up to three times as long in bfloat16."""
+    return rows.t().contiguous()
+
+
+def _dense_forward(
+    base_out: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    chosen: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = base_out.dtype
+    p = stack(lora_A, dtype) @ x.t()
+    weighted = _token_rows(_scale(p, _by_expert(gates * scaling, dtype), lora_B.shape[2]))
+    B = stack(lora_B, dtype)
+    y = base_out.addmm_(weighted, B) if inplace else torch.addmm(base_out, weighted, B)
+    return y, p
+
+
+def _dense_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    p: Tensor,
+    gates: Tensor,
+    chosen: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    settings: GateSettings,
+    needs: Needs,
+    onto: Tensor | None = None,
+    router: RouterStep | None = None,
+) -> MixtureGrads:
+    s, dtype, (num_A, _, R) = scaling, p.dtype, lora_A.shape
+    dx = dgates = dA = dB = drouter = None
+    h = _by_expert(gate_factor(settings.gate_scaling, gates, chosen) * s, dtype)
+    if needs.B:  # first: what it scales p into is gone before q comes
+        dB = unstack(_scale(p, h, R) @ dy, lora_B)
+    if not (needs.x or needs.gates or needs.A):
+        return MixtureGrads(None, None, None, dB)
+    # The logits are E more projections of x: their gradient and the router's weight join the experts' products.
+    joint = _Joint(stack(lora_B, dtype), dy, num_A, R, 0 if router is None else len(router.weight))
+    if needs.gates:
+        dgates = _inner_products(joint.q, expert_rows(p, R), gates.dtype).mul_(s).t()
+        if router is not None:
+            joint.below.copy_(router.backward(gates, dgates).t())
+    same = settings.gate_scaling == "none" or settings.scale_input_grad
+    if needs.x:
+        exact = joint.scaled(h if same else _by_expert(gates * s, dtype), last=same or not needs.A)
+        dx = send_down(_token_rows(exact), lora_A, router, onto)
+    if needs.A:
+        dA, drouter = factor_gradients(exact if same and needs.x else joint.scaled(h, last=True), x, lora_A)
+    return MixtureGrads(dx, dgates, dA, dB, drouter)
+
+
+def send_down(rows: Tensor, lora_A: Tensor, router: RouterStep | None, onto: Tensor | None) -> Tensor:
+    """(T, I): what `rows` (T, num_A*R + E) send through A, and through the router's weight, into x."""
+    if router is None:
+        weights = stack(lora_A, rows.dtype)
+    else:
+        num_A, features, rank = lora_A.shape
+        weights = rows.new_empty(rows.shape[1], features)
+        expert_rows(weights[: num_A * rank], rank).copy_(lora_A.transpose(1, 2))
+        weights[num_A * rank :] = router.weight
+    return rows @ weights if onto is None else onto.addmm_(rows, weights)
+
+
+def factor_gradients(rows: Tensor, x: Tensor | None, lora_A: Tensor) -> tuple[Tensor, Tensor | None]:
+    """dA, and the gradient (E, I) of the router's weight if `rows` (num_A*R + E, T) have any below those of A."""
+    assert x is not None
+    gradients, of_A = rows @ x, lora_A.shape[0] * lora_A.shape[2]
+    # A view of the router's would keep all of them.
+    return unstack(gradients[:of_A], lora_A), gradients[of_A:].clone() if len(gradients) > of_A else None
+
+
+class _Joint:
+    """q = B dy and, below it, room for the gradient of the logits: rows that join the products with x and A.
+
+    Args:
+        stacked_B: (E*R, O). dy: (T, O). num_A: E, or 1 for a shared A. rank: R. num_below: E, or 0 without a router.
+    """
+
+    def __init__(self, stacked_B: Tensor, dy: Tensor, num_A: int, rank: int, num_below: int) -> None:
+        self._rows = dy.new_empty(len(stacked_B) + num_below, len(dy))
+        upper, self.below = self._rows.split([len(stacked_B), num_below])
+        torch.mm(stacked_B, dy.t(), out=upper)
+        self.q, self._num_A = expert_rows(upper, rank), num_A
+
+    def scaled(self, factor: Tensor, last: bool) -> Tensor:
+        """(num_A*R + num_below, T): q times factor (E, 1, T), summed over experts if A is shared, and what is below.
+
+        Args:
+            last: nobody needs q any more, whose memory then takes the result.
+        """
+        if len(self.q) != self._num_A:
+            return torch.cat([(self.q * factor).sum(0), self.below])
+        rows = self._rows if last else self._rows.clone()
+        expert_rows(rows[: self.q.shape[0] * self.q.shape[1]], self.q.shape[1]).mul_(factor)
+        return rows
+
+
+DENSE = ExpertCompute("dense", _dense_forward, _dense_backward)

@@ -1,0 +1,114 @@
+"""AdamW's step of what the compiled kernels have preconditioned, in the same pass over the gradient.
+
+The kernels step whole rows of pairs; `CompiledAdamW` gives them AdamW's state, where and as torch's AdamW keeps it,
+and has torch step what lies between: other parameters in a flat partition, padding, rows that a boundary cuts.
+Parameters that the kernels did not touch at all are left to the optimizer itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from ..sharding.plan import Extents
+from ..sharding.zero import Storage
+from .cpp import AdamWState
+
+OTHER_MODES = ("amsgrad", "maximize", "capturable", "differentiable")  # the kernels know none of them
+
+
+class CompiledAdamW:
+    """Steps of torch's AdamW, as far as kernels do them.
+
+    Args:
+        optimizer: torch's AdamW. storage: who holds its parameters.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, storage: Storage) -> None:
+        self._optimizer, self._storage = optimizer, storage
+        self._states: dict[Hashable, AdamWState] = {}
+        self._groups: dict[int, tuple[bool, tuple[float, ...]]] = {}
+
+    def begin(self) -> None:
+        """Reads the groups' settings, which may change between steps."""
+        self._groups = {}
+        for group in self._optimizer.param_groups:
+            settings = (float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"])
+            known = not any(group.get(mode) for mode in OTHER_MODES)
+            self._groups.update((id(p), (known, settings)) for p in group["params"])
+
+    def __call__(self, unit: Hashable) -> AdamWState | None:
+        """The state of a unit that has a gradient; None if torch shall step it."""
+        if isinstance(unit, tuple):  # an assembled factor of the preconditioner's, no parameter
+            return None
+        p = self._storage.held(unit)
+        known, settings = self._groups[id(p)]
+        state, mine = self._optimizer.state[p], self._states.get(unit)
+        if not known:
+            return None
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        step, exp_avg, exp_avg_sq = state["step"], state["exp_avg"], state["exp_avg_sq"]
+        if mine is None or mine.step is not step or mine.exp_avg is not exp_avg or mine.exp_avg_sq is not exp_avg_sq:
+            tensors = (step, exp_avg, exp_avg_sq)
+            if any(t.dtype != torch.float32 or not t.is_cpu or not t.is_contiguous() for t in tensors):
+                return None
+            mine = self._states[unit] = AdamWState(exp_avg, exp_avg_sq, step, settings)
+        mine.settings = settings
+        return mine
+
+    @contextmanager
+    def finished(self, stepped: Extents) -> Iterator[None]:
+        """Steps what lies between the `stepped` elements, counts, and hides the gradients of their units meanwhile."""
+        held = [self._storage.held(unit) for unit in stepped]
+        grads = [p.grad for p in held]
+        for unit, p in zip(stepped, held, strict=True):
+            gaps = complement(stepped[unit], p.numel())
+            if gaps:
+                self._step_gaps(self._states[unit], p, gaps)
+            p.grad = None
+        if stepped:
+            torch._foreach_add_([self._states[unit].step for unit in stepped], 1)
+        try:
+            yield
+        finally:
+            for p, grad in zip(held, grads, strict=True):
+                p.grad = grad
+
+    @staticmethod
+    def _step_gaps(state: AdamWState, p: Tensor, gaps: Sequence[tuple[int, int]]) -> None:
+        assert p.grad is not None
+        lr, beta1, beta2, eps, weight_decay = state.settings
+        params, grads, exp_avgs, exp_avg_sqs = (
+            [t.view(-1)[start:end] for start, end in gaps]
+            for t in (p.detach(), p.grad, state.exp_avg, state.exp_avg_sq)
+        )
+        adamw(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs=[],
+            state_steps=[state.step.clone() for _ in gaps],  # counted up there
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+        )
+
+
+def complement(extents: Sequence[tuple[int, int]], numel: int) -> list[tuple[int, int]]:
+    """The parts of range(numel) that lie in none of the disjoint `extents`."""
+    extents = sorted(extents)
+    ends = [0, *(end for _, end in extents)]
+    starts = [*(start for start, _ in extents), numel]
+    return [(end, start) for end, start in zip(ends, starts, strict=True) if end < start]

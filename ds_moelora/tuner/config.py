@@ -1,0 +1,303 @@
+"""The configuration of a mixture of LoRA experts."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
+
+from peft import PeftConfig
+
+from ..expert_parallel.spec import COMPUTES, DISPATCHES, check_ep_size
+from ..mixture.goat import VARIANTS, goat_scaling
+
+PEFT_TYPE = "MOELORA"
+# How a run spreads and computes the experts; the adapter is the same, so its file says nothing of it.
+RUN_FIELDS = ("ep_size", "ep_dispatch", "ep_bucket_layers", "expert_compute", "svd_cache_dir")
+SCALINGS = ("alpha", "rslora", "goat")
+# Fields that give single layers another value, and the field whose value it is.
+PATTERNS = {
+    "rank_pattern": "r",
+    "alpha_pattern": "lora_alpha",
+    "num_experts_pattern": "num_experts",
+    "top_k_pattern": "top_k",
+}
+
+
+@dataclass
+class MoELoRAConfig(PeftConfig):
+    """Each target module computes y = W x + s * sum_{i in topk} g_i(x) B_i A_i x; pass it to `peft.get_peft_model`.
+
+    A plain (not frozen) dataclass, because PEFT itself fills in `target_modules` and `base_model_name_or_path`.
+
+    Args:
+        r: rank of one expert, >= 1.
+        num_experts: E, >= 1. With 1 the layer is a plain LoRA of rank r.
+        top_k: experts per token, 1 <= top_k <= num_experts.
+        lora_alpha: numerator of the scaling s, > 0.
+        lora_dropout: probability in [0, 1) of dropping an element of the experts' input. The router sees all of it.
+        target_modules: list of module names (or their endings), a regular expression that matches full names, or
+            "all-linear"; None: PEFT's default for LoRA on this architecture.
+        exclude_modules: names or a regular expression of modules to leave out.
+        scaling: "alpha": s = lora_alpha / r. "rslora": s = lora_alpha / sqrt(r). "goat": s = sqrt(3 eta in / r).
+        eta: with scaling="goat": learning rate of full fine-tuning over that of LoRA, > 0.
+        init_lora_weights: True: A Kaiming-uniform, B zero, so that training starts at the base model. False: B
+            uniform as well, for tests. "goat", "goat_mini", "pissa", "milora": singular triplets of the base weight,
+            which gives away their mean, (s / E) sum_i B_i A_i (`mixture.goat`; docs/goat.md).
+        rho: with such a start: s B_i A_i = U_i S_i V_i^T / rho, > 0.
+        svd_cache_dir: with such a start: a folder in which decompositions are kept, by the weight's hash.
+        router_aux_loss_coef: what the load-balancing loss (1 at perfect balance) is multiplied with before it is added
+            to the model's loss; 0 switches it off.
+        router_z_loss_coef: likewise for the router z-loss, the mean of (log sum exp of the router's logits)^2.
+        router_temperature: > 0; the router's logits are divided by it.
+        router_jitter: eps in [0, 1): in training the router's input is multiplied by uniform(1 - eps, 1 + eps).
+        top_p: p in (0, 1): a token uses its most probable experts up to a probability of p, at most top_k of them.
+            None: always top_k.
+        shared_expert: one more expert of rank r in each module that every token uses, with gate 1.
+        shared_A: the experts of a module have one A in common (HydraLoRA), and a B each.
+        rank_pattern, alpha_pattern, num_experts_pattern, top_k_pattern: {name or regular expression: value} for
+            modules whose r, lora_alpha, num_experts or top_k differs (`tuner.patterns`).
+        ep_size: ranks that share the experts; divides num_experts and the world size. 1: every rank has all of them.
+        ep_dispatch: with ep_size > 1: "weights" moves experts to tokens, "tokens" moves tokens to experts, "auto" takes
+            what is faster on the first training batch.
+        ep_bucket_layers: with ep_size > 1, where weights move: so many consecutive layers, >= 1, share one all-gather
+            and one reduce-scatter; their gathered experts are in memory together.
+        expert_compute: "dense" computes all experts in one product, "grouped" the chosen ones alone, "compiled" is
+            dense with what lies between its products compiled by torch.compile; "auto" is one of the first two, by
+            size, with ep_size > 1 by trial.
+        modules_to_save: modules to train and save whole, beside the adapter (e.g. a new classification head).
+        layers_to_transform: index or indices of the layers to adapt; needs `target_modules` as a list.
+        layers_pattern: name of the list of layers, e.g. "layers" or "h"; needs `layers_to_transform`.
+
+    Raises:
+        ValueError: a value out of range; the message gives the value, the bound and the remedy.
+    """
+
+    r: int = field(default=4, metadata={"help": "Rank of one expert."})
+    num_experts: int = field(default=8, metadata={"help": "Number of LoRA experts in each adapted module."})
+    top_k: int = field(default=2, metadata={"help": "Number of experts that each token uses."})
+    lora_alpha: float = field(default=16, metadata={"help": "Numerator of the scaling."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the experts' input."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names, a regular expression, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names, or a regular expression, to leave out."}
+    )
+    scaling: str = field(
+        default="alpha", metadata={"help": "'alpha': alpha / r; 'rslora': alpha / sqrt(r); 'goat': sqrt(3 eta in / r)."}
+    )
+    eta: float = field(default=1.0, metadata={"help": "With scaling='goat': learning rate of full tuning over LoRA's."})
+    init_lora_weights: bool | str = field(
+        default=True,
+        metadata={"help": "True: random A, zero B. 'goat', 'goat_mini', 'pissa', 'milora': from the weight's SVD."},
+    )
+    rho: float = field(default=10.0, metadata={"help": "With an SVD start: how far the factors are scaled down."})
+    svd_cache_dir: str | None = field(
+        default=None, metadata={"help": "With an SVD start: folder that keeps decompositions. Not saved."}
+    )
+    router_aux_loss_coef: float = field(
+        default=1e-3, metadata={"help": "Coefficient of the load-balancing loss; 0 switches it off."}
+    )
+    router_z_loss_coef: float = field(
+        default=0.0, metadata={"help": "Coefficient of the router z-loss; 0 switches it off."}
+    )
+    router_temperature: float = field(default=1.0, metadata={"help": "What the router's logits are divided by."})
+    router_jitter: float = field(
+        default=0.0, metadata={"help": "eps: in training the router's input is times uniform(1 - eps, 1 + eps)."}
+    )
+    top_p: float | None = field(
+        default=None, metadata={"help": "Use the most probable experts up to this probability, at most top_k."}
+    )
+    shared_expert: bool = field(default=False, metadata={"help": "One more expert that every token uses."})
+    shared_A: bool = field(default=False, metadata={"help": "One A for all experts of a module (HydraLoRA)."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "{name or regular expression: r} where r differs."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "{name or regular expression: lora_alpha} where it differs."}
+    )
+    num_experts_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "{name or regular expression: num_experts} where it differs."}
+    )
+    top_k_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "{name or regular expression: top_k} where it differs."}
+    )
+    ep_size: int = field(default=1, metadata={"help": "Ranks that share the experts. Not saved: it is the run's."})
+    ep_dispatch: str = field(
+        default="auto", metadata={"help": "With ep_size > 1: move 'weights', 'tokens', or 'auto'. Not saved."}
+    )
+    ep_bucket_layers: int = field(
+        default=1, metadata={"help": "With ep_size > 1: layers whose experts are gathered together. Not saved."}
+    )
+    expert_compute: str = field(
+        default="auto", metadata={"help": "'auto', 'dense', 'grouped' or 'compiled'. Not saved."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train and save whole, beside the adapter."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers, with layers_to_transform."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        _check_int("r", self.r, "Pass the rank of one expert, e.g. 4.")
+        _check_int("num_experts", self.num_experts, "Pass how many experts each module gets, e.g. 8.")
+        _check_int("top_k", self.top_k, "Pass how many experts a token uses, e.g. 2.")
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k={self.top_k} is larger than num_experts={self.num_experts}: a token cannot use more experts "
+                f"than there are. Lower top_k to at most {self.num_experts}, or raise num_experts."
+            )
+        _check_real("lora_alpha", self.lora_alpha, "a number > 0", lambda v: v > 0, "A usual value is 16.")
+        _check_real("lora_dropout", self.lora_dropout, "in [0, 1)", lambda v: 0 <= v < 1, "0 switches dropout off.")
+        _check_real(
+            "router_aux_loss_coef", self.router_aux_loss_coef, "a number >= 0", lambda v: v >= 0, "0 switches it off."
+        )
+        if self.scaling not in SCALINGS:
+            raise ValueError(
+                f"scaling={self.scaling!r} is unknown; use 'alpha' (lora_alpha / r), 'rslora' "
+                "(lora_alpha / sqrt(r)) or 'goat' (sqrt(3 eta in / r))."
+            )
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in VARIANTS:
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} is unknown; use True (random A, zero B), False "
+                f"(random A and B) or one of {', '.join(map(repr, VARIANTS))} (from the weight's singular values)."
+            )
+        _check_real("eta", self.eta, "a number > 0", lambda v: v > 0, "The paper's value is 1.")
+        _check_real("rho", self.rho, "a number > 0", lambda v: v > 0, "The paper's value is 10.")
+        _check_int("ep_size", self.ep_size, "1: every rank has all experts.")
+        check_ep_size(self.ep_size, self.num_experts)
+        for name, known in (("ep_dispatch", DISPATCHES), ("expert_compute", COMPUTES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}.")
+        self._check_routing()
+        _check_int("ep_bucket_layers", self.ep_bucket_layers, "1: every layer's experts are gathered by themselves.")
+        self._check_effect()
+        self._check_targets()
+
+    def _check_routing(self) -> None:
+        z_loss, temperature, jitter = self.router_z_loss_coef, self.router_temperature, self.router_jitter
+        _check_real("router_z_loss_coef", z_loss, "a number >= 0", lambda v: v >= 0, "ST-MoE uses 1e-3; 0: off.")
+        _check_real("router_temperature", temperature, "a number > 0", lambda v: v > 0, "1 leaves logits as they are.")
+        _check_real("router_jitter", jitter, "in [0, 1)", lambda v: 0 <= v < 1, "Switch uses 1e-2; 0 switches it off.")
+        if self.top_p is not None:
+            _check_real("top_p", self.top_p, "in (0, 1)", lambda v: 0 < v < 1, "None: always top_k experts.")
+        for name in ("shared_expert", "shared_A"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+        if self.shared_A and self.from_svd:
+            raise ValueError(
+                f"shared_A=True cannot be used with init_lora_weights={self.init_lora_weights!r}, which gives every "
+                "expert an A of its own segment of the spectrum. Use init_lora_weights=True, or shared_A=False."
+            )
+        if self.shared_A and self.ep_size > 1:
+            raise ValueError(
+                f"shared_A=True cannot be used with ep_size={self.ep_size}: the optimizer needs sum_i B_i^T B_i over "
+                "the experts of all ranks for the one A, and pairs there belong to one rank's experts. Use ep_size=1 "
+                "(ZeRO-3 shards the factors), or shared_A=False."
+            )
+        for pattern, name in PATTERNS.items():
+            table = getattr(self, pattern)
+            if isinstance(table, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in table):
+                table = {str(key): value for key, value in table}  # from `to_dict`
+                setattr(self, pattern, table)
+            if not isinstance(table, dict):
+                raise ValueError(
+                    f"{pattern}={table!r} must be a dict {{name or regular expression: {name}}}, e.g. {{'q_proj': 4}}."
+                )
+            for key, value in table.items():
+                _check_expression(pattern, key)
+                if name == "lora_alpha":
+                    _check_real(f"{pattern}[{key!r}]", value, "a number > 0", lambda v: v > 0, "A usual value is 16.")
+                else:
+                    _check_int(f"{pattern}[{key!r}]", value, f"Pass the {name} of these modules, e.g. 4.")
+
+    def _check_effect(self) -> None:
+        """Raises a ValueError for a setting that the others leave without effect."""
+        svd_start, svd_only = "init_lora_weights='goat' (or another start from singular values)", self.from_svd
+        for name, has_effect, needs in (
+            ("lora_alpha", self.scaling != "goat", "scaling='alpha' or 'rslora'"),
+            ("eta", self.scaling == "goat", "scaling='goat'"),
+            ("rho", svd_only, svd_start),
+            ("svd_cache_dir", svd_only, svd_start),
+            ("ep_dispatch", self.ep_size > 1, "ep_size > 1"),
+            ("ep_bucket_layers", self.ep_size > 1, "ep_size > 1"),
+            # "tokens" moves no experts.
+            ("ep_bucket_layers", self.ep_dispatch != "tokens", "ep_dispatch='weights' or 'auto'"),
+        ):
+            default = type(self).__dataclass_fields__[name].default
+            if not has_effect and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect without {needs}; leave {name} out, "
+                    "or change the other."
+                )
+
+    def _check_targets(self) -> None:
+        # Like PEFT's LoraConfig: sets make the lookup of every module's name cheap.
+        if self.target_modules is not None and not isinstance(self.target_modules, str):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if self.exclude_modules is not None and not isinstance(self.exclude_modules, str):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError(
+                f"target_modules={self.target_modules!r} is empty; name the modules to adapt, e.g. "
+                "['q_proj', 'v_proj'], or pass 'all-linear', or None for PEFT's default."
+            )
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} cannot be used with target_modules={self.target_modules!r}; "
+                        "pass target_modules as a list of names, or put the layers into the regular expression."
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform; pass both."
+            )
+
+    @property
+    def from_svd(self) -> bool:
+        """Whether the experts start from singular triplets of the base weight."""
+        return isinstance(self.init_lora_weights, str)
+
+    def scaling_of(self, in_features: int) -> float:
+        """s of a layer: lora_alpha / r, lora_alpha / sqrt(r) ("rslora") or sqrt(3 eta in / r) ("goat")."""
+        if self.scaling == "goat":
+            return goat_scaling(in_features, self.r, self.eta)
+        return self.lora_alpha / (self.r if self.scaling == "alpha" else math.sqrt(self.r))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The adapter's fields, without the run's, and with sets as sorted lists: saving twice writes the same file.
+
+        Patterns become lists of [expression, value]: PEFT sorts keys when it writes, but the first that fits counts.
+        """
+        kept = {key: value for key, value in super().to_dict().items() if key not in RUN_FIELDS}
+        kept |= {pattern: [list(item) for item in getattr(self, pattern).items()] for pattern in PATTERNS}
+        return {key: sorted(v) if isinstance(v, set) else v for key, v in kept.items()}
+
+
+def _check_expression(pattern: str, key: Any) -> None:
+    try:
+        re.compile(key)
+    except (TypeError, re.error) as error:
+        raise ValueError(
+            f"{pattern}: {key!r} is not a regular expression ({error}); use the end of a module's name, e.g. 'q_proj'."
+        ) from error
+
+
+def _check_int(name: str, value: Any, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer >= 1. {remedy}")
+
+
+def _check_real(name: str, value: Any, bound: str, ok: Any, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not ok(value):
+        raise ValueError(f"{name}={value!r} must be {bound}. {remedy}")

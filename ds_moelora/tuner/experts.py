@@ -1,0 +1,307 @@
+"""One adapter's experts and router in one layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..expert_parallel.spec import FACTORS, INITIAL_FACTORS, ExpertShard, ShardSpec, build_shard, check_ep_size
+from ..mixture.choice import choose_compute
+from ..mixture.compute import ExpertCompute
+from ..mixture.initial_values import draw_uniform_
+from ..mixture.moe_lora import moe_lora
+from ..mixture.routed import routed_moe_lora
+from ..mixture.routing import route
+from ..pairs import GateSettings, LoraPair, tag_pair
+from .config import MoELoRAConfig
+from .losses import AuxLosses, RouterRecord, active_collector
+from .router import Router, has_no_hooks
+from .shared_expert import SharedExpert
+from .start.base_weight import HASH_SHAPE
+from .start.residual import Residual
+
+
+class MoELoRAExperts(nn.Module):
+    """One adapter's experts and router in one layer: `lora_A` (E, I, R), `lora_B` (E, O, R), `router.weight` (E, I).
+
+    `lora_A` is (1, I, R) with `shared_A`. With `shared_expert` there is a `SharedExpert`, too, called `shared`.
+
+    With `ep_size > 1` the experts are those of this rank, and lie in `shard` (`expert_parallel.spec`); the router is
+    whole on every rank.
+
+    Args:
+        in_features: I. out_features: O.
+        config: the adapter's configuration in this layer (`patterns.layer_config`).
+        adapter_name: the adapter's name. layer_name: the layer's qualified name; both for messages and for seeds.
+
+    Raises:
+        ValueError: `ep_size` does not fit the experts or the world size, or DeepSpeed is not there.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    base_hash: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, config: MoELoRAConfig, adapter_name: str, layer_name: str
+    ) -> None:
+        super().__init__()
+        self.adapter_name = adapter_name
+        self.num_experts, self.rank, self.top_k, self.top_p = config.num_experts, config.r, config.top_k, config.top_p
+        self.scaling = config.scaling_of(in_features)
+        self.aux_loss_coef, self.z_loss_coef = float(config.router_aux_loss_coef), float(config.router_z_loss_coef)
+        self.dropout = nn.Dropout(config.lora_dropout)
+        names = (layer_name, adapter_name)
+        self.router = Router(in_features, config.num_experts, names, config.router_temperature, config.router_jitter)
+        self.expert_compute = config.expert_compute
+        self.is_sharded = config.ep_size > 1
+        if self.is_sharded:
+            check_ep_size(config.ep_size, config.num_experts)  # again: fields can be set after the config was checked
+            self.add_module("shard", build_shard(_shard_spec(in_features, out_features, config, layer_name)))
+        else:
+            num_A = 1 if config.shared_A else config.num_experts
+            self.lora_A = nn.Parameter(torch.empty(num_A, in_features, config.r))
+            self.lora_B = nn.Parameter(torch.empty(config.num_experts, out_features, config.r))
+        self.residual = Residual() if config.from_svd else None
+        if config.from_svd:
+            self.register_buffer("base_hash", torch.zeros(HASH_SHAPE, dtype=torch.uint8))
+            if not self.is_sharded:
+                for name, param in (("initial_A", self.lora_A), ("initial_B", self.lora_B)):
+                    self.register_buffer(name, torch.zeros_like(param, requires_grad=False))
+        # Here and not later: inside deepspeed.zero.Init, parameters are cut up as soon as __init__ returns.
+        self.reset_parameters(config.init_lora_weights, layer_name)
+        self.shared = (
+            SharedExpert(
+                in_features, out_features, config.r, self.scaling, names, config.init_lora_weights is not False
+            )
+            if config.shared_expert
+            else None
+        )
+        # A shared A makes one pair of all experts: the metric of [B_1; ...; B_E] A (docs/routing.md).
+        self.pair = LoraPair(
+            name=layer_name,
+            num_experts=len(self.factors()[0]),
+            rank=config.r,
+            scaling=self.scaling,
+            gate=GateSettings(),
+        )
+        self._register_load_state_dict_pre_hook(self._shard_whole_tensors)
+        self.register_load_state_dict_post_hook(_tag_after_load)
+        self.tag()
+
+    def experts_shard(self) -> ExpertShard:
+        """The module that holds this rank's experts; only with `is_sharded`."""
+        return self.get_submodule("shard")  # type: ignore[return-value]
+
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """lora_A and lora_B: all experts', or those of this rank."""
+        holder: Any = self.experts_shard() if self.is_sharded else self
+        return holder.lora_A, holder.lora_B
+
+    def factor_names(self) -> tuple[str, ...]:
+        """Names of what has one entry per expert."""
+        return FACTORS if self.residual is None else FACTORS + INITIAL_FACTORS
+
+    def initial_factors(self) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B of the start: all experts', or those of this rank; only with a `residual`."""
+        holder: Any = self.experts_shard() if self.is_sharded else self
+        return holder.initial_A, holder.initial_B
+
+    def local_experts(self) -> slice:
+        """Which of the E experts `factors()` are."""
+        first = self.experts_shard().first_expert if self.is_sharded else 0
+        return slice(first, first + self.pair.num_experts)
+
+    def add_mean(self, x: Tensor, y: Tensor, sign: float) -> Tensor:
+        """y + sign * (s / E) sum_i B_i A_i x, with the factors of the start.
+
+        Args:
+            x: (..., I). y: (..., O). sign: 1 or -1.
+
+        Returns:
+            (..., O) in the dtype of y.
+        """
+        if self.is_sharded:
+            return self.experts_shard().add_mean(y, x, sign * self.scaling)
+        A, B = (factor.to(y.dtype).permute(1, 0, 2).flatten(1) for factor in self.initial_factors())
+        return y + (sign * self.scaling / self.num_experts) * ((x.to(y.dtype) @ A) @ B.T)
+
+    def reset_parameters(self, init_lora_weights: bool | str, layer_name: str) -> None:
+        """Each expert's A as PEFT's LoRA: Kaiming-uniform, a = sqrt(5), i.e. uniform in +-1/sqrt(I). B zero.
+
+        `init_lora_weights=False` draws B, too, from +-1/sqrt(R); what starts from singular values gets them later
+        (`svd_init`). Every expert has a random stream of its own (`mixture.initial_values`), whoever holds it.
+        """
+        lora_A, lora_B = self.factors()
+        first = self.experts_shard().first_expert if self.is_sharded else 0
+        names = (layer_name, self.adapter_name)
+        draw_uniform_(lora_A, 1 / math.sqrt(lora_A.shape[1]), *names, "lora_A", first)
+        if init_lora_weights:
+            nn.init.zeros_(lora_B)
+        else:
+            draw_uniform_(lora_B, 1 / math.sqrt(self.rank), *names, "lora_B", first)
+
+    def tag(self, layer_name: str | None = None) -> None:
+        """Puts the pair's tag on the parameters, as an optimizer needs it. Cheap, and may be repeated."""
+        if layer_name is not None:
+            self.pair.name = layer_name
+        tag_pair(self.pair, *self.factors(), self.router.weight)
+        if self.shared is not None:
+            self.shared.tag(self.pair.name)
+        if self.is_sharded:
+            self.experts_shard().mark()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> MoELoRAExperts:
+        super()._apply(*args, **kwargs)  # may make new Parameters (e.g. when leaving the meta device)
+        self.tag()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # copy.deepcopy and pickle end here, with new Parameters
+        self.tag()
+
+    @torch.compiler.disable
+    def prefetch(self, x: Tensor) -> None:
+        """Before the base layer runs, with `is_sharded`: starts the communication that can run beside it."""
+        self.experts_shard().prefetch(x)
+
+    def compute(self, dtype: torch.dtype) -> ExpertCompute:
+        """How products in this dtype are done."""
+        return choose_compute(self.expert_compute, self.num_experts, self.top_k, self.rank, dtype)
+
+    def see_input_of_base(self) -> bool:
+        """Whether the experts' input is the base layer's, so that one buffer can take the gradients of both."""
+        return not self.is_sharded and not (self.training and self.dropout.p > 0)
+
+    # Compiled code may not read the collector or the gate settings at trace time: both change between calls.
+    @torch.compiler.disable
+    def forward(self, x: Tensor, base_out: Tensor, inplace: bool = False, base_weight: Tensor | None = None) -> Tensor:
+        """base_out + s * sum_{i in topk} g_i(x) B_i A_i x, and + s * B A x of the shared expert.
+
+        Args:
+            x: (..., I). base_out: (..., O).
+            inplace: `base_out` belongs to the caller alone and may be overwritten.
+            base_weight: see `mixture.moe_lora`; only where `see_input_of_base()`.
+
+        Returns:
+            (..., O) in the dtype of `base_out`.
+        """
+        x_TI = x.reshape(-1, x.shape[-1])
+        # A reshape to the same shape would be a view, onto which nothing may be added in place.
+        base_TO = base_out if base_out.dim() == 2 else base_out.reshape(-1, base_out.shape[-1])
+        # ZeRO-3's hooks hand this module a view, which may not be changed in place.
+        inplace = inplace and not base_TO._is_view()
+        dropped_TI = self.dropout(x_TI) if self.training else x_TI
+        if self.shared is not None:
+            base_TO = self.shared(dropped_TI, base_TO, inplace, base_weight)
+            base_weight, inplace = None, not base_TO._is_view()  # this sum is nobody else's
+        if self._sees_what_router_sees():
+            y, logits, chosen = self._mix_with_router(x_TI, base_TO, inplace, base_weight)
+        else:
+            y, logits, chosen = self._mix_after_router(x_TI, dropped_TI, base_TO, inplace, base_weight)
+        collector, coefs = active_collector(), AuxLosses(self.aux_loss_coef, self.z_loss_coef)
+        listener = collector.listener if collector is not None and self.training else None
+        if listener is not None:
+            listener.saw_experts(self)
+        if collector is not None and self.training and (any(coefs) or listener is not None):
+            collector.records.append(
+                RouterRecord(
+                    adapter=self.adapter_name,
+                    coefs=coefs,
+                    layer=self.pair.name,
+                    lead=tuple(x.shape[:-1]),
+                    logits=logits,
+                    chosen=chosen,
+                    grad_enabled=torch.is_grad_enabled(),
+                )
+            )
+        return y if base_out.dim() == 2 else y.view(base_out.shape)
+
+    def _sees_what_router_sees(self) -> bool:
+        """Whether router and experts get the same input, here, and nobody wants the router to be called."""
+        return self.see_input_of_base() and not (self.training and self.router.jitter) and has_no_hooks(self.router)
+
+    def _mix_with_router(
+        self, x: Tensor, base_out: Tensor, inplace: bool, base_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return routed_moe_lora(
+            base_out,
+            x,
+            self.router.weight,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            self.top_k,
+            self.top_p,
+            self.router.temperature,
+            self.pair.gate,
+            inplace,
+            self.compute(base_out.dtype),
+            base_weight,
+        )
+
+    def _mix_after_router(
+        self, router_x: Tensor, x: Tensor, base_out: Tensor, inplace: bool, base_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.router(router_x)
+        gates, chosen = route(logits, self.top_k, self.top_p)
+        s, gate = self.scaling, self.pair.gate
+        if self.is_sharded:
+            y = self.experts_shard().mix(base_out, x, gates, chosen, s, gate, inplace)
+        else:
+            A, B = self.lora_A, self.lora_B
+            compute = self.compute(base_out.dtype)
+            y = moe_lora(base_out, x, gates, chosen, A, B, s, gate, inplace, compute, base_weight)
+        return y, logits, chosen
+
+    def extra_repr(self) -> str:
+        top_p = "" if self.top_p is None else f", top_p={self.top_p:g}"
+        return f"num_experts={self.num_experts}, rank={self.rank}, top_k={self.top_k}{top_p}, scaling={self.scaling:g}"
+
+    # A saved adapter has whole tensors, whatever the topology it was trained in.
+
+    def _shard_whole_tensors(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        if self.is_sharded:
+            cut_whole_tensors(self, state_dict, prefix)
+
+
+def cut_whole_tensors(experts: MoELoRAExperts, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Replaces whole `lora_A` (E, I, R), `lora_B`, `initial_A`, ... under `prefix` by this rank's shard's entries.
+
+    Raises:
+        ValueError: a tensor has another number of experts than the adapter.
+    """
+    names = [name for name in experts.factor_names() if prefix + name in state_dict]
+    whole = {name: state_dict.pop(prefix + name) for name in names}
+    for name, tensor in whole.items():
+        if len(tensor) != experts.num_experts:
+            raise ValueError(
+                f"{prefix}{name} has {len(tensor)} experts, the adapter num_experts={experts.num_experts}; load it "
+                "with the configuration that was saved beside it."
+            )
+    state_dict.update(experts.experts_shard().local_entries(prefix + "shard.", whole))
+
+
+def _shard_spec(in_features: int, out_features: int, config: MoELoRAConfig, layer_name: str) -> ShardSpec:
+    return ShardSpec(
+        layer_name=layer_name,
+        num_experts=config.num_experts,
+        ep_size=config.ep_size,
+        top_k=config.top_k,
+        in_features=in_features,
+        out_features=out_features,
+        rank=config.r,
+        dispatch=config.ep_dispatch,
+        bucket_layers=config.ep_bucket_layers,
+        compute=config.expert_compute,
+        keeps_start=config.from_svd,
+    )
+
+
+def _tag_after_load(module: nn.Module, incompatible_keys: Any) -> None:
+    # load_state_dict(assign=True), which PEFT uses with low_cpu_mem_usage, puts new Parameters in place.
+    assert isinstance(module, MoELoRAExperts)
+    module.tag()

@@ -1,0 +1,1 @@
+"""Adapter files: saving, reading, export, the model card."""

@@ -1,0 +1,238 @@
+"""The routers' auxiliary losses: collecting their decisions during one forward pass, and reducing them to one number.
+
+Layers do not store anything. While a `Collector` is active (the tuner's hooks around the base model's forward see to
+that), each layer hands over its router's logits and choice, two tensors that exist anyway: the operations of a layer
+are the same whether or not anyone listens, which is what recomputation under gradient checkpointing needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..mixture.routing import sequence_balance_loss, sequence_z_loss
+
+_ACTIVE: ContextVar[Collector | None] = ContextVar("ds_moelora_collector", default=None)
+
+
+class AuxLosses(NamedTuple):
+    """One value per auxiliary loss (a coefficient, or the loss itself).
+
+    Args:
+        balance: `mixture.routing.sequence_balance_loss`. z: `mixture.routing.sequence_z_loss`.
+    """
+
+    balance: Any
+    z: Any
+
+
+@dataclass(eq=False)
+class RouterRecord:
+    """One router's decision in one forward pass.
+
+    Args:
+        adapter: the adapter's name. coefs: its `router_aux_loss_coef` and `router_z_loss_coef`; 0: not computed.
+        layer: the layer's name, for messages.
+        lead: the layer's input shape without its last dimension; T is its product.
+        logits: (T, E). chosen: (T, E) bool.
+        grad_enabled: whether autograd was recording.
+    """
+
+    adapter: str
+    coefs: AuxLosses
+    layer: str
+    lead: tuple[int, ...]
+    logits: Tensor
+    chosen: Tensor
+    grad_enabled: bool
+
+
+class RouterListener(Protocol):
+    """Who wants to see what routers and experts do in training (`MoELoRAModel.router_listener`)."""
+
+    def saw_experts(self, experts: Any) -> None:
+        """In a layer's forward pass, where its parameters are whole even under ZeRO-3; a `MoELoRAExperts`."""
+
+    def saw_batch(self, records: list[RouterRecord], layout: BatchLayout) -> None:
+        """After a forward pass of the model: one record per call of a layer."""
+
+
+@dataclass(eq=False)
+class Collector:
+    """The records of one forward pass of `owner`; `outer` is the collector of a forward pass around it.
+
+    Without a `listener`, layers whose auxiliary losses are switched off hand nothing over.
+    """
+
+    owner: Any
+    outer: Collector | None
+    listener: RouterListener | None = None
+    records: list[RouterRecord] = field(default_factory=list)
+
+
+def active_collector() -> Collector | None:
+    """The collector that this thread's forward pass reports to, or None."""
+    return _ACTIVE.get()
+
+
+def start_collecting(owner: Any, listener: RouterListener | None = None) -> None:
+    """Makes a new collector for `owner` active. What an earlier, aborted pass of the same owner left is dropped."""
+    stop_collecting(owner)
+    _ACTIVE.set(Collector(owner, _ACTIVE.get(), listener))
+
+
+def stop_collecting(owner: Any) -> list[RouterRecord]:
+    """Ends the collector of `owner`, and any inside it, and returns its records ([] if there was none)."""
+    collector = _ACTIVE.get()
+    while collector is not None and collector.owner is not owner:
+        collector = collector.outer
+    if collector is None:
+        return []
+    _ACTIVE.set(collector.outer)
+    return collector.records
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How the rows that a layer sees are grouped into sequences.
+
+    Args:
+        grid: (B, T) of the model's input, None if unknown.
+        mask: (B, T), non-zero where a token is real; None: all are.
+        weights: (B,) the weight of each sequence, adding up to 1 over all micro-batches of a step; None: 1 / B.
+        packed: (D, N) indices of the tokens of each of the D sequences that are packed into one row of the batch, N the
+            longest one's length, filled up with T; they are the sequences then, and B above is D. None: not packed.
+    """
+
+    grid: tuple[int, int] | None = None
+    mask: Tensor | None = None
+    weights: Tensor | None = None
+    packed: Tensor | None = None
+
+
+def batch_layout(kwargs: Mapping[str, Any], labels_are_shifted: bool, is_encoder_decoder: bool = False) -> BatchLayout:
+    """Reads the layout of a batch from the keyword arguments of a model's forward.
+
+    With `num_items_in_batch` (passed by transformers' Trainer, which then does not divide the loss by the number of
+    accumulation steps) sequence s weighs n_s / num_items_in_batch, n_s being its labels other than -100, counted as
+    the Trainer counts them.
+
+    Args:
+        kwargs: input_ids, inputs_embeds, attention_mask, labels, shift_labels, num_items_in_batch, and the boundaries
+            of packed sequences under transformers' names, cu_seq_lens_q and max_length_q: all optional.
+        labels_are_shifted: the model's loss compares position i with label i + 1.
+        is_encoder_decoder: two sequences per row. If they are equally long a layer's tokens cannot be told apart by
+            their shape, and the mask, which is the encoder's, is then left unused.
+    """
+    grid, mask = None, None
+    for name in ("attention_mask", "input_ids", "inputs_embeds"):
+        value = kwargs.get(name)
+        if isinstance(value, Tensor) and value.dim() == (3 if name == "inputs_embeds" else 2):
+            grid = grid or (value.shape[0], value.shape[1])
+            mask = value if name == "attention_mask" else mask
+    if is_encoder_decoder:
+        targets = [kwargs.get(name) for name in ("decoder_input_ids", "labels")]
+        if any(isinstance(t, Tensor) and grid is not None and tuple(t.shape) == grid for t in targets):
+            mask = None
+    packed = _packed_tokens(kwargs, grid)
+    return BatchLayout(grid, mask, _sequence_weights(kwargs, labels_are_shifted, packed), packed)
+
+
+def _packed_tokens(kwargs: Mapping[str, Any], grid: tuple[int, int] | None) -> Tensor | None:
+    """`BatchLayout.packed` from the boundaries (D + 1,) of the sequences and the longest one's length."""
+    bounds, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
+    if not isinstance(bounds, Tensor) or longest is None or grid is None or grid[0] != 1:
+        return None
+    index = bounds[:-1, None].long() + torch.arange(int(longest), device=bounds.device)
+    return index.where(index < bounds[1:, None], torch.full_like(index, grid[1]))
+
+
+def _sequence_weights(kwargs: Mapping[str, Any], labels_are_shifted: bool, packed: Tensor | None) -> Tensor | None:
+    num_items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if kwargs.get("shift_labels") is not None:
+        labels = kwargs["shift_labels"]
+    elif labels_are_shifted and packed is None and isinstance(labels, Tensor):
+        labels = labels[..., 1:]  # in a pack the label of a sequence's first token is -100 anyway
+    if num_items is None or not isinstance(labels, Tensor) or labels.dim() == 0:
+        return None
+    if isinstance(num_items, Tensor):
+        num_items = num_items.reshape(-1)[0].to(labels.device)  # DataParallel hands each replica a (1, n) copy
+    trained = labels.ne(-100).reshape(labels.shape[0], -1)
+    return (trained if packed is None else _unpacked(trained[0], packed)).sum(1) / num_items
+
+
+def _unpacked(rows: Tensor, packed: Tensor) -> Tensor:
+    """(T, ...) -> (D, N, ...): the rows of each packed sequence, zero where it has ended."""
+    return torch.cat([rows, torch.zeros_like(rows[:1])])[packed]
+
+
+def sequences_of(record: RouterRecord, layout: BatchLayout) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A record by sequence: logits (S, N, E), chosen (S, N, E), and the (S, N) mask of real tokens (None: all)."""
+    (rows, num_experts), lead = record.logits.shape, record.lead
+    if len(lead) >= 2:
+        shape = (lead[0], math.prod(lead[1:]))
+    elif layout.grid is not None and math.prod(layout.grid) == rows:
+        shape = layout.grid
+    else:
+        shape = (rows, 1)
+    mask = layout.mask
+    if mask is not None:
+        mask = mask.to(record.logits.device) if tuple(mask.shape) == shape and lead in (shape, (rows,)) else None
+    if layout.packed is not None and layout.grid is not None and math.prod(layout.grid) == rows:
+        packed = layout.packed.to(record.logits.device)
+        logits, chosen = (_unpacked(t.reshape(rows, num_experts), packed) for t in (record.logits, record.chosen))
+        return logits, chosen, packed < rows
+    logits, chosen = (t.reshape(*shape, num_experts) for t in (record.logits, record.chosen))
+    return logits, chosen, mask
+
+
+def _record_losses(record: RouterRecord, layout: BatchLayout) -> AuxLosses:
+    """Weighted sums over the sequences of one record: 0-dim tensors, None where the coefficient is 0."""
+    logits, chosen, mask = sequences_of(record, layout)
+
+    def weighted(losses: Tensor) -> Tensor:
+        if layout.weights is None:
+            return losses.sum() / max(len(logits), 1)
+        weights = layout.weights.to(losses)
+        if weights.shape == losses.shape:
+            return (weights * losses).sum()
+        return weights.sum() * losses.sum() / max(len(logits), 1)
+
+    return AuxLosses(
+        balance=weighted(sequence_balance_loss(logits, chosen, mask)) if record.coefs.balance else None,
+        z=weighted(sequence_z_loss(logits, mask)) if record.coefs.z else None,
+    )
+
+
+def auxiliary_loss(records: list[RouterRecord], layout: BatchLayout) -> tuple[Tensor, AuxLosses]:
+    """Auxiliary losses of one forward pass: per sequence, averaged over sequences, then over an adapter's layers.
+
+    Their gradient does not depend on how a batch is cut into micro-batches, or spread over ranks: the mean over
+    sequences is linear, and what is not (f_i P_i, the mean over tokens) never crosses a sequence. Rows that belong to
+    no known sequence (an input of (rows, features) whose rows are not all of the batch's tokens) are one sequence each.
+
+    Args:
+        records: at least one. layout: see `batch_layout`.
+
+    Returns:
+        the sum of coef * L over losses and adapters, and every L without its coefficient, summed over adapters (None
+        if no adapter has it): 0-dim float32 tensors.
+    """
+    by_adapter: dict[str, list[RouterRecord]] = {}
+    for record in records:
+        by_adapter.setdefault(record.adapter, []).append(record)
+    scaled = torch.zeros((), device=records[0].logits.device)
+    plain: dict[int, Tensor] = {}
+    for group in by_adapter.values():
+        of_layers = [_record_losses(record, layout) for record in group]
+        for which, coef in enumerate(group[0].coefs):
+            if coef:
+                mean = torch.stack([losses[which].to(scaled.device) for losses in of_layers]).mean()
+                scaled, plain[which] = scaled + coef * mean, plain.get(which, 0) + mean
+    return scaled, AuxLosses(*(plain.get(which) for which in range(2)))

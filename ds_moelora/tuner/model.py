@@ -1,0 +1,289 @@
+"""The tuner: PEFT's view of a model with mixtures of LoRA experts, and the load-balancing loss."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from ..expert_parallel.spec import FACTORS, INITIAL_FACTORS
+from .checks import (
+    check_adapter_name,
+    check_complete,
+    check_not_partitioned,
+    check_targets,
+    target_names,
+    without_absent,
+)
+from .config import PATTERNS, MoELoRAConfig
+from .files.saving import cut_for_loading, sharded_experts, with_whole_experts
+from .layer import MoELoRALayer, refuse_merge
+from .losses import RouterListener, auxiliary_loss, batch_layout, start_collecting, stop_collecting
+from .patterns import check_patterns, layer_config
+from .start.residual import unfold
+from .start.svd_init import check_base_weights, check_svd_targets, start_from_singular_values, take_over_start
+
+PREFIX = "moelora_"
+
+
+class MoELoRAModel(BaseTuner):
+    """A model whose target modules carry mixtures of LoRA experts; made by `peft.get_peft_model`.
+
+    The load-balancing loss joins the model's own loss in two hooks on the base model's forward, not in
+    `MoELoRAModel.forward`: PEFT's plain `PeftModel` (no `task_type`) calls the base model directly.
+
+    Attributes:
+        last_aux_loss: the load-balancing loss of the last training forward, without its coefficient (1 at perfect
+            balance), a detached 0-dim tensor on the device; None before the first, or if its coefficient is 0.
+        last_router_z_loss: the router z-loss, likewise.
+        router_listener: is shown what routers decide in training forwards.
+    """
+
+    prefix: str = PREFIX
+    tuner_layer_cls = MoELoRALayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    last_aux_loss: Tensor | None = None
+    last_router_z_loss: Tensor | None = None
+    router_listener: RouterListener | None = None
+    _warned_no_loss = False
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_base_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_base_forward, with_kwargs=True, always_call=True),
+        ]
+
+    # Injection
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_adapter_name(adapter_name, model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        if config.from_svd:
+            start_from_singular_values(model, adapter_name, config)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        from_mapping = peft_config.target_modules is None
+        if from_mapping and model_config["model_type"] not in self.target_module_mapping:
+            raise ValueError(
+                f"There is no default for target_modules on a model of type {model_config['model_type']!r}; pass "
+                "target_modules=[...] with the names of the modules to adapt, or 'all-linear'."
+            )
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        if from_mapping:
+            peft_config.target_modules = without_absent(peft_config.target_modules, self.model)
+        return peft_config
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        check_targets(peft_config, model, self._check_target_module_exists)
+        if any(getattr(peft_config, pattern) for pattern in PATTERNS):
+            check_patterns(peft_config, target_names(peft_config, model, self._check_target_module_exists))
+        if peft_config.from_svd:
+            named = _maybe_include_all_linear_layers(peft_config, model)
+            check_svd_targets(named, model, self._check_target_module_exists)
+
+    def _create_and_replace(
+        self,
+        peft_config: MoELoRAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        peft_config = layer_config(peft_config, current_key)
+        if isinstance(target, MoELoRALayer):
+            target.update_layer(adapter_name, peft_config, current_key)
+            return
+        layer = MoELoRALayer(target, adapter_name, peft_config, current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter trains only once it is made the active one
+        self._replace_module(parent, target_name, layer, target)
+
+    def tag(self) -> None:
+        """Puts the pairs' tags on the parameters (again)."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, MoELoRALayer):
+                for adapter in module.moelora_experts:
+                    module.experts(adapter).tag(name)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT's last word in get_peft_model, add_adapter and load_adapter; it makes new Parameters.
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        self.tag()
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names (a different adapter for each row of the batch) is not supported by MoE-LoRA; call "
+                "set_adapter and run one batch per adapter."
+            )
+        yield
+
+    # The load-balancing loss
+
+    @torch.compiler.disable
+    def _before_base_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if model.training:
+            start_collecting(self, self.router_listener)
+
+    @torch.compiler.disable
+    def _after_base_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """Adds coef * L to the loss in `output`; None (an aborted forward) just ends the collection."""
+        records = stop_collecting(self)
+        if output is None or not records or not model.training:
+            return output
+        config = getattr(model, "config", None)
+        is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        shifted = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not is_encoder_decoder
+        layout = batch_layout(kwargs, shifted, is_encoder_decoder)
+        if self.router_listener is not None:
+            self.router_listener.saw_batch(records, layout)
+            records = [record for record in records if any(record.coefs)]
+            if not records:
+                return output
+        loss, put = _find_loss(output)
+        if loss is None:
+            self._warn_no_loss()
+            return output
+        if torch.is_grad_enabled() and not all(record.grad_enabled for record in records):
+            layer = next(record.layer for record in records if not record.grad_enabled)
+            raise ValueError(
+                f"{layer} ran without autograd inside a training forward pass, as under reentrant gradient "
+                "checkpointing: its load-balancing loss (or router z-loss) would carry no gradient. Use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}, or router_aux_loss_coef=0 and "
+                "router_z_loss_coef=0."
+            )
+        scaled, plain = auxiliary_loss(records, layout)
+        self.last_aux_loss, self.last_router_z_loss = (None if value is None else value.detach() for value in plain)
+        return put(loss + scaled.to(loss))
+
+    def _warn_no_loss(self) -> None:
+        if not self._warned_no_loss and torch.is_grad_enabled():
+            self._warned_no_loss = True
+            warnings.warn(
+                "The model's forward returned no loss, so the load-balancing loss (or router z-loss) was not added to "
+                "it: pass labels to the model (a label smoother or a compute_loss_func of the Trainer takes them "
+                "away), or set router_aux_loss_coef=0 and router_z_loss_coef=0.",
+                stacklevel=2,
+            )
+
+    # Merging and unloading
+
+    def _refuse_merge(self, adapter_names: list[str] | None) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, MoELoRALayer):
+                for name in self.active_adapters if adapter_names is None else adapter_names:
+                    if name in layer.moelora_experts:
+                        refuse_merge(name, layer.experts(name).num_experts)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """W += s B A; exact, and allowed, for adapters with one expert only.
+
+        Raises:
+            ValueError: an adapter has several experts.
+        """
+        self._refuse_merge(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._refuse_merge(adapter_names)
+        merged = (self.active_adapters if adapter_names is None else adapter_names) if merge else []
+        for layer in self.model.modules():
+            if isinstance(layer, MoELoRALayer):
+                for name in set(layer.moelora_experts) - {*merged, *layer.merged_adapters}:
+                    unfold(layer, name)
+        model = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        for hook in self._hooks:
+            hook.remove()
+        return model
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a weighted sum of mixtures with different routers is not a mixture.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "add_weighted_adapter is not supported by MoE-LoRA: adapters with different routers have no weighted sum "
+            "of the same form. base_model.set_adapter([name, ...]) adds up several adapters' outputs."
+        )
+
+    # Saving and loading
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # "...moelora_experts.default.router.weight": the name is not where PEFT's own rule looks for it.
+        return re.sub(rf"\.moelora_experts\.{re.escape(adapter_name)}\.(?=[^.]+(\.[^.]+)?$)", ".moelora_experts.", key)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        selected = super()._get_adapter_state_dict(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
+        )
+        check_not_partitioned(selected)
+        return with_whole_experts(model, selected, state_dict, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        for name in sharded_experts(model, adapter_name):  # PEFT goes by the model's names, which are those of shards
+            for factor in (f"{name}.{f}" for f in FACTORS + INITIAL_FACTORS):
+                in_file = cls._remove_adapter_name_from_key(factor, adapter_name)
+                if in_file in remapped:
+                    remapped[factor] = remapped.pop(in_file)
+        whole, remapped = remapped, cut_for_loading(model, remapped, adapter_name)
+        layers = {name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+        check_complete(remapped, model.state_dict(), layers, adapter_name)
+        check_base_weights(model, adapter_name, whole)
+        take_over_start(model, adapter_name, whole)
+        return remapped
+
+
+def _find_loss(output: Any) -> tuple[Tensor | None, Any]:
+    """The loss in a model's output, and a function that returns the output with another loss in its place."""
+    if isinstance(output, dict):  # ModelOutput is one
+        loss = output.get("loss")
+
+        def put_item(new_loss: Tensor) -> Any:
+            output["loss"] = new_loss
+            return output
+
+        return (loss if _is_scalar(loss) else None), put_item
+    if isinstance(output, tuple) and output and _is_scalar(output[0]):
+        return output[0], lambda new_loss: (new_loss, *output[1:])
+    if _is_scalar(output):
+        return output, lambda new_loss: new_loss
+    return None, None
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()

@@ -1,0 +1,1 @@
+"""Experts that start from the singular values of the weight that they adapt."""

@@ -1,0 +1,163 @@
+"""Stops training at the same step on every rank: before a preemption, or when the loss is no longer a number.
+
+What a rank knows alone (it got a signal; its loss is not finite) is exchanged at the end of every step: two integers
+per rank, over gloo between hosts' CPUs, whatever the training's own backend is. Nothing waits for an accelerator: the
+flag of a step's loss is read when the next step has been queued, and the exchange is read one step after it began.
+
+    signal during step s     all ranks stop after step s + 1, save and leave with exit code 0
+    losses of steps s - n + 1 ... s not finite     all ranks stop after step s + 2 with an error
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from launch.checkpoint.resume import newest_complete
+from launch.checks.errors import UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass
+class _Exchange:
+    """What all ranks said at the end of one step."""
+
+    step: int  # the last whose loss is counted
+    gathered: list[Tensor]
+    work: Any
+
+    def read(self) -> tuple[bool, list[int]]:
+        """(whether any rank got a signal, every rank's number of steps in a row without a finite loss)."""
+        if self.work is not None:
+            self.work.wait()
+        told, streaks = torch.stack(self.gathered).T.tolist()
+        return any(told), streaks
+
+
+class Stopping(TrainerCallback):
+    """See the module. `see` takes the loss of every micro-batch; the rest happens between steps.
+
+    Args:
+        nan_steps: steps in a row with a loss that is not finite, on any rank, that end the run; 0: never.
+    """
+
+    def __init__(self, nan_steps: int) -> None:
+        self.nan_steps = nan_steps
+        self.preempted = False
+        self._told = False
+        self._bad: Tensor | None = None  # on the device: was a loss of this step not finite?
+        self._copy: tuple[Tensor, Any] | None = None  # that flag of the last step, on its way to the host
+        self._streak = 0
+        self._exchange: _Exchange | None = None
+        self._group: Any = None
+
+    def see(self, loss: Tensor) -> None:
+        """Notes, without waiting for it, whether a micro-batch's loss is finite."""
+        bad = ~torch.isfinite(loss.detach())
+        self._bad = bad if self._bad is None else self._bad | bad
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo")
+        for number in SIGNALS:
+            signal.signal(number, self._note_signal)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        before, self._exchange = self._exchange, None
+        if before is not None:
+            told, streaks = before.read()
+            if self.nan_steps and max(streaks) >= self.nan_steps:
+                raise UserError(_not_finite(before.step, streaks, args.output_dir))
+            if told and not control.should_training_stop:
+                self.preempted = True
+                control.should_save = control.should_training_stop = True
+                control.should_evaluate = False
+        self._count_last_step()
+        self._copy, self._bad = _to_host(self._bad), None
+        self._exchange = self._start_exchange(state.global_step - 1)
+
+    def last_step_was_finite(self, gradient_norm: float | None = None) -> bool:
+        """Whether the step that has just ended had finite losses (and gradients) on all ranks.
+
+        A collective call, which waits for the device: for moments that do so anyway.
+
+        Args:
+            gradient_norm: of that step; None: not known.
+        """
+        finite = gradient_norm is None or math.isfinite(gradient_norm)
+        bad = torch.tensor([int(not finite or (self._copy is not None and _read(self._copy)))])
+        if self._group is not None:
+            dist.all_reduce(bad, group=self._group)
+        return not bad.item()
+
+    def _note_signal(self, number: int, frame: Any) -> None:
+        self._told = True
+
+    def _count_last_step(self) -> None:
+        if self._copy is not None:
+            self._streak = self._streak + 1 if _read(self._copy) else 0
+
+    def _start_exchange(self, step: int) -> _Exchange:
+        mine = torch.tensor([int(self._told), self._streak])
+        if self._group is None:
+            return _Exchange(step, [mine], None)
+        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        return _Exchange(step, gathered, dist.all_gather(gathered, mine, group=self._group, async_op=True))
+
+
+def ignore_signals(initialize: Callable[[int], None] | None, worker: int) -> None:
+    """First act of a data loader's worker: signals to a whole process tree are the rank's business alone.
+
+    DeepSpeed's launcher signals a rank's children before the rank, which would then fail instead of saving. Workers end
+    with their rank in any case.
+
+    Args:
+        initialize: the worker's own `worker_init_fn`.
+        worker: its number.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if initialize is not None:
+        initialize(worker)
+
+
+def _to_host(flag: Tensor | None) -> tuple[Tensor, Any] | None:
+    """A copy of a device's flag on the host, not there yet, and the event of its arrival (None for a CPU)."""
+    if flag is None or flag.device.type == "cpu":
+        return None if flag is None else (flag, None)
+    copy = torch.empty_like(flag, device="cpu", pin_memory=True)
+    copy.copy_(flag, non_blocking=True)
+    event = torch.Event(flag.device)
+    event.record()
+    return copy, event
+
+
+def _read(copy: tuple[Tensor, Any]) -> bool:
+    flag, event = copy
+    if event is not None:
+        event.synchronize()  # of a step before the one that is queued: the device has work meanwhile
+    return bool(flag)
+
+
+def _not_finite(step: int, streaks: list[int], output_dir: str) -> str:
+    since = {rank: step - streak + 1 for rank, streak in enumerate(streaks) if streak}
+    ranks = ", ".join(f"rank {rank} since step {first}" for rank, first in since.items())
+    newest = newest_complete(output_dir)
+    kept = (
+        f"{newest} is from before: lower --learning_rate, or look at the rows of step {min(since.values())}, and go on "
+        "from it with --resume_from_checkpoint auto."
+        if newest
+        else "No checkpoint was saved before: lower --learning_rate, or look at the rows."
+    )
+    return f"the loss was not finite for {max(streaks)} steps in a row, up to step {step} ({ranks}). {kept}"

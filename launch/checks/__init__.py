@@ -1,0 +1,1 @@
+"""Everything that can be wrong is found here, before processes connect."""

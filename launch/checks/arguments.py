@@ -1,0 +1,232 @@
+"""Command line and recipe file of the launcher.
+
+Flags are the fields of four dataclasses in `launch.checks.flags`: `RunArguments` (what to train on what),
+`AdapterArguments`
+(the mixture), `ScoringArguments` (evaluation) and the training arguments of the task, which are TRL's `SFTConfig`
+(causal-lm) or transformers' `TrainingArguments` (classification). `--config recipe.yaml` sets any of them by name; the
+command line wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from trl import TrlParser
+
+from launch.checks.errors import UsageError, UserError
+from launch.checks.flags import (
+    TASKS,
+    TRAINING_CLASSES,
+    AdapterArguments,
+    CausalConfig,
+    ClassificationConfig,
+    ImageConfig,
+    RunArguments,
+    ScoringArguments,
+)
+
+
+@dataclass
+class Arguments:
+    """Everything the command line and the recipe said.
+
+    Args:
+        run: model, data and task.
+        adapter: the mixture.
+        scoring: how evaluation data is scored.
+        training: `CausalConfig`, `ClassificationConfig` or `ImageConfig`, not started yet.
+        demo: no model and no dataset was named: the embedded default runs.
+    """
+
+    run: RunArguments
+    adapter: AdapterArguments
+    scoring: ScoringArguments
+    training: CausalConfig | ClassificationConfig | ImageConfig
+    demo: bool
+
+
+class _Parser(TrlParser):
+    """TrlParser whose complaints are exceptions, so that they take the same way out as every other error."""
+
+    def error(self, message: str) -> None:
+        raise UsageError(message)
+
+
+def parse_arguments(argv: Sequence[str], demo_defaults: dict[str, Any]) -> Arguments:
+    """Reads the command line and the recipe that it names.
+
+    Args:
+        argv: arguments without the program's name.
+        demo_defaults: defaults that apply when neither a model nor a dataset is named.
+
+    Raises:
+        UsageError: an unknown flag or recipe key, a value of the wrong kind, or half a choice (model without data).
+    """
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    recipe = _read_recipe(argv)
+    chosen = {name: _peek(argv, recipe, name) for name in ("task", "model_name_or_path", "dataset_name")}
+    task = chosen["task"] or "causal-lm"
+    if task not in TASKS:
+        raise UsageError(f"--task {task} is unknown; choose one of: {', '.join(TASKS)}.")
+    demo = _wants_demo(task, chosen)
+
+    training_class = TRAINING_CLASSES[task]
+    parser = _Parser(
+        (RunArguments, AdapterArguments, ScoringArguments, training_class), prog="launch/train.py", allow_abbrev=False
+    )
+    known = {action.dest for action in parser._actions} - {"help"} | {"config"}
+    _refuse_unknown(recipe, known, "recipe key")
+    if demo:
+        parser.set_defaults_with_config(**demo_defaults)
+    try:
+        # The recipe first: of two values the command line's, the later one, wins.
+        words = [*_as_words(recipe, parser), *_without_config(argv)]
+        *parsed, rest = parser.parse_args_into_dataclasses(args=words, return_remaining_strings=True)
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+    _refuse_unknown([word.split("=")[0].lstrip("-") for word in rest], known, "argument", rest)
+    return Arguments(*parsed, demo=demo)
+
+
+def read_flags(
+    classes: tuple[type, ...],
+    argv: Sequence[str],
+    program: str,
+    translate: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> tuple[Any, ...]:
+    """The command line of the other programs of this folder.
+
+    Args:
+        classes: dataclasses whose fields are the flags.
+        argv: arguments without the program's name; `--config recipe.yaml` may be among them.
+        translate: what a recipe for training means here.
+
+    Returns:
+        one instance of each class.
+
+    Raises:
+        UsageError: an unknown flag or recipe key, or a value of the wrong kind.
+    """
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    recipe = translate(_read_recipe(argv))
+    if "--config" in argv:
+        position = argv.index("--config")
+        argv = argv[:position] + argv[position + 2 :]
+    parser = _Parser(classes, prog=program, allow_abbrev=False)
+    known = {action.dest for action in parser._actions} - {"help"}
+    _refuse_unknown(recipe, known, "recipe key")
+    try:
+        parser.set_defaults_with_config(**recipe)
+        *parsed, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+    _refuse_unknown([word.split("=")[0].lstrip("-") for word in rest], known | {"config"}, "argument", rest)
+    return tuple(parsed)
+
+
+def non_defaults(arguments: object) -> dict[str, Any]:
+    """Fields of a dataclass that differ from their defaults."""
+    changed = {}
+    for item in fields(arguments):
+        default = item.default_factory() if item.default_factory is not MISSING else item.default
+        if getattr(arguments, item.name) != default:
+            changed[item.name] = getattr(arguments, item.name)
+    return changed
+
+
+def _wants_demo(task: str, chosen: dict[str, str | None]) -> bool:
+    """True for the embedded default; a model without data, or data without a model, is an error."""
+    model, data = chosen["model_name_or_path"], chosen["dataset_name"]
+    if model and not data:
+        raise UsageError(f"--model_name_or_path {model} needs --dataset_name: a file, a folder or a hub id.")
+    if data and not model:
+        raise UsageError(f"--dataset_name {data} needs --model_name_or_path: a folder or a hub id.")
+    if not model and task != "causal-lm":
+        raise UsageError(f"--task {task} needs --model_name_or_path and --dataset_name; the demo is a causal-lm.")
+    return not model
+
+
+def _peek(argv: Sequence[str], recipe: dict[str, Any], name: str) -> str | None:
+    """Value of one flag before the real parser exists, which depends on it."""
+    for position, word in reversed(list(enumerate(argv))):
+        for spelling in (f"--{name}", f"--{name.replace('_', '-')}"):
+            if word == spelling and position + 1 < len(argv):
+                return argv[position + 1]
+            if word.startswith(spelling + "="):
+                return word.split("=", 1)[1]
+    return None if recipe.get(name) is None else str(recipe[name])
+
+
+def _read_recipe(argv: Sequence[str]) -> dict[str, Any]:
+    """The mapping in the file after `--config`; empty without one."""
+    if "--config" not in argv:
+        return {}
+    position = list(argv).index("--config") + 1
+    if position == len(argv):
+        raise UsageError("--config needs the path of a YAML file.")
+    path = Path(argv[position])
+    if not os.path.isfile(path):  # not path.is_file(), which raises for a name that is too long for a path
+        raise UserError(f"--config {path}: there is no such file (working directory: {Path.cwd()}).")
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not text, or no such day as 2001-02-30
+        raise UserError(f"--config {path} is not YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"--config {path} holds {type(recipe).__name__}; write one `flag: value` per line.")
+    return recipe
+
+
+def _without_config(argv: Sequence[str]) -> list[str]:
+    """The command line without `--config` and its file."""
+    position = list(argv).index("--config") if "--config" in argv else len(argv)
+    return [*argv[:position], *argv[position + 2 :]]
+
+
+def _as_words(recipe: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
+    """A recipe as the command line would say it, so that both are read, and refused, in the same way.
+
+    Raises:
+        UsageError: a list for a flag that takes one value.
+    """
+    lists = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
+    words = []
+    for name, value in recipe.items():
+        if value is None:
+            continue
+        if not isinstance(value, list):
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict | bool) else value}")
+        elif name.replace("-", "_") in lists:
+            words += [f"--{name}", *map(str, value)]
+        else:
+            raise UsageError(f"recipe key {name!r} is a list, {value!r}, but takes one value.")
+    return words
+
+
+def _refuse_unknown(names: Any, known: set[str], what: str, unless_empty: Sequence[str] | None = None) -> None:
+    """Raises for the first name that no flag has, with the flags that look like it."""
+    if unless_empty is not None and not unless_empty:
+        return
+    for name in map(str, names):
+        if name.replace("-", "_") in known:
+            continue
+        near = difflib.get_close_matches(name.replace("-", "_"), known, n=3)
+        hint = f" Did you mean {' or '.join('--' + n for n in near)}?" if near else " See --help for all of them."
+        raise UsageError(f"unknown {what} {name!r}.{hint}")
+
+
+def command_line() -> str:
+    """The command as typed, for the summary."""
+    return " ".join(sys.argv)

@@ -1,0 +1,80 @@
+"""Bounds of the training arguments that transformers takes as they come, to fail, or train nonsense, much later."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
+
+from launch.checks.errors import UserError
+
+Rule = tuple[Callable[[Any], bool], str]
+AT_LEAST_1: Rule = (lambda v: v >= 1, "at least 1")
+ABOVE_0: Rule = (lambda v: v > 0, "above 0")
+NOT_NEGATIVE: Rule = (lambda v: v >= 0, "at least 0")
+BELOW_1: Rule = (lambda v: 0 <= v < 1, "at least 0 and below 1")
+RULES: dict[str, Rule] = {
+    "per_device_train_batch_size": AT_LEAST_1,
+    "per_device_eval_batch_size": AT_LEAST_1,
+    "gradient_accumulation_steps": AT_LEAST_1,
+    "max_length": AT_LEAST_1,
+    "learning_rate": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "adam_beta1": BELOW_1,
+    "adam_beta2": BELOW_1,
+    "adam_epsilon": NOT_NEGATIVE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "warmup_steps": NOT_NEGATIVE,
+    "save_steps": ABOVE_0,
+    "logging_steps": ABOVE_0,
+    "eval_steps": ABOVE_0,
+    "seed": (lambda v: 0 <= v < 2**32, "at least 0 and below 2^32"),
+    "data_seed": (lambda v: 0 <= v < 2**32, "at least 0 and below 2^32"),
+    "dataloader_num_workers": NOT_NEGATIVE,
+    "save_total_limit": AT_LEAST_1,
+    "ddp_timeout": ABOVE_0,
+}
+CHOICES = {
+    "lr_scheduler_type": SchedulerType,
+    "save_strategy": SaveStrategy,
+    "eval_strategy": IntervalStrategy,
+    "logging_strategy": IntervalStrategy,
+    "optim": OptimizerNames,
+}
+
+
+def check_bounds(training: Any) -> None:
+    """Checks the numbers and names among the training arguments.
+
+    Raises:
+        UserError: naming the flag, its value and its bound, or what there is to choose from.
+    """
+    for name, (holds, bound) in RULES.items():
+        value = getattr(training, name, None)
+        if value is not None and not (math.isfinite(value) and holds(value)):
+            raise UserError(f"--{name} {value} must be {bound}.")
+    if training.max_steps <= 0 and not 0 < training.num_train_epochs < math.inf:
+        raise UserError(f"--num_train_epochs {training.num_train_epochs} must be above 0, or --max_steps be given.")
+    for name, choices in CHOICES.items():
+        value, known = getattr(training, name), [choice.value for choice in choices]
+        if value is not None and getattr(value, "value", value) not in known:
+            raise UserError(f"--{name} {value} is unknown; choose one of: {', '.join(known)}.")
+    _check_reports(training.report_to)
+
+
+def _check_reports(report_to: Any) -> None:
+    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    for name in set(names) - {"all", "none", "flyte"}:  # flyte is there when Flyte runs the process
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(
+                f"--report_to {name} is unknown; choose none or one of: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
+            )
+        if name not in get_available_reporting_integrations():
+            raise UserError(f"--report_to {name} is not installed here; pip install it, or choose tensorboard or none.")

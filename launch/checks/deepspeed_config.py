@@ -1,0 +1,165 @@
+"""What DeepSpeed's own code says of a DeepSpeed config, asked before any rank waits for another.
+
+DeepSpeed parses its config when the engine is built, with the model loaded and the ranks connected; what it does not
+parse (the parameters of optimizers and schedulers) fails later still. Here the config is filled in and parsed as it
+will be then, and the optimizer and the scheduler are built once on a parameter of a few elements.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed.runtime.config as deepspeed_config
+import torch
+from deepspeed.runtime import lr_schedules
+from pydantic import ValidationError
+from torch import nn
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+from ds_moelora.pairs import LoraPair, tag_pair
+from launch.checks.arguments import Arguments
+from launch.checks.errors import UserError, process_rank
+
+SECTIONS = (
+    *("zero_optimization", "optimizer", "scheduler", "fp16", "bf16", "data_types", "checkpoint", "elasticity", "aio"),
+    *("activation_checkpointing", "flops_profiler", "comms_logger", "autotuning", "compile", "torch_autocast"),
+    *("tensorboard", "wandb", "csv_monitor", "hybrid_engine", "zero_optimization.offload_optimizer"),
+    *("zero_optimization.offload_param", "optimizer.params", "scheduler.params"),
+)
+SWITCHES = (
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "prescale_gradients",
+    "dump_state",
+    "zero_allow_untested_optimizer",
+)
+# Filled in when model and number of steps are known; DeepSpeed's own defaults stand in for them here.
+FILLED_LATER = {
+    "zero_optimization": ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
+    "scheduler.params": ("total_num_steps", "warmup_num_steps"),
+}
+# What DeepSpeed's "adam" and "adamw" take besides.
+ADAM_PARAMS = ("bias_correction", "amsgrad", "torch_adam", "adam_w_mode", "fp32_optimizer_states")
+# Those of torch.optim.AdamW that DeepSpeed's own optimizers share with it.
+COMMON_PARAMS = ("lr", "betas", "eps", "weight_decay")
+
+
+def check_deepspeed_config(path: str, config: dict[str, Any], arguments: Arguments) -> None:
+    """Finds what DeepSpeed, or its optimizer or scheduler, would not take.
+
+    Args:
+        path: of the config, for messages. config: what it holds; its optimizer's name has been checked.
+
+    Raises:
+        UserError: a key or value that is refused, with the reason; or one that a flag contradicts.
+    """
+    _check_shapes(path, config)
+    filled = _filled(path, config, arguments.training)
+    _attempt(path, lambda: deepspeed_config.DeepSpeedConfig(filled))
+    dtype = config.get("data_types", {}).get("grad_accum_dtype")
+    if dtype is not None:
+        _attempt(f"{path}: data_types.grad_accum_dtype {dtype!r}", lambda: deepspeed_config.DtypeEnum(dtype))
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    if "optimizer" in filled:
+        optimizer = _attempt(f"{path}: optimizer {filled['optimizer']}", lambda: _try_optimizer(**filled["optimizer"]))
+    if "scheduler" in filled:
+        _attempt(f"{path}: scheduler {filled['scheduler']}", lambda: _try_scheduler(optimizer, **filled["scheduler"]))
+
+
+def _check_shapes(path: str, config: dict[str, Any]) -> None:
+    """What DeepSpeed reads without looking at it, or leaves out in silence."""
+    known = {value for name, value in vars(deepspeed_config).items() if name.isupper() and isinstance(value, str)}
+    for key in config.keys() - known - set(SECTIONS):
+        near = difflib.get_close_matches(key, [k for k in (*known, *SECTIONS) if len(k) > 4], n=1, cutoff=0.85)
+        if near:
+            raise UserError(f"{path}: DeepSpeed has no key {key!r} and would ignore it. Did you mean {near[0]!r}?")
+    for name in SECTIONS:
+        *parents, last = name.split(".")
+        owner = config.get(parents[0], {}) if parents else config
+        if last in owner and not isinstance(owner[last], dict):
+            raise UserError(f"{path}: {name} is {owner[last]!r}; it must be an object {{...}}, or be left out.")
+    for name in SWITCHES:
+        if not isinstance(config.get(name, False), bool):
+            raise UserError(f"{path}: {name} is {config[name]!r}; it must be true or false.")
+    for name in ("steps_per_print", "gradient_predivide_factor"):
+        value = config.get(name, 1)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+            raise UserError(f"{path}: {name} is {value!r}; it must be a number above 0.")
+
+
+def _filled(path: str, config: dict[str, Any], training: Any) -> dict[str, Any]:
+    """The config with "auto" replaced as transformers will do it.
+
+    Raises:
+        UserError: a value that a flag contradicts.
+    """
+    flags = SimpleNamespace(**{**vars(training), "bf16": training.wants_bf16(), "world_size": process_rank()[1]})
+    made = _attempt(path, lambda: HfTrainerDeepSpeedConfig(copy.deepcopy(config)))
+    _attempt(path, lambda: made.trainer_config_process(flags))
+    if made.mismatches:
+        disagreeing = "; ".join(text.removeprefix("- ") for text in made.mismatches)
+        raise UserError(
+            f'{path} and the flags disagree: {disagreeing}. Write "auto" into the DeepSpeed config, or change the flag.'
+        )
+    filled = made.config
+    for section, names in FILLED_LATER.items():
+        owner = filled
+        for part in section.split("."):
+            owner = owner.get(part, {})
+        for name in names:
+            if owner.get(name) == "auto":
+                owner[name] = 1000
+    # Without torch.distributed, DeepSpeed takes itself for one rank; transformers has just compared the product.
+    filled.pop("train_batch_size", None)
+    filled["train_micro_batch_size_per_gpu"] = training.per_device_train_batch_size
+    filled["gradient_accumulation_steps"] = training.gradient_accumulation_steps
+    return filled
+
+
+def _try_optimizer(type: str, params: dict[str, Any] | None = None, **_: Any) -> torch.optim.Optimizer:
+    """An optimizer of that name, or a stand-in for DeepSpeed's own ones that checks alike, on one pair of factors."""
+    factors = [nn.Parameter(torch.zeros(1, 2, 2)) for _ in range(2)]
+    tag_pair(LoraPair("the config's optimizer", num_experts=1, rank=2), *factors)
+    given = params or {}
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}={value} must be finite")
+    if type.lower() not in deepspeed_config.DEEPSPEED_OPTIMIZERS:
+        return getattr(torch.optim, type)(factors, **given)
+    unknown = sorted(given.keys() - {*ADAM_PARAMS, *COMMON_PARAMS})
+    if unknown and type.lower() in ("adam", "adamw"):
+        raise ValueError(f"no parameter {unknown[0]!r}; {type} takes {', '.join((*COMMON_PARAMS, *ADAM_PARAMS))}")
+    return torch.optim.AdamW(factors, **{name: given[name] for name in COMMON_PARAMS if name in given})
+
+
+def _try_scheduler(
+    optimizer: torch.optim.Optimizer,
+    type: str | None = None,
+    params: dict[str, Any] | None = None,
+) -> None:
+    """A scheduler of that name, found as DeepSpeed finds it."""
+    known = lr_schedules.VALID_LR_SCHEDULES
+    found = getattr(lr_schedules, str(type), None) or getattr(torch.optim.lr_scheduler, str(type), None)
+    if not isinstance(found, Callable):  # type: ignore[arg-type]
+        raise ValueError(f"there is no scheduler {type!r}; DeepSpeed has {', '.join(known)}, torch others")
+    found(optimizer, **(params or {}))
+
+
+def _attempt(what: str, call: Callable[[], Any]) -> Any:
+    """`call()`; whatever it raises is the verdict of DeepSpeed, transformers or torch on the config."""
+    try:
+        return call()
+    except Exception as error:
+        raise UserError(f"{what} is refused: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        found = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+        return f"{error.title}: {'; '.join(found)}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

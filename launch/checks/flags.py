@@ -1,0 +1,257 @@
+"""The launcher's flags: the dataclasses whose fields they are (`launch.checks.arguments` reads them)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+TASKS = ("causal-lm", "sequence-classification", "image-classification", "image-text-to-text")
+AUTO = "auto"  # --resume_from_checkpoint: the newest complete one, if there is one
+SCORED_TASKS = TASKS[:3]  # by launch/evaluate.py
+LANGUAGE = ("causal-lm", "image-text-to-text")  # what SFTTrainer trains
+DEFAULT_OPTIM = "adamw_torch"
+
+
+def flag(default: Any, help_text: str) -> Any:
+    """A dataclass field with a help text."""
+    return field(default=default, metadata={"help": help_text})
+
+
+def _pattern(name: str) -> Any:
+    """A flag that gives single layers another value; JSON on the command line, a mapping in a recipe."""
+    return flag(
+        None, f"Layers whose {name} differs, as JSON, e.g. '{{\"q_proj\": 4}}'; keys may be regular expressions."
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which model reads which data for which task."""
+
+    task: str = field(
+        default="causal-lm",
+        metadata={"help": "What is trained.", "choices": list(TASKS)},
+    )
+    model_name_or_path: str | None = flag(None, "Model: a folder or a hub id. Without model and dataset: the demo.")
+    revision: str = flag("main", "Branch, tag or commit of a model from the hub.")
+    dataset_name: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Training data: a jsonl, json, csv, parquet or txt file, a folder (of such files, or written by "
+            "datasets' save_to_disk), or a hub id; several are mixed."
+        },
+    )
+    dataset_config: str | None = flag(None, "Configuration of a dataset from the hub.")
+    dataset_split: str = flag("train", "Split of --dataset_name to train on.")
+    max_eval_samples: int | None = flag(None, "Use the first N evaluation rows only.")
+    prompt_template: str = field(
+        default="alpaca",
+        metadata={
+            "help": "How instruction/input rows become a prompt: alpaca (the Stanford wording), plain (instruction, "
+            "input, one per line) or chat (the tokenizer's chat template).",
+            "choices": ["alpaca", "plain", "chat"],
+        },
+    )
+    instruction_column: str | None = flag(None, "causal-lm: the column to read as instruction.")
+    input_column: str | None = flag(None, "causal-lm: the column to read as input; needs --instruction_column.")
+    output_column: str | None = flag(None, "causal-lm: the column to read as output; needs --instruction_column.")
+    prompt_column: str | None = flag(None, "causal-lm: the column to read as prompt; needs --completion_column.")
+    completion_column: str | None = flag(None, "causal-lm: the column to read as completion.")
+    messages_column: str | None = flag(None, "causal-lm: the column to read as messages, in either spelling.")
+    prompt_format: str | None = flag(
+        None, "causal-lm: a Jinja template that makes the prompt of a row's columns; needs --completion_format."
+    )
+    completion_format: str | None = flag(None, "causal-lm: the same for the completion.")
+    text_column: str | None = flag(None, "The column with the text. Default: see docs/data.md and docs/launcher.md.")
+    text_pair_column: str | None = flag(None, "Classification: the second of two texts; needs --text_column.")
+    text_pattern: str | None = flag(
+        None, "Classification: a regular expression; its first group in each text is what the model reads."
+    )
+    image_column: str | None = flag(None, "Images: the column with the pictures. Default: image, img or picture.")
+    label_column: str | None = flag(None, "Classification: the column with the label. Default: label or answer.")
+    show_traceback: bool = flag(False, "Show the traceback of errors that are otherwise one message.")
+
+
+@dataclass
+class RunArguments(DataArguments):
+    """What training on it needs besides."""
+
+    dataset_weights: list[float] = field(
+        default_factory=list,
+        metadata={"help": "One weight per data set: how often its rows are drawn. Default: all rows of all, once."},
+    )
+    dataset_stopping: str = field(
+        default="first_exhausted",
+        metadata={
+            "help": "With weights: stop when the first data set has no rows left, or repeat until all have been read.",
+            "choices": ["first_exhausted", "all_exhausted"],
+        },
+    )
+    streaming: bool = flag(False, "causal-lm: read training rows while training, instead of all at the start.")
+    eval_dataset_name: str | None = flag(None, "Evaluation data, in the same form as --dataset_name.")
+    eval_dataset_split: str | None = flag(None, "Its split. Default: the first of validation, test, train it has.")
+    eval_fraction: float = flag(0.0, "Share of the training data set aside for evaluation (instead of a dataset).")
+    max_train_samples: int | None = flag(None, "Use the first N training rows of each data set only.")
+    load_in_4bit: bool = flag(False, "Keep the frozen base in 4 bits (NF4), by bitsandbytes. ZeRO 0 to 2.")
+    regression: bool = flag(False, "Classification: labels are numbers (STS-B), learnt by least squares.")
+    overwrite_output_dir: bool = flag(False, "Accept a non-empty output_dir; its old checkpoints are removed.")
+    lost_rank_seconds: float = flag(30.0, "Seconds without a sign of a rank's host until all ranks end.")
+    stop_after_nan_steps: int = flag(3, "End after so many steps in a row with a loss not finite; 0: never.")
+    status_file: str | None = flag(None, "launch/supervise.sh reads here how far the run has come.")
+    unsafe_checkpoints: bool = flag(
+        False, "Resume from files that hold Python objects, whose code is run. Only for checkpoints of your own."
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dataset_name, str):  # a recipe need not write a list of one
+            self.dataset_name = [self.dataset_name]
+
+
+@dataclass
+class AdapterArguments:
+    """The mixture of LoRA experts; each field is the one of the same name in `ds_moelora.MoELoRAConfig`."""
+
+    # The alias is for torchrun, which takes `--r` for one of its own flags, even behind the script's name.
+    r: int = field(default=8, metadata={"help": "Rank of one expert.", "aliases": ["--lora_r"]})
+    num_experts: int = flag(8, "Experts per layer.")
+    top_k: int = flag(2, "Experts that a token uses.")
+    lora_alpha: float = flag(16.0, "Numerator of the scaling.")
+    lora_dropout: float = flag(0.0, "Dropout on the adapter's input.")
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Module names, one regular expression, or all-linear: where the mixture is put."},
+    )
+    scaling: str = flag("alpha", "alpha: alpha/r. rslora: alpha/sqrt(r). goat: sqrt(3 eta in/r).")
+    eta: float = flag(1.0, "With --scaling goat: learning rate of full fine-tuning over that of LoRA.")
+    init_lora_weights: str = flag(
+        "true", "true: B starts at zero. goat, goat_mini, pissa, milora: from the base weights' singular values."
+    )
+    rho: float = flag(10.0, "With such a start: how far the factors are scaled down.")
+    svd_cache_dir: str | None = flag(None, "With such a start: a folder that keeps decompositions.")
+    router_aux_loss_coef: float = flag(1e-3, "Weight of the load-balancing loss; 0 switches it off.")
+    router_z_loss_coef: float = flag(0.0, "Weight of the router z-loss; 0 switches it off.")
+    router_temperature: float = flag(1.0, "What the router's logits are divided by.")
+    router_jitter: float = flag(0.0, "eps: in training the router's input is times uniform(1 - eps, 1 + eps).")
+    top_p: float | None = flag(None, "Use the most probable experts up to this probability, at most top_k of them.")
+    shared_expert: bool = flag(False, "One more expert per layer that every token uses.")
+    shared_A: bool = flag(False, "One A for all experts of a layer (HydraLoRA).")
+    rank_pattern: str | None = _pattern("r")
+    alpha_pattern: str | None = _pattern("lora_alpha")
+    num_experts_pattern: str | None = _pattern("num_experts")
+    top_k_pattern: str | None = _pattern("top_k")
+    ep_size: int = flag(1, "Ranks that share the experts; divides num_experts and the number of ranks. ZeRO 1 or 2.")
+    ep_dispatch: str = flag("auto", "With --ep_size > 1: move weights, tokens, or auto.")
+    ep_bucket_layers: int = flag(1, "With --ep_size > 1: layers whose experts are gathered together.")
+    expert_compute: str = flag("auto", "auto, dense, grouped (chosen experts alone) or compiled (by torch.compile).")
+    modules_to_save: list[str] = field(
+        default_factory=list, metadata={"help": "Modules trained and saved in full beside the adapter."}
+    )
+
+
+@dataclass
+class ScoringArguments:
+    """How a model is scored on evaluation data: while it trains (`launch/train.py`) and afterwards (`evaluate.py`)."""
+
+    score: str = field(
+        default="auto",
+        metadata={
+            "help": "causal-lm: answers (written, and compared with the data's), loss (perplexity alone), or auto: "
+            "answers if --answer_pattern or --answer_ignore is given.",
+            "choices": ["auto", "answers", "loss"],
+        },
+    )
+    answer_pattern: str | None = flag(
+        None, "causal-lm: a regular expression; its first group in what the model writes is the answer."
+    )
+    answer_ignore: list[str] = field(
+        default_factory=list,
+        metadata={"help": "What answers may differ in: case, punctuation, articles, whitespace, number (spelling)."},
+    )
+    max_new_tokens: int = flag(64, "causal-lm: longest answer in tokens.")
+
+
+class _Deferred:
+    """Training arguments that wait for the checks.
+
+    `TrainingArguments.__post_init__` opens torch.distributed and parses the DeepSpeed config. It is put off to
+    `start()`, so that everything that can be wrong is found before any rank waits for another.
+    """
+
+    def wants_bf16(self) -> bool:
+        """`--bf16`, or what it is by default.
+
+        TRL's own default is bf16 everywhere; transformers refuses that on a machine without an accelerator.
+        """
+        if self.bf16 is not None:
+            return self.bf16
+        return not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+    def start(self) -> None:
+        """Completes the arguments; opens torch.distributed."""
+        self.bf16 = self.wants_bf16()
+        if not torch.accelerator.is_available():
+            # Without it accelerate sees no backend for a CPU, and every rank would take itself for the only one.
+            self.use_cpu = True
+        self.optim = self.optim or DEFAULT_OPTIM
+        super().__post_init__()
+
+
+@dataclass
+class CausalConfig(_Deferred, SFTConfig):
+    """TRL's `SFTConfig` with this launcher's defaults."""
+
+    # The adapter's coefficient, not that of a mixture inside the base model: `AdapterArguments` has the flag.
+    router_aux_loss_coef: float | None = field(default=None, init=False)
+    output_dir: str = flag("outputs/run", "Folder for the adapter, checkpoints, TensorBoard logs and the summary.")
+    optim: str | None = flag(None, "Only without an optimizer block in the DeepSpeed config: a transformers name.")
+    report_to: str = flag("tensorboard", "Where metrics go: tensorboard, none, or another integration's name.")
+    logging_first_step: bool = flag(True, "Log the first step.")
+    include_num_input_tokens_seen: str = flag("non_padding", "Count tokens: no, all or non_padding.")
+
+    def __post_init__(self) -> None:
+        """Left to `start()`."""
+
+
+@dataclass
+class HeadConfig(_Deferred, TrainingArguments):
+    """transformers' `TrainingArguments` with this launcher's defaults, for models with a classification head."""
+
+    output_dir: str = flag("outputs/run", "Folder for the adapter, checkpoints, TensorBoard logs and the summary.")
+    optim: str | None = flag(None, "Only without an optimizer block in the DeepSpeed config: a transformers name.")
+    report_to: str = flag("tensorboard", "Where metrics go: tensorboard, none, or another integration's name.")
+    logging_first_step: bool = flag(True, "Log the first step.")
+    include_num_input_tokens_seen: str = flag("non_padding", "Count tokens: no, all or non_padding.")
+    logging_steps: float = flag(10, "Log every so many steps.")
+    bf16: bool | None = flag(None, "bf16 training. Default: where an accelerator supports it.")
+    trust_remote_code: bool = flag(False, "Run code that a model's repository brings. Off unless you trust it.")
+
+    def __post_init__(self) -> None:
+        """Left to `start()`."""
+
+
+@dataclass
+class ClassificationConfig(HeadConfig):
+    """For sequence-classification."""
+
+    max_length: int = flag(256, "Longest input in tokens; longer texts are cut.")
+
+
+@dataclass
+class ImageConfig(HeadConfig):
+    """For image-classification."""
+
+    remove_unused_columns: bool = field(default=False, init=False)  # pictures are processed after columns are read
+
+
+@dataclass
+class ImageTextConfig(CausalConfig):
+    """For image-text-to-text: nothing is cut, for a picture's tokens must all be there."""
+
+    max_length: int | None = field(default=None, init=False)
+
+
+TRAINING_CLASSES = dict(zip(TASKS, (CausalConfig, ClassificationConfig, ImageConfig, ImageTextConfig), strict=True))

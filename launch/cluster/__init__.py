@@ -1,0 +1,1 @@
+"""Many hosts: checks, remote start, and the watchdog between processes."""

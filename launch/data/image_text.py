@@ -1,0 +1,81 @@
+"""Pictures and text to text: the processor, the rows, and which part of the model is adapted."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from datasets import Image, List
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from launch.checks.arguments import Arguments
+from launch.checks.errors import UserError
+from launch.checks.flags import DataArguments
+from launch.data.causal_formats import causal_rows
+from launch.data.columns import Rows, choose_column, refuse_missing
+
+IMAGE_COLUMNS = ("image", "images", "picture")
+# LLaVA's data marks the place of a picture in the text; the chat template puts it before the text.
+PLACEHOLDER = "<image>"
+
+
+def load_processor(arguments: Arguments) -> ProcessorMixin:
+    """The model's processor: image processor, tokenizer with a padding token, and chat template.
+
+    Raises:
+        UserError: none there, or not one of pictures and text.
+    """
+    run = arguments.run
+    try:
+        processor = AutoProcessor.from_pretrained(
+            run.model_name_or_path, revision=run.revision, trust_remote_code=arguments.training.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"--model_name_or_path {run.model_name_or_path}: no processor: {error}") from error
+    if not isinstance(processor, ProcessorMixin):
+        raise UserError(
+            f"--model_name_or_path {run.model_name_or_path} has a {type(processor).__name__}, not a processor of "
+            "pictures and text. For a model of text alone use --task causal-lm."
+        )
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+def image_text_rows(rows: Rows, run: DataArguments, flag: str, has_chat_template: bool) -> Rows:
+    """`rows` as prompt and completion (chat messages) with `images`, the list of the pictures of the row.
+
+    Raises:
+        UserError: no column with pictures, a row without one, or what `causal_rows` refuses.
+    """
+    column = choose_column(rows, run.image_column, IMAGE_COLUMNS, "--image_column", flag)
+    feature = rows.features[column]
+    several = isinstance(feature, List) and isinstance(feature.feature, Image)
+    if not several and not isinstance(feature, Image):
+        raise UserError(f"{flag}: column {column!r} holds {feature}, not pictures. Choose with --image_column.")
+    # As stored: a picture that goes through `map` decoded is compressed again.
+    stored = Image(decode=False)
+    rows = refuse_missing(rows.cast_column(column, List(stored) if several else stored), (column,), flag)
+    made = causal_rows(rows, run, flag, has_chat_template, keep=column, as_chat=True)
+    made = made.map(
+        lambda row: {
+            "prompt": [_without_placeholder(message) for message in row["prompt"]],
+            "images": row[column] if several else [row[column]],
+        },
+        remove_columns=[] if column == "images" else [column],
+    )
+    return made.cast_column("images", List(Image()))
+
+
+def _without_placeholder(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "content": message["content"].replace(PLACEHOLDER, "").strip()}
+
+
+def outside_text(model: PreTrainedModel) -> str | None:
+    """A regular expression for the names of all modules outside the language model; None if that is all there is.
+
+    What sees pictures has layers of the same names (q_proj and so on) and stays frozen, as the papers leave it.
+    """
+    decoder = model.get_decoder()
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    return rf"(?!{re.escape(name)}\.).*" if name else None

@@ -1,0 +1,1 @@
+"""The embedded default: a tiny model, its data, its settings."""

@@ -1,0 +1,1 @@
+"""Model, trainer and report of one run."""

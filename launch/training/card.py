@@ -1,0 +1,75 @@
+"""What a run of the launcher adds to the model card: data, procedure and metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+from transformers import Trainer
+
+from ds_moelora.tuner import TrainingRecord
+from launch.checks.arguments import Arguments
+from launch.training.report import parameter_counts
+
+HUB_TASKS = {
+    "causal-lm": "text-generation",
+    "sequence-classification": "text-classification",
+    "image-classification": "image-classification",
+}
+NOT_SCORES = ("_runtime", "_per_second", "_model_preparation_time", "epoch", "num_input_tokens_seen", "_tokens")
+
+
+def training_record(
+    arguments: Arguments, trainer: Trainer, optimizer: str, eval_metrics: dict[str, float]
+) -> TrainingRecord:
+    """The part of the card on a run that has ended.
+
+    Args:
+        optimizer: the optimizer's name. eval_metrics: what `evaluate()` returned; empty without evaluation data.
+    """
+    run = arguments.run
+    names = run.dataset_name if isinstance(run.dataset_name, list) else [run.dataset_name]
+    data = ["the launcher's embedded demo"] if arguments.demo else [str(name) for name in names]
+    held_out = str(run.eval_dataset_name or (f"{run.eval_fraction:.0%} of it" if run.eval_fraction else data[0]))
+    scores = {k.removeprefix("eval_"): v for k, v in eval_metrics.items() if not k.endswith(NOT_SCORES)}
+    lines = ["## Training", "", f"Data: {', '.join(f'`{name}`' for name in data)}."]
+    lines += ["", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in _procedure(trainer, optimizer).items())]
+    if scores:
+        lines += ["", "## Evaluation", "", f"Data: `{held_out}`.", "", "| metric | value |", "|---|---|"]
+        lines += [f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in scores.items()]
+    results = [
+        EvalResult(
+            task_type=HUB_TASKS.get(run.task, run.task),
+            dataset_type=_short(held_out),
+            dataset_name=_short(held_out),
+            metric_type=name,
+            metric_value=round(value, 4),
+        )
+        for name, value in scores.items()
+    ]
+    on_hub = [] if arguments.demo else [name for name in data if not Path(name).expanduser().exists()]
+    return TrainingRecord("\n".join(lines), on_hub, results, Path(trainer.args.output_dir).name)
+
+
+def _procedure(trainer: Trainer, optimizer: str) -> dict[str, Any]:
+    args = trainer.args
+    trainable, total = parameter_counts(trainer.model)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    described = {
+        "optimizer": optimizer,
+        "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
+        "rows per step": f"{batch} on {args.world_size} process(es)",
+        "steps": trainer.state.global_step,
+        "seed": args.seed,
+        "trainable parameters": f"{trainable:,} of {total:,}",
+    }
+    if losses:
+        described["training loss, first -> last"] = f"{losses[0]:.4f} -> {losses[-1]:.4f}"
+    return described
+
+
+def _short(name: str) -> str:
+    """A hub id as it is, a file's name without its folders."""
+    return Path(name).name if Path(name).expanduser().exists() else name

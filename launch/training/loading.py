@@ -1,0 +1,200 @@
+"""A trained adapter and its base model for inference; needs no DeepSpeed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
+from transformers.image_processing_base import IMAGE_PROCESSOR_NAME
+
+import ds_moelora  # noqa: F401  (so that PEFT knows the adapter)
+from launch.checks.errors import UserError
+from launch.checks.flags import SCORED_TASKS
+from launch.data.formats import REGRESSION
+from launch.training.modeling import AUTO_CLASSES, TASK_TYPES, complete_tokenizer
+from launch.training.report import SUMMARY_NAME
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NO_ADAPTER = "none"
+
+
+@dataclass
+class Source:
+    """What to load.
+
+    Args:
+        adapter: a folder or hub id; None: the base model alone.
+        base: a folder or hub id. task: one of `launch.checks.flags.SCORED_TASKS`. revision: the base's.
+        dtype: of the base model's weights; the adapter's stay as they were saved.
+        classes: names of the classes in the order of their ids; [] for the base's own, or without classes.
+        regression: one output, a number.
+    """
+
+    adapter: str | None
+    base: str
+    task: str
+    revision: str
+    dtype: torch.dtype
+    trust_remote_code: bool
+    classes: list[str]
+    regression: bool = False
+
+
+def find_source(
+    adapter: str | None,
+    base: str | None,
+    task: str | None,
+    revision: str = "main",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    classes: list[str] | None = None,
+) -> Source:
+    """Completes what the flags left out by what was saved beside the adapter; loads no weights.
+
+    Args:
+        adapter: "none" for the base model alone. base: None: the one that the adapter names. task: None: the adapter's.
+        dtype: "auto" (bfloat16 where an accelerator supports it), or one of `DTYPES`.
+        classes: None: those in train_summary.json, in the adapter's folder or (for a checkpoint) the one above.
+
+    Raises:
+        UserError: something is missing; names the flag that gives it.
+    """
+    if not adapter:
+        raise UserError("--adapter is missing: a folder, a hub id, or none for the base model alone.")
+    saved = None if adapter.lower() == NO_ADAPTER else _adapter_config(adapter)
+    base = base or (saved.base_model_name_or_path if saved else None)
+    if not base:
+        whose = f"{adapter} does not name its base model" if saved else "--adapter none"
+        raise UserError(f"{whose}: pass --model_name_or_path.")
+    if task is None:
+        known = {str(kind.value if kind else None): name for name, kind in TASK_TYPES.items() if name in SCORED_TASKS}
+        task = known.get(str(getattr(saved.task_type, "value", saved.task_type))) if saved else "causal-lm"
+        if task is None:
+            raise UserError(f"{adapter} is for {saved.task_type}; say with --task what it is to be scored as.")
+    regression = False
+    if saved and task != "causal-lm" and not classes:
+        summary = _train_summary(Path(adapter))
+        regression, classes = bool(summary.get("regression")), summary.get("classes") or []
+        if not classes and not regression:
+            raise UserError(
+                f"{adapter} has no {SUMMARY_NAME} with its classes: pass --classes, in the order of their ids "
+                "(a run of launch/train.py writes that file at its end)."
+            )
+    return Source(
+        adapter=adapter if saved else None,
+        base=base,
+        task=task,
+        revision=revision,
+        dtype=_dtype(dtype),
+        trust_remote_code=trust_remote_code,
+        classes=classes or [],
+        regression=regression,
+    )
+
+
+def _adapter_config(adapter: str) -> PeftConfig:
+    try:
+        return PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if Path(adapter).is_dir():
+            raise UserError(f"--adapter {adapter}: no adapter_config.json that can be read: {error}") from error
+        raise UserError(f"--adapter {adapter}: no such folder, and not on the hub: {error}") from error
+
+
+def _train_summary(adapter: Path) -> dict[str, Any]:
+    for folder in (adapter, adapter.parent):
+        if (folder / SUMMARY_NAME).is_file():
+            return json.loads((folder / SUMMARY_NAME).read_text())
+    return {}
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name == "auto":
+        supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if supported else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name} is unknown; choose one of: auto, {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def load_processor(source: Source) -> PreTrainedTokenizerBase | BaseImageProcessor:
+    """The tokenizer (or what prepares pictures) that was saved with the adapter, otherwise the base model's.
+
+    Raises:
+        UserError: there is none.
+    """
+    pictures = source.task == "image-classification"
+    name = IMAGE_PROCESSOR_NAME if pictures else "tokenizer_config.json"
+    own = source.adapter is not None and (Path(source.adapter) / name).is_file()
+    where = source.adapter if own else source.base
+    options = {} if own else {"revision": source.revision}
+    if pictures:
+        from transformers import AutoImageProcessor as Processor
+    else:
+        Processor = AutoTokenizer
+    try:
+        found = Processor.from_pretrained(where, trust_remote_code=source.trust_remote_code, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{where}: no {'image processor' if pictures else 'tokenizer'}: {error}") from error
+    return found if pictures else complete_tokenizer(found, source.task, str(where))
+
+
+def load_for_inference(source: Source, processor: PreTrainedTokenizerBase | BaseImageProcessor) -> nn.Module:
+    """The base model with its adapter, in eval mode, on the accelerator if there is one.
+
+    Raises:
+        UserError: the base model or the adapter cannot be loaded, or they do not fit each other.
+    """
+    options: dict[str, Any] = {}
+    if source.regression:
+        options = dict(REGRESSION)
+    elif source.classes:
+        ids = dict(enumerate(source.classes))
+        options = {"num_labels": len(ids), "id2label": ids, "label2id": {name: i for i, name in ids.items()}}
+    try:
+        model = AUTO_CLASSES[source.task].from_pretrained(
+            source.base,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            dtype=source.dtype,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_name_or_path {source.base}: {error}") from error
+    if isinstance(processor, PreTrainedTokenizerBase) and model.config.pad_token_id is None:
+        model.config.pad_token_id = processor.pad_token_id
+    if source.adapter is not None:
+        try:
+            model = PeftModel.from_pretrained(model, source.adapter)
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: shapes that differ
+            raise UserError(f"--adapter {source.adapter} does not fit {source.base}: {error}") from error
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    return model.eval()
+
+
+def quieten() -> None:
+    """One progress bar, that of the work itself; deprecations inside the libraries are not the reader's to mend."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    # A head that the base lacks is the adapter's; without it PEFT's loading stops.
+    transformers.utils.logging.set_verbosity_error()
+
+
+@contextlib.contextmanager
+def inference_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Mixed precision where the base is in 16 bits: PEFT keeps adapters, and heads saved with them, in float32."""
+    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+        yield

@@ -1,0 +1,292 @@
+"""Adapters and checkpoints of experts that are spread over ranks, the ways into DeepSpeed, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from ds_moelora import MoELoRAConfig
+
+from ..support.expert_parallel import IN_FEATURES, Net, adapted, batches, run, whole_weights
+from ..support.ranks import RankPool, run_on_ranks
+from ..support.training import engine_config
+
+pytestmark = pytest.mark.dist
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIG = engine_config(2, "GateRiemannianAdamW", clip=1.0)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """An adapter written by two ranks that hold two experts each, and what they trained."""
+    result = run_on_ranks(2, run, config=CONFIG, steps=3, model={"ep_size": 2}, export=str(tmp_path))[0]
+    return tmp_path, result
+
+
+def test_one_complete_file(saved: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    path, result = saved
+    tensors = load_file(path / "adapter_model.safetensors")
+    layer = "base_model.model.first.moelora_experts."
+    assert tensors[layer + "lora_A"].shape == (4, IN_FEATURES, 3)
+    trained = {name.replace(".default", "").replace(".modules_to_save", ""): w for name, w in result["weights"].items()}
+    assert tensors.keys() == trained.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, trained[name]), name
+    written = json.loads((path / "adapter_config.json").read_text())
+    assert not {"ep_size", "ep_dispatch", "expert_compute"} & written.keys()
+    assert MoELoRAConfig.from_pretrained(path).ep_size == 1
+
+
+def test_loads_in_one_process_without_deepspeed(saved: tuple[Path, dict[str, Any]]) -> None:
+    path, result = saved
+    torch.save(result["weights"], path / "weights.pt")
+    code = (
+        "import sys; sys.modules['deepspeed'] = None\n"
+        "import ds_moelora, torch\n"
+        "from peft import PeftModel\n"
+        "from tests.support.expert_parallel import Net\n"
+        "model = PeftModel.from_pretrained(Net(), sys.argv[1], is_trainable=True)\n"
+        "own = dict(model.named_parameters())\n"
+        "wanted = torch.load(sys.argv[1] + '/weights.pt')\n"
+        "print(all(torch.equal(own[name], w) for name, w in wanted.items()), len(wanted))\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY, env=environment)
+    assert done.stdout.strip() == "True 8", done.stderr
+
+
+def watched_save(folder: str, broken: bool = False) -> tuple[int, int, str]:
+    """On every rank: most bytes of gathered factors alive at once, those of all, and the error if there is one."""
+    import deepspeed
+
+    from ds_moelora.expert_parallel.shard import ShardedExperts
+    from ds_moelora.tuner.files import tensor_file
+
+    model = adapted(ep_size=2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    deepspeed.initialize(model=model, model_parameters=trained, config=dict(CONFIG))
+    alive: list[Any] = []
+    peak = total = 0
+    original, sync = ShardedExperts.gather, tensor_file.os.fsync
+
+    def gather(self: Any, name: str) -> Any:
+        nonlocal peak, total
+        whole = original(self, name)
+        if whole is not None:
+            alive.append(weakref.ref(whole.untyped_storage()))
+            total += whole.nbytes
+            peak = max(peak, sum(s.nbytes() for s in (ref() for ref in alive) if s is not None))
+        return whole
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    ShardedExperts.gather = gather  # type: ignore[method-assign]
+    tensor_file.os.fsync = full if broken else sync
+    try:
+        model.save_pretrained(folder)
+    except ValueError as error:
+        return peak, total, str(error)
+    finally:
+        ShardedExperts.gather = original  # type: ignore[method-assign]
+        tensor_file.os.fsync = sync
+    return peak, total, ""
+
+
+def test_saving_holds_one_factor_at_a_time(tmp_path: Path) -> None:
+    peak, total, error = run_on_ranks(2, watched_save, folder=str(tmp_path))[0]
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    sizes = [t.nbytes for name, t in saved.items() if name.endswith(("lora_A", "lora_B"))]
+    assert error == ""
+    assert total == sum(sizes)
+    assert max(sizes) <= peak < 2 * max(sizes) < total
+
+
+def test_a_full_disk_is_told_to_every_rank(tmp_path: Path) -> None:
+    for _, _, error in run_on_ranks(2, watched_save, folder=str(tmp_path), broken=True):
+        assert "rank 0: OSError: [Errno 28] No space left on device" in error
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def load_adapter(path: str, ep_size: int, **options: Any) -> dict[str, Any]:
+    """On every rank: the saved adapter in another topology; its whole weights and the mean loss of a batch."""
+    import deepspeed
+
+    config = MoELoRAConfig.from_pretrained(path)
+    config.ep_size = ep_size
+    torch.manual_seed(0)
+    model = PeftModel.from_pretrained(Net(), path, config=config, is_trainable=True, **options)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=dict(CONFIG))
+    x, target = batches(1, 1, 1)[0][0][0]
+    result = {"weights": whole_weights(engine.module), "loss": engine(x, target)["loss"].item()}
+    engine.destroy()
+    return result
+
+
+@pytest.mark.parametrize(("world", "ep_size"), [(2, 1), (2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_loads_under_any_ep_size(
+    saved: tuple[Path, dict[str, Any]], world: int, ep_size: int, low_cpu_mem_usage: bool
+) -> None:
+    path, result = saved
+    loaded = run_on_ranks(world, load_adapter, path=str(path), ep_size=ep_size, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert loaded[0]["weights"].keys() == result["weights"].keys()
+    for name, weight in result["weights"].items():
+        assert torch.equal(loaded[0]["weights"][name], weight), name
+    torch.manual_seed(0)
+    whole = PeftModel.from_pretrained(Net(), path)
+    whole.train()
+    x, target = batches(1, 1, 1)[0][0][0]
+    expected = whole(x, target)["loss"].item()
+    assert all(result["loss"] == pytest.approx(expected, rel=1e-5) for result in loaded)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["GateRiemannianAdamW", "GateRiemannianSGD"])
+@pytest.mark.parametrize(("world", "ep_size"), [(2, 2), (4, 2)])
+def test_engine_checkpoint_resumes_bit_equal(kind: str, stage: int, world: int, ep_size: int, tmp_path: Path) -> None:
+    config = engine_config(stage, kind, clip=1.0)
+    go = functools.partial(run_on_ranks, world, run, config=config, model={"ep_size": ep_size})
+    whole = go(steps=6)[0]
+    first = go(steps=3, save=str(tmp_path))[0]
+    files = sorted(p.name for p in (tmp_path / "global_step3").glob("layer_*_expert_*"))
+    assert len(files) == 2 * 4, files  # one file per layer and expert, of all ranks
+    second = go(steps=6, start=3, load=str(tmp_path))[0]
+    assert first["losses"] + second["losses"] == whole["losses"]
+    for name, weight in whole["weights"].items():
+        assert torch.equal(second["weights"][name], weight), name
+
+
+def test_another_ep_size_is_refused(tmp_path: Path) -> None:
+    """DeepSpeed would load it: the files are there, and optimizer states of the same size."""
+    run_on_ranks(4, run, config=CONFIG, steps=1, model={"ep_size": 2}, save=str(tmp_path))
+    with pytest.raises(AssertionError, match=r"this checkpoint was saved with ep_size=2 .* the run has 4"):
+        run_on_ranks(4, run, config=CONFIG, steps=2, start=1, model={"ep_size": 4}, load=str(tmp_path))
+
+
+def test_data_before_expert_parallel(tmp_path: Path) -> None:
+    """`use_data_before_expert_parallel_` puts other ranks into a group: experts change places, nothing else changes."""
+    wanted = run_on_ranks(4, run, config=CONFIG)[0]
+    config = {**CONFIG, "use_data_before_expert_parallelism": True}
+    pool = RankPool(4)  # of its own: DeepSpeed keeps the groups of an ep_size for the life of a process
+    try:
+        options = {"config": config, "model": {"ep_size": 2}, "export": str(tmp_path)}
+        found = pool.run(run, options, 300)[0]
+        ranks = pool.run(expert_ranks, {}, 300)
+    finally:
+        pool.close()
+    assert ranks == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    for name, weight in wanted["weights"].items():
+        assert torch.equal(found["first"][name], wanted["first"][name]), name
+        assert torch.allclose(found["weights"][name], weight, rtol=1e-5, atol=1e-6), name
+
+
+def expert_ranks() -> list[int]:
+    from deepspeed.utils import groups
+
+    return list(groups._get_expert_parallel_group_ranks("ep_size_2"))
+
+
+def attempt(config: dict[str, Any], how: str = "initialize", **fields: Any) -> str:
+    """On every rank: the message of the error that building or initializing raises."""
+    import deepspeed
+
+    try:
+        model = adapted(**fields)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if how == "forward":
+            model(*batches(1, 1, 1)[0][0][0])
+        elif how == "copied state":
+            deepspeed.initialize(model=model, model_parameters=trained, config=config)
+            state = {name: t.clone() for name, t in model.state_dict().items()}
+            model.save_pretrained("/nowhere", state_dict=state, is_main_process=False)
+        else:
+            deepspeed.initialize(model=model, model_parameters=trained, config=config)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ({"config": CONFIG, "ep_size": 4}, "ep_size=4 must divide num_experts and the number of ranks; with "
+         "num_experts=4 on 2 ranks these sizes do: 1, 2."),
+        ({"config": engine_config(3, "AdamW"), "ep_size": 2}, "ep_size > 1 cannot be combined with ZeRO stage 3"),
+        ({"config": engine_config(0, "AdamW", clip=1.0, precision="bf16"), "ep_size": 2}, "needs ZeRO stage 1 or 2"),
+        ({"config": CONFIG, "ep_size": 2, "how": "forward"}, "call deepspeed.initialize first"),
+        ({"config": CONFIG, "ep_size": 2, "how": "copied state"}, "Call model.save_pretrained(path) on every rank"),
+    ],
+)  # fmt: skip
+def test_refused_on_every_rank(case: dict[str, Any], message: str) -> None:
+    for found in run_on_ranks(2, attempt, timeout=60, **case):
+        assert message in found
+
+
+def test_an_unknown_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match=r"call deepspeed.init_distributed\(\) before get_peft_model"):
+        adapted(ep_size=2)
+
+
+def test_another_deepspeed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ds_moelora.expert_parallel import engine as engine_hooks
+
+    monkeypatch.setattr(engine_hooks.ds_engine.DeepSpeedEngine, engine_hooks._MARK, False, raising=False)
+    for owner, names in engine_hooks.NEEDED:
+        for name in names:
+            with monkeypatch.context() as patch:
+                patch.delattr(owner, name)
+                with pytest.raises(ValueError, match=rf"needs {name}, which this DeepSpeed \("):
+                    engine_hooks.adapt_engine()
+
+
+def test_one_shard_is_all_that_is_drawn() -> None:
+    """No rank materialises the experts of others, not even while they are initialised."""
+    for shapes in run_on_ranks(2, drawn_shapes):
+        assert shapes
+        assert all(first <= 2 for first in shapes)
+
+
+def drawn_shapes() -> list[int]:
+    model = adapted(ep_size=2)
+    return [len(p) for n, p in model.named_parameters() if n.endswith((".lora_A", ".lora_B"))]
+
+
+def generate(ep_size: int) -> list[int]:
+    """On every rank: greedy decoding of a prompt of its own length, in which ranks finish at different steps."""
+    import deepspeed
+
+    from ..support.adapter_support import adapted as llama_adapted
+    from ..support.adapter_support import llama
+
+    model = llama_adapted(llama, ep_size=ep_size)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=dict(CONFIG))
+    engine.eval()
+    ids = torch.arange(1, 4 + 3 * dist.get_rank()).unsqueeze(0)
+    with torch.no_grad():
+        out = engine.module.generate(
+            input_ids=ids, max_new_tokens=4 + 2 * dist.get_rank(), do_sample=False, synced_gpus=ep_size > 1
+        )
+    engine.destroy()
+    return out[0].tolist()
+
+
+def test_generate_with_different_lengths() -> None:
+    assert run_on_ranks(2, generate, timeout=60, ep_size=2) == run_on_ranks(2, generate, timeout=60, ep_size=1)

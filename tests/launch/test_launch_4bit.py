@@ -1,0 +1,89 @@
+"""--load_in_4bit: errors, and runs under ZeRO-2 where bitsandbytes is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from launch.checks.arguments import parse_arguments
+from launch.checks.errors import UserError
+from launch.training import quantization
+from tests.launch.test_launch_runs import adapter_of, arguments, summary_of
+from tests.support.launch_support import alpaca_rows, launch, tiny_model, write_jsonl
+
+# On CPUs bitsandbytes 0.50.2 dequantises rows shorter than its blocks wrongly.
+BLOCK = 64
+WISH = parse_arguments(["--model_name_or_path", "m", "--dataset_name", "d", "--load_in_4bit"], {})
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install bitsandbytes"
+)
+
+
+def test_what_stands_in_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        quantization.check_4bit(WISH, stage=2)
+    quantization.check_4bit(parse_arguments([], {}), stage=3)  # nobody asked
+    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(UserError, match="--load_in_4bit with ZeRO stage 3"):
+        quantization.check_4bit(WISH, stage=3)
+    quantization.check_4bit(WISH, stage=2)
+
+
+@pytest.mark.dist
+@needs_bitsandbytes
+def test_a_4bit_base_trains_and_an_evaluation_in_between_changes_nothing(tmp_path: Path) -> None:
+    """Two ranks, ZeRO-2. On CPUs bitsandbytes would repack the weights in the first evaluation."""
+    model = tiny_model(tmp_path / "model", hidden_size=BLOCK)
+    data = write_jsonl(tmp_path / "rows.jsonl", alpaca_rows(24))
+    more = ("--load_in_4bit", "--max_steps", "4", "--eval_fraction", "0.25", "--save_strategy", "no")
+    outputs = {}
+    for name, flags in (("plain", ()), ("evaluated", ("--eval_strategy", "steps", "--eval_steps", "1"))):
+        finished = launch(arguments(model, data, "zero2", tmp_path / name, *more, *flags))
+        assert finished.code == 0, finished.output[-4000:]
+        summary = summary_of(tmp_path / name)
+        assert summary["last_loss"] < summary["first_loss"]
+        assert math.isfinite(summary["eval"]["eval_loss"])
+        outputs[name] = adapter_of(tmp_path / name)
+    assert outputs["plain"].keys() == outputs["evaluated"].keys()
+    for name, tensor in outputs["plain"].items():
+        assert tensor.dtype == torch.float32, name
+        assert torch.equal(tensor, outputs["evaluated"][name]), name
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("init", ["true", "goat"])
+def test_the_base_is_in_4_bits_and_stays_readable(tmp_path: Path, init: str) -> None:
+    """After an inference the weights still dequantise to what they were, within NF4's rounding of the original."""
+    import bitsandbytes
+
+    from launch.training import modeling
+
+    folder = tiny_model(tmp_path / "model", hidden_size=BLOCK)
+    parsed = parse_arguments(["--model_name_or_path", str(folder), "--dataset_name", "d", "--load_in_4bit",
+                              "--num_experts", "2", "--lora_r", "2", "--init_lora_weights", init], {})  # fmt: skip
+    config = modeling.adapter_config(parsed.adapter, "causal-lm")
+    model = modeling.load_model(parsed, config, {}, modeling.load_tokenizer(parsed)).eval()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    assert len(layers) == 2 * 7
+
+    def dequantised() -> dict[str, torch.Tensor]:
+        return {
+            name: bitsandbytes.functional.dequantize_4bit(m.weight.data, m.weight.quant_state).float()
+            for name, m in layers.items()
+        }
+
+    before = dequantised()
+    with torch.no_grad():
+        first = model(input_ids=torch.arange(8)[None]).logits
+        assert torch.isfinite(first).all()
+    stored = load_file(folder / "model.safetensors")
+    for name, weight in dequantised().items():
+        assert torch.equal(weight, before[name]), name
+        original = stored[name.removeprefix("base_model.model.").removesuffix(".base_layer") + ".weight"]
+        assert (weight - original).norm() < 0.12 * original.norm(), name  # the nearest of NF4's values: 0.09

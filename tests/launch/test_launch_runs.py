@@ -1,0 +1,243 @@
+"""Whole runs of the launcher: two ranks, a tiny model, a few steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import ds_moelora  # noqa: F401  (so that PEFT knows the adapter)
+from tests.support.launch_support import ROOT, alpaca_rows, launch, question_rows, tiny_model, write_jsonl
+
+SMALL = ["--lora_r", "2", "--num_experts", "2", "--top_k", "1", "--per_device_train_batch_size", "2", "--seed", "3",
+         "--learning_rate", "1e-2", "--logging_steps", "1", "--max_length", "256"]  # fmt: skip
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def alpaca(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "alpaca.jsonl", alpaca_rows(24))
+
+
+def arguments(model: Path, data: Path, config: str, output_dir: Path, *more: str) -> list[str]:
+    return ["--model_name_or_path", str(model), "--dataset_name", str(data), "--deepspeed", f"configs/{config}.json",
+            "--output_dir", str(output_dir), *SMALL, *more]  # fmt: skip
+
+
+def summary_of(output_dir: Path) -> dict[str, Any]:
+    return json.loads((output_dir / "train_summary.json").read_text())
+
+
+def adapter_of(output_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(output_dir / "adapter_model.safetensors")
+
+
+def check_outputs(output_dir: Path, steps: int) -> dict[str, Any]:
+    """A finished run's summary, after a look at everything it should have written."""
+    summary = summary_of(output_dir)
+    assert summary["optimizer"] == "GateRiemannianAdamW"
+    assert summary["world_size"] == 2
+    assert summary["steps"] == steps
+    assert 0 < summary["trainable_parameters"] < summary["all_parameters"]
+    assert summary["tokens_per_second"] > 0
+    assert math.isfinite(summary["first_loss"])
+    assert math.isfinite(summary["last_loss"])
+    logged = b"".join(path.read_bytes() for path in output_dir.glob("runs/*/events*"))
+    assert b"moe/router_entropy" in logged, "TensorBoard is on by default"
+    assert b"riemannian/update_to_weight" in logged
+    return summary
+
+
+def test_causal_lm_and_resume(model: Path, alpaca: Path, tmp_path: Path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    more = ("--max_steps", "4", "--save_steps", "2", "--eval_fraction", "0.25")
+    finished = launch(arguments(model, alpaca, "zero2", whole, *more))
+    assert finished.code == 0, finished.output[-4000:]
+    summary = check_outputs(whole, steps=4)
+    assert summary["last_loss"] < summary["first_loss"]
+    assert math.isfinite(summary["eval"]["eval_loss"])
+    assert 0 <= summary["eval"]["eval_mean_token_accuracy"] <= 1
+    assert [Path(path).name for path in summary["checkpoints"]] == ["checkpoint-2", "checkpoint-4"]
+    assert "Training summary" in finished.output
+
+    # The saved adapter loads in a process without DeepSpeed.
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), whole)
+    assert any("lora_B" in name and parameter.abs().sum() > 0 for name, parameter in loaded.named_parameters())
+
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    finished = launch(arguments(model, alpaca, "zero2", resumed, *more, "--resume_from_checkpoint", "true"))
+    assert finished.code == 0, finished.output[-4000:]
+    assert summary_of(resumed)["steps"] == 4
+    expected, got = adapter_of(whole), adapter_of(resumed)
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, got[name]), name
+
+
+FOUR_EXPERTS = ("--max_steps", "4", "--save_steps", "2", "--eval_fraction", "0.25", "--num_experts", "4")
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, alpaca: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks train that both have all experts."""
+    output_dir = tmp_path_factory.mktemp("experts") / "whole"
+    finished = launch(arguments(model, alpaca, "zero2_ep", output_dir, *FOUR_EXPERTS), timeout=400)
+    assert finished.code == 0, finished.output[-4000:]
+    return output_dir
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_expert_parallel(model: Path, alpaca: Path, whole: Path, tmp_path: Path, ranks: int):
+    """--ep_size 2: trains what --ep_size 1 trains, evaluates, saves one whole adapter; two ranks also resume.
+
+    Four ranks take half as many rows each as two.
+    """
+    spread, resumed, more, sharded = tmp_path / "spread", tmp_path / "resumed", FOUR_EXPERTS, ("--ep_size", "2")
+    if ranks == 4:  # "auto" would try all ways first; two ranks do
+        sharded += ("--ep_dispatch", "weights", "--expert_compute", "dense", "--per_device_train_batch_size", "1")
+    finished = launch(arguments(model, alpaca, "zero2_ep", spread, *more, *sharded), ranks, timeout=400)
+    assert finished.code == 0, finished.output[-4000:]
+    first, second = summary_of(whole), summary_of(spread)
+    assert second["last_loss"] == pytest.approx(first["last_loss"], rel=1e-3)
+    assert second["eval"]["eval_loss"] == pytest.approx(first["eval"]["eval_loss"], rel=1e-3)
+    assert second["trainable_parameters"] == first["trainable_parameters"]
+    expected, got = adapter_of(whole), adapter_of(spread)
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert (got[name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, name
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), spread)
+
+    if ranks == 4:
+        return
+    shutil.copytree(spread / "checkpoint-2", resumed / "checkpoint-2")
+    again = (*more, "--resume_from_checkpoint", "true")
+    finished = launch(arguments(model, alpaca, "zero2_ep", resumed, *again, *sharded), ranks, timeout=400)
+    assert finished.code == 0, finished.output[-4000:]
+    for name, tensor in got.items():
+        assert torch.equal(tensor, adapter_of(resumed)[name]), name
+
+    resume_elsewhere(model, alpaca, spread, tmp_path / "elsewhere", *again)
+
+
+def losses_of(checkpoint: Path) -> list[float]:
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def resume_elsewhere(model: Path, alpaca: Path, trained: Path, resumed: Path, *more: str):
+    """What two ranks with --ep_size 2 began, one rank under ZeRO-3 brings to the same end, and says how."""
+    shutil.copytree(trained / "checkpoint-2", resumed / "checkpoint-2")
+    finished = launch(
+        arguments(model, alpaca, "zero3", resumed, *more, "--gradient_accumulation_steps", "2"), ranks=1, timeout=400
+    )
+    assert finished.code == 0, finished.output[-4000:]
+    assert "topology has changed, world_size 2 -> 1, zero_stage 2 -> 3, ep_size 2 -> 1" in finished.output
+    expected, got = adapter_of(trained), adapter_of(resumed)
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert (got[name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, name
+    losses = [losses_of(path / "checkpoint-4") for path in (trained, resumed)]
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+    # As a version without elastic parts and manifests left it.
+    shutil.rmtree(resumed / "checkpoint-2" / "elastic")
+    (resumed / "checkpoint-2" / "manifest.json").unlink()
+    shutil.rmtree(resumed / "checkpoint-4")
+    finished = launch(arguments(model, alpaca, "zero2_ep", resumed, *more, "--ep_size", "1"), ranks=2)
+    assert finished.code != 0
+    assert "was saved with --ep_size 2, this run has 1, and it has no elastic part" in finished.output
+
+
+def test_stages_save_the_same_adapter(model: Path, alpaca: Path, tmp_path: Path):
+    """ZeRO-3 gathers whole tensors, and offloading keeps our optimizer: both train what ZeRO-1 trains."""
+    adapters = {}
+    for config in ("zero1", "zero3", "zero2_offload"):
+        output_dir = tmp_path / config
+        finished = launch(arguments(model, alpaca, config, output_dir, "--max_steps", "3", "--save_strategy", "no"))
+        assert finished.code == 0, finished.output[-4000:]
+        check_outputs(output_dir, steps=3)
+        adapters[config] = adapter_of(output_dir)
+    reference = adapters.pop("zero1")
+    for config, adapter in adapters.items():
+        assert adapter.keys() == reference.keys()
+        for name, tensor in reference.items():
+            assert adapter[name].shape == tensor.shape
+            # fp32 sums in another order, over three steps of AdamW, whose first step is a sign: compare in the norm.
+            assert (adapter[name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, f"{config}: {name}"
+
+
+def test_sequence_classification(model: Path, tmp_path: Path):
+    data = write_jsonl(tmp_path / "train.jsonl", question_rows(24))
+    held_out = write_jsonl(tmp_path / "test.jsonl", question_rows(7))
+    output_dir = tmp_path / "out"
+    finished = launch(
+        arguments(model, data, "zero2", output_dir, "--task", "sequence-classification", "--max_steps", "4",
+                  "--eval_dataset_name", str(held_out), "--text_pattern", r"is (\d+)")
+    )  # fmt: skip
+    assert finished.code == 0, finished.output[-4000:]
+    summary = check_outputs(output_dir, steps=4)
+    assert 0 <= summary["eval"]["eval_accuracy"] <= 1
+    assert summary["eval"]["eval_majority_class_accuracy"] == pytest.approx(4 / 7)
+    assert math.isfinite(summary["eval"]["eval_loss"])
+    assert summary["classes"] == ["no", "yes"]
+    saved = adapter_of(output_dir)
+    assert any("score" in name for name in saved), "the new head is trained and saved with the adapter"
+    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
+    PeftModel.from_pretrained(base, output_dir)
+
+
+def first_gradient_norm(output_dir: Path) -> float:
+    state = json.loads((output_dir / "checkpoint-1" / "trainer_state.json").read_text())
+    return next(entry["grad_norm"] for entry in state["log_history"] if "grad_norm" in entry)
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+def test_accumulation_does_not_change_the_gradient(model: Path, alpaca: Path, tmp_path: Path, task: str):
+    """8 rows at once, or 4 times 2: the same first step, load-balancing loss included."""
+    data = alpaca if task == "causal-lm" else write_jsonl(tmp_path / "train.jsonl", question_rows(24))
+    norms = []
+    for batch, accumulate in (("8", "1"), ("2", "4")):
+        output_dir = tmp_path / f"by-{batch}"
+        finished = launch(
+            arguments(model, data, "zero2", output_dir, "--task", task, "--max_steps", "1", "--save_steps", "1",
+                      "--router_aux_loss_coef", "1.0", "--per_device_train_batch_size", batch,
+                      "--gradient_accumulation_steps", accumulate), ranks=1
+        )  # fmt: skip
+        assert finished.code == 0, finished.output[-4000:]
+        norms.append(first_gradient_norm(output_dir))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("starter", ["python", "torchrun"])
+def test_other_launchers(model: Path, alpaca: Path, tmp_path: Path, starter: str):
+    bin_folder = Path(sys.executable).parent
+    command = [str(bin_folder / starter)]
+    if starter == "torchrun":
+        command += ["--standalone", "--nproc_per_node", "2"]
+    command += ["launch/train.py", *arguments(model, alpaca, "zero2", tmp_path / "out", "--max_steps", "2")]
+    environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    summary = summary_of(tmp_path / "out")
+    assert summary["steps"] == 2
+    assert summary["world_size"] == (2 if starter == "torchrun" else 1)

@@ -1,0 +1,97 @@
+"""The grouped products, and starting values, on one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ds_moelora.mixture.choice import choose_compute
+from ds_moelora.mixture.compute import ExpertCompute
+from ds_moelora.mixture.dense import DENSE
+from ds_moelora.mixture.grouped import GROUPED
+from ds_moelora.mixture.initial_values import draw_uniform_, expert_seed
+from ds_moelora.mixture.moe_lora import moe_lora
+from ds_moelora.mixture.routing import route
+from ds_moelora.pairs import GATE_SCALINGS, GateSettings
+
+from ..support.adapter_support import adapted, assert_same, batch, train_step
+
+
+def results(compute: ExpertCompute, tokens: int, top_k: int, settings: GateSettings, inplace: bool) -> list:
+    generator = torch.Generator().manual_seed(tokens)
+    x, W, A, B, base, dy = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in [(tokens, 5), (4, 5), (4, 5, 3), (4, 6, 3), (tokens, 6), (tokens, 6)]
+    )
+    leaves = [t.requires_grad_() for t in (x, W, A, B, base)]
+    gates, chosen = route(x @ W.t(), top_k)
+    y = moe_lora(base * 1 if inplace else base, x, gates, chosen, A, B, 0.7, settings, inplace, compute)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+@pytest.mark.parametrize("gate_scaling", GATE_SCALINGS)
+@pytest.mark.parametrize("scale_input_grad", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_grouped_equals_dense(gate_scaling: str, scale_input_grad: bool, tokens: int, top_k: int) -> None:
+    settings = GateSettings(gate_scaling, scale_input_grad)
+    for inplace in (False, True):
+        dense, grouped = (results(c, tokens, top_k, settings, inplace) for c in (DENSE, GROUPED))
+        for a, b in zip(dense, grouped, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_grouped_in_a_model() -> None:
+    loss, gradients = train_step(adapted(expert_compute="dense"), batch())
+    other_loss, others = train_step(adapted(expert_compute="grouped"), batch())
+    torch.testing.assert_close(loss, other_loss)
+    assert_same(others, gradients, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("auto", 8, 2, 4), "dense"),
+        (("auto", 32, 2, 8), "grouped"),
+        (("auto", 64, 8, 8), "dense"),
+        (("auto", 64, 8, 16), "grouped"),
+        (("dense", 640, 1, 64), "dense"),
+        (("grouped", 2, 2, 1), "grouped"),
+        (("auto", 64, 2, 16, torch.bfloat16), "dense"),
+        (("auto", 128, 2, 16, torch.bfloat16), "grouped"),
+    ],
+)
+def test_auto_goes_by_size(arguments: tuple, expected: str) -> None:
+    assert choose_compute(*arguments).name == expected
+
+
+def test_auto_never_waits_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda *_: True)
+    assert choose_compute("auto", 128, 2, 16).name == "dense"
+    assert choose_compute("grouped", 128, 2, 16).name == "grouped"
+
+
+def test_starting_values_belong_to_the_expert() -> None:
+    """Whoever draws expert 2 gets the same numbers; every other name, number or seed gives others."""
+    torch.manual_seed(5)
+    whole, part = torch.empty(4, 3, 2), torch.empty(2, 3, 2)
+    draw_uniform_(whole, 0.5, "layer", "default", "lora_A")
+    torch.rand(7)  # what else was drawn does not matter
+    draw_uniform_(part, 0.5, "layer", "default", "lora_A", first_expert=2)
+    assert torch.equal(part, whole[2:])
+    assert whole.abs().max() <= 0.5
+    assert whole.std() == pytest.approx(0.5 / 3**0.5, rel=0.3)
+    changes = [("layer2", "default", "lora_A", 0), ("layer", "other", "lora_A", 0), ("layer", "default", "lora_B", 0)]
+    seeds = {expert_seed(*names) for names in [*changes, ("layer", "default", "lora_A", 0), ("l", "d", "lora_A", 1)]}
+    torch.manual_seed(6)
+    assert len(seeds | {expert_seed("layer", "default", "lora_A", 0)}) == 6
+
+
+def test_models_start_alike_but_layers_and_experts_differ() -> None:
+    one, two = adapted(), adapted()
+    first, second = (dict(m.named_parameters()) for m in (one, two))
+    drawn = [p for n, p in first.items() if n.endswith((".lora_A", "router.weight"))]
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    flat = torch.stack([p.detach().flatten()[:8] for p in drawn])
+    assert len(torch.unique(flat, dim=0)) == len(drawn)
+    assert len(torch.unique(drawn[0].detach().flatten(1), dim=0)) == len(drawn[0])

@@ -1,0 +1,199 @@
+"""The package as a whole: import direction, registration, and what an import costs and needs."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ds_moelora
+
+ROOT = Path(ds_moelora.__file__).parent
+# The written direction (docs/architecture.md): a subject imports those before it, and itself.
+DIRECTION = (
+    "pairs",
+    "mixture",
+    "optimizer",
+    "expert_parallel",
+    "checkpoint",
+    "tuner",
+    "integrations",
+    "monitoring",
+    "planner",
+    "cli",
+)
+# Beside each other: neither knows the other.
+SIBLINGS = ({"optimizer", "expert_parallel"}, {"integrations", "monitoring", "planner"})
+# Libraries outside the standard one, by subject.
+LIBRARIES = {
+    "pairs": {"torch"},
+    "mixture": {"torch"},
+    "optimizer": {"torch"},
+    "expert_parallel": {"torch", "deepspeed"},
+    "checkpoint": {"torch", "deepspeed", "safetensors"},
+    "tuner": {"torch", "peft", "transformers", "huggingface_hub", "safetensors", "deepspeed"},
+    "integrations": {"torch", "peft", "transformers", "deepspeed"},
+    "monitoring": {"torch", "transformers", "numpy", "PIL"},
+    "planner": {"torch", "transformers"},
+    "cli": {"transformers", "rich"},
+}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Dotted names that a file imports, wherever in it; of `from m import n` both m and m.n."""
+    found = set()
+    package = path.relative_to(ROOT.parent).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def subject(name: str) -> str:
+    """The folder or top-level module of this package that a dotted name lies in; another package's first part."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "ds_moelora" and len(parts) > 1 else parts[0]
+
+
+def files_of(name: str) -> list[Path]:
+    return sorted((ROOT / name).rglob("*.py")) or [path for path in [ROOT / f"{name}.py"] if path.exists()]
+
+
+@pytest.mark.parametrize("name", [name for name in DIRECTION if files_of(name)])
+def test_import_direction(name: str) -> None:
+    before = set(DIRECTION[: DIRECTION.index(name)]) | {name}
+    for group in SIBLINGS:
+        if name in group:
+            before -= group - {name}
+    for path in files_of(name):
+        used = {subject(module) for module in imported_modules(path)} - set(sys.stdlib_module_names)
+        assert used <= before | LIBRARIES[name], path
+
+
+def test_every_folder_is_in_the_direction() -> None:
+    folders = {p.name for p in ROOT.iterdir() if p.is_dir() and any(p.glob("*.py"))}
+    assert folders <= set(DIRECTION)
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules that lie on circles, or lead from one to another."""
+    left = dict(graph)
+    while free := [m for m in left if not left[m] & left.keys() - {m}]:
+        for m in free:
+            del left[m]
+    while ends := [m for m in left if not any(m in left[o] for o in left if o != m)]:
+        for m in ends:
+            del left[m]
+    return sorted(left)
+
+
+def module_graph(folder: Path) -> dict[str, set[str]]:
+    """Module -> modules of the same tree that it imports, at its top or inside a function."""
+    files = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder.parent).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph = {}
+    for name, path in files.items():
+        imported = {m for m in imported_modules(path) if m in files} - {name}
+        # `from package import module` names the package too, whose __init__ may import this file.
+        graph[name] = {m for m in imported if not any(o.startswith(m + ".") for o in imported | {name})}
+    return graph
+
+
+def test_a_circle_would_be_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b", "c"]
+    assert circle({"a": {"b"}, "b": set()}) == []
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT.parent / "launch"], ids=["package", "launcher"])
+def test_no_import_circles(folder: Path) -> None:
+    assert circle(module_graph(folder)) == []
+
+
+def test_public_names() -> None:
+    expected = {
+        "GateRiemannianAdamW",
+        "GateRiemannianSGD",
+        "MoELoRAConfig",
+        "MoELoRAModel",
+        "__version__",
+        "check_data_only",
+        "data_only",
+        "gather_experts",
+        "load_elastic",
+        "save_elastic",
+        "register",
+        "save_without_residual",
+        "tag_lora_pairs",
+    }
+    assert set(ds_moelora.__all__) == expected
+    assert all(hasattr(ds_moelora, name) for name in expected)
+
+
+def test_registration_is_idempotent() -> None:
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    before = list(ZERO_SUPPORTED_OPTIMIZERS)
+    ds_moelora.register()
+    ds_moelora.register()
+    assert before == ZERO_SUPPORTED_OPTIMIZERS
+    assert torch.optim.GateRiemannianAdamW is ds_moelora.GateRiemannianAdamW
+    assert torch.optim.GateRiemannianSGD is ds_moelora.GateRiemannianSGD
+    assert PEFT_TYPE_TO_TUNER_MAPPING["MOELORA"] is ds_moelora.MoELoRAModel
+
+
+def test_a_name_taken_by_somebody_else_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim, "GateRiemannianSGD", torch.optim.SGD)
+    with pytest.raises(RuntimeError, match="already taken"):
+        ds_moelora.register()
+
+
+def run_python(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent
+    ).stdout.strip()
+
+
+def test_imports_without_deepspeed_and_without_a_gpu() -> None:
+    code = """
+import sys
+sys.modules["deepspeed"] = None
+import importlib.util as u
+find = u.find_spec
+u.find_spec = lambda name, *a: None if name == "deepspeed" else find(name, *a)
+import torch, ds_moelora
+p = torch.nn.Linear(2, 2)
+print(torch.cuda.is_initialized(), ds_moelora.GateRiemannianAdamW.__name__, ds_moelora.MoELoRAConfig().peft_type)
+"""
+    assert run_python(code) == "False GateRiemannianAdamW MOELORA"
+
+
+def test_import_loads_nothing_that_its_dependencies_do_not() -> None:
+    """Modules beyond those of DeepSpeed and PEFT are the package's own."""
+    code = """
+import sys
+import torch, deepspeed, peft, peft.tuners.lora, safetensors
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+before = set(sys.modules)
+import ds_moelora
+new = {m.split(".")[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)
+print(sorted(new))
+"""
+    assert run_python(code).splitlines()[-1] == "['ds_moelora']"
+
+
+def test_version_is_the_one_that_setup_reads() -> None:
+    text = (ROOT.parent / "setup.py").read_text()
+    assert "__version__" in text
+    assert importlib.metadata.version("ds_moelora") == ds_moelora.__version__

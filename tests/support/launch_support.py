@@ -1,0 +1,125 @@
+"""What the launcher's tests share: a tiny model on disk, data files, and runs of the real launcher."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from launch.checks.extensions import SHARED_MEMORY, find_free_port, load_collectives
+from launch.demo.base import byte_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny_model(folder: Path, chat_template: str | None = None, hidden_size: int = 32) -> Path:
+    """A two-layer Llama over bytes with random weights, and its tokenizer, as a hub model looks on disk."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = chat_template
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=max(48, hidden_size),
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def alpaca_rows(count: int) -> list[dict[str, Any]]:
+    return [{"instruction": f"say {i}", "input": "", "output": f"it is {i}"} for i in range(count)]
+
+
+def question_rows(count: int) -> list[dict[str, Any]]:
+    return [{"question": f"is {i} even?", "label": "yes" if i % 2 == 0 else "no"} for i in range(count)]
+
+
+@dataclass
+class Finished:
+    """A run of the launcher that has ended."""
+
+    code: int
+    output: str
+    seconds: float
+
+
+def launch(arguments: list[str], ranks: int = 2, script: Path | None = None, timeout: float = 240.0) -> Finished:
+    """`deepspeed --num_gpus <ranks> launch/train.py <arguments>` in the repository's root, on a free port.
+
+    Raises:
+        AssertionError: still running after `timeout` seconds (all its processes are ended).
+    """
+    compile_once()
+    port = find_free_port()
+    bin_folder = Path(sys.executable).parent
+    command = [str(bin_folder / "deepspeed"), "--master_port", str(port), "--num_gpus", str(ranks)]
+    command += [str(script or ROOT / "launch" / "train.py"), *arguments]
+    environment = {
+        **os.environ,
+        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        output = _end(process)
+        raise AssertionError(f"still running after {timeout} s:\n{output[-4000:]}") from None
+    # DeepSpeed's own habit is to leave 69 MB per rank there, in memory.
+    left = [path.name for path in SHARED_MEMORY.glob(f"deepspeed_*_{port}_*")]
+    assert not left or process.returncode != 0, f"left in {SHARED_MEMORY}: {left}"
+    return Finished(process.returncode, output, time.monotonic() - started)
+
+
+@functools.cache
+def compile_once() -> None:
+    """Compiles DeepSpeed's collectives now if they are not yet: a minute or more that is no part of a run's time."""
+    load_collectives()
+
+
+def _end(process: subprocess.Popen[str]) -> str:
+    """Ends a run and returns its output: politely first, for a process killed while it compiles leaves its lock."""
+    process.terminate()  # the launcher hands it on to the ranks
+    try:
+        return process.communicate(timeout=40)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()[0]
