@@ -3,8 +3,8 @@
     python launch/evaluate.py ... --score answers --predictions predictions.jsonl
     python -m benchmarks.expressions predictions.jsonl
 
-Expressions are numbers, + - * / and brackets, evaluated by a walk over Python's syntax tree; nothing is executed. A value
-counts as right within 1e-4 of the reference, relatively: references are rounded to six digits.
+Expressions are numbers, + - * / and brackets, evaluated by a walk over Python's syntax tree; nothing is executed. A
+value counts as right within 1e-4 of the reference, relatively: references are rounded to six digits.
 """
 
 from __future__ import annotations
