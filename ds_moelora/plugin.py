@@ -12,8 +12,6 @@ from .expert_parallel.spec import ShardSpec, register_shard_builder
 from .optimizer import GateRiemannianAdamW, GateRiemannianSGD
 from .patches import install_at_import, install_for_expert_parallelism
 from .tuner import register_with_peft
-from .tuner.distributed_processes import find_ranks
-from .tuner.processes import register_ranks
 
 OPTIMIZERS = (GateRiemannianAdamW, GateRiemannianSGD)
 
@@ -25,7 +23,6 @@ def register() -> None:
       listed in `ZERO_SUPPORTED_OPTIMIZERS`. Without DeepSpeed installed this part is left out, and so it is on the
       import by `python -m ds_moelora`: DeepSpeed takes long to import and prints to stdout.
     - `ep_size > 1` gets its modules from `expert_parallel.shard`; without DeepSpeed it is refused.
-    - SVD initialisation finds the other ranks and partitioned weights through `tuner.distributed_processes`.
     - PEFT resolves `peft_type` "MOELORA" through its enum and its mappings.
     - What must be replaced in other libraries is listed in `patches`.
 
@@ -40,7 +37,6 @@ def register() -> None:
     with_deepspeed = find_spec("deepspeed") is not None and not _starts_as_command()
     install_at_import(with_deepspeed)
     register_with_peft()
-    register_ranks(find_ranks)
     if with_deepspeed:
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
