@@ -51,8 +51,8 @@ def counted_engine(stage: int) -> tuple[float, int]:
 
 @pytest.mark.dist
 def test_bytes_of_deepspeeds_collectives() -> None:
-    """Two processes. ZeRO-2: gradients are all-reduced (S) and weights gathered (S / 2), besides Gram matrices and norms.
-    ZeRO-3: every weight is gathered at least once (S / 2; so few are kept for the backward pass)."""
+    """Two processes. ZeRO-2: gradients are all-reduced (S) and weights gathered (S / 2), besides Gram matrices and
+    norms. ZeRO-3: every weight is gathered at least once (S / 2; so few are kept for the backward pass)."""
     for sent, trained in run_on_ranks(2, counted_engine, stage=2):
         assert 1.5 * trained < sent < 1.7 * trained
     for sent, everything in run_on_ranks(2, counted_engine, stage=3):
