@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from ds_moelora import MoELoRAConfig
@@ -19,7 +20,7 @@ from ds_moelora.cli import main
 from ds_moelora.tuner.config import MOST_ENTRIES, MOST_EXPERTS, MOST_RANK
 from ds_moelora.tuner.files.adapter_file import check_saved_adapter, read_adapter
 
-from ..support.adapter_support import adapted
+from ..support.adapter_support import adapted, llama
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HUGE = 10**400  # beyond the largest float
@@ -107,6 +108,25 @@ def test_a_configuration_too_large_is_not_read(saved: Path, tmp_path: Path) -> N
         file.truncate(1 << 40)  # sparse: a terabyte that takes no room
     with pytest.raises(ValueError, match="has 1099511627776 bytes"):
         check_saved_adapter(folder)
+
+
+def test_loading_names_the_file(saved: Path, tmp_path: Path) -> None:
+    """`PeftModel.from_pretrained` and `load_adapter`, before a module of the base model is replaced."""
+    folder = copied(saved, tmp_path / "adapter")
+    whole = (folder / WEIGHTS).read_bytes()
+    model = PeftModel.from_pretrained(llama(), folder)
+    for content in (whole[:-10], b"", whole[:4]):
+        (folder / WEIGHTS).write_bytes(content)
+        base = llama()
+        with pytest.raises(ValueError, match=f"{WEIGHTS} is damaged or cut short"):
+            PeftModel.from_pretrained(base, folder)
+        assert not any("moelora" in name for name, _ in base.named_modules())
+        with pytest.raises(ValueError, match=f"{WEIGHTS} is damaged or cut short"):
+            model.load_adapter(str(folder), "second")
+        assert list(model.peft_config) == ["default"]
+    copied(saved, folder, num_experts=10**11)
+    with pytest.raises(ValueError, match=f"{CONFIG} cannot be used: num_experts=100000000000 must be at most"):
+        PeftModel.from_pretrained(llama(), str(folder))
 
 
 @given(seed=st.integers(0, 2**32))
