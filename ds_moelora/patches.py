@@ -87,8 +87,8 @@ PEFT = (
         name="load_adapter",
         wrapper=loading.load_checked,
         reason="No hook tells a tuner that weights will be loaded into the adapter that it makes. Without it every "
-        "base weight is decomposed (minutes) for starting factors that the file replaces, and a damaged file ends in an "
-        "error without its name.",
+        "base weight is decomposed (minutes) for starting factors that the file replaces, and a damaged file "
+        "ends in an error without its name.",
     ),
     Patch(
         library="peft",
