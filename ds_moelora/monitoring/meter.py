@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ..optimizer import GateRiemannianAdamW, GateRiemannianSGD
 from ..optimizer.step_statistics import StepStatistics
 from ..tuner.losses import batch_layout
-from .deepspeed_engine import basic_optimizer
 from .formulas import load_over_ideal, mean_similarity
 from .routers import RouterMeter
+from .run_info import basic_optimizer
 
 TAGS = (
     "moe/load_max_over_ideal",
