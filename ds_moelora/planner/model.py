@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, CONFIG_NAME, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto as auto
 
 from ..tuner import MoELoRAConfig, MoELoRAModel
 from ..tuner.layer import MoELoRALayer
@@ -22,6 +23,13 @@ from ..tuner.start.base_weight import in_out_features
 
 # The name of a repeated block, at the beginning of those of its modules: up to the first number.
 BLOCK = re.compile(r".*?\.\d+\.")
+# Model type -> name of a class, or several.
+MODELS: tuple[Mapping[str, Any], ...] = (
+    auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    auto.MODEL_MAPPING_NAMES,
+)
 # Of a config that anybody may have written; every layer is built.
 MOST_LAYERS = 10_000
 
@@ -189,14 +197,15 @@ def _build(config: Any, name: str) -> Any:
 
 def _model_classes(config: Any) -> Iterator[type[nn.Module]]:
     """What `architectures` names; else models for the config, those that generate text first."""
-    named = [getattr(transformers, str(n), None) for n in getattr(config, "architectures", None) or []]
-    known = [c for c in named if isinstance(c, type) and issubclass(c, PreTrainedModel)]
-    if known:
-        yield from known
+    names = [str(name) for name in getattr(config, "architectures", None) or []]
+    if not names:
+        found = [mapping.get(config.model_type, ()) for mapping in MODELS]
+        names = [name for entry in found for name in ([entry] if isinstance(entry, str) else entry)]
+    known = [getattr(transformers, name, None) for name in names]
+    models = [c for c in known if isinstance(c, type) and issubclass(c, PreTrainedModel)]
+    yield from models
+    if models and getattr(config, "architectures", None):
         return
-    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText, transformers.AutoModel):
-        found = auto._model_mapping.get(type(config), None)
-        yield from found if isinstance(found, tuple | list) else [found] if found is not None else []
     # Parts of larger models, and models of other tasks.
     try:
         module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
@@ -206,6 +215,7 @@ def _model_classes(config: Any) -> Iterator[type[nn.Module]]:
         c
         for c in vars(module).values()
         if isinstance(c, type) and issubclass(c, PreTrainedModel) and c.config_class is type(config)
+        if not c.__name__.endswith("PreTrainedModel")  # the base class of the others
     ]
     yield from sorted(own, key=lambda c: ("ForConditionalGeneration" not in c.__name__, len(c.__name__)))
 
