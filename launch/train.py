@@ -41,6 +41,7 @@ from launch.checks.errors import MASTER_PORT, UserError, adopt_rank, process_ran
 from launch.checks.extensions import find_free_port, load_collectives, unlink_buffers
 from launch.checks.flags import LANGUAGE
 from launch.cluster import watchdog
+from launch.cluster.agreement import check_same_data
 from launch.data import answering, image_text, images
 from launch.data.sources import load_data
 from launch.demo import defaults as demo
@@ -72,11 +73,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     modeling.check_model(arguments, config, model_options)
 
     watch = start(arguments)
+    check_same_data({"--dataset_name": train, "--eval_dataset_name": evaluation})
+    watch.reached("the comparison of data")
     set_seed(arguments.training.seed)
     model = modeling.load_model(arguments, config, model_options, processor)
+    watch.reached("the loading of the model")
     stopping = Stopping(arguments.run.stop_after_nan_steps)
     status = saving.StatusFile(arguments.run.status_file)
-    callbacks: list[TrainerCallback] = [trainers.OptimizerGuard(optimizer), stopping, status]
+    callbacks: list[TrainerCallback] = [trainers.OptimizerGuard(optimizer), stopping, status, watchdog.Progress(watch)]
     if arguments.demo:
         callbacks.append(demo.ExactMatch(processor))
     trainer = trainers.build_trainer(arguments, model, processor, train, evaluation, callbacks)
@@ -91,8 +95,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     status.write(trainer.state, f"{'preempted' if stopping.preempted else 'finished'} {trainer.state.global_step}")
     if dist.is_initialized():
         dist.barrier()
-        if watch is not None:
-            watch.stop()
+        watch.stop()
         # Left to the interpreter's end, a rank that is late finds its peers' sockets gone, and aborts.
         dist.barrier()
         dist.destroy_process_group()
@@ -116,7 +119,7 @@ def quieten() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def start(arguments: Arguments) -> watchdog.Watchdog | None:
+def start(arguments: Arguments) -> watchdog.Watchdog:
     """Opens torch.distributed, completes the training arguments, and settles which checkpoint the run goes on from."""
     if process_rank()[1] == 1:
         # Started by plain `python`: DeepSpeed would look for MPI, which need not be there, to learn that it is alone.
@@ -127,9 +130,11 @@ def start(arguments: Arguments) -> watchdog.Watchdog | None:
             os.environ.setdefault(name, value)
     if arguments.training.deepspeed or process_rank()[1] > 1:
         load_collectives()
+        timeout = timedelta(seconds=arguments.training.ddp_timeout)
+        watchdog.limit_groups(timeout)
         # Before transformers does: it reads the launcher's environment alone, while DeepSpeed also asks MPI.
         deepspeed.init_distributed(
-            timeout=timedelta(seconds=arguments.training.ddp_timeout),
+            timeout=timeout,
             distributed_port=int(os.environ.get("MASTER_PORT", MASTER_PORT)),  # for MPI's ranks, whom nobody told
         )
         unlink_buffers()
