@@ -46,6 +46,7 @@ from launch.data import answering, image_text, images
 from launch.data.sources import load_data
 from launch.demo import defaults as demo
 from launch.training import card, modeling, report, trainers
+from launch.training.finishing import HubUpload, guard_curves, not_fatal
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -83,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     callbacks: list[TrainerCallback] = [trainers.OptimizerGuard(optimizer), stopping, status, watchdog.Progress(watch)]
     if arguments.demo:
         callbacks.append(demo.ExactMatch(processor))
+    hub = HubUpload(arguments.training)
+    callbacks.append(hub)
     trainer = trainers.build_trainer(arguments, model, processor, train, evaluation, callbacks)
+    guard_curves(trainer)
     trainer.unsafe_checkpoints = arguments.run.unsafe_checkpoints
     if trainer.is_world_process_zero():
         report.print_truncation(trainer.truncation)
@@ -92,7 +96,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     if "tensorboard" in arguments.training.report_to:
         trainer.add_callback(MoELoRACallback(trainer))
     summary = run(trainer, arguments, optimizer, callbacks)
-    status.write(trainer.state, f"{'preempted' if stopping.preempted else 'finished'} {trainer.state.global_step}")
+    if summary is not None:
+        hub.finish()
+    with not_fatal("its line in --status_file", arguments.training.output_dir):
+        status.write(trainer.state, f"{'preempted' if stopping.preempted else 'finished'} {trainer.state.global_step}")
     if dist.is_initialized():
         dist.barrier()
         watch.stop()
@@ -182,9 +189,23 @@ def run(
             f"{resume.newest_complete(training.output_dir)}."
         )
     eval_metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    record_training(trainer.model, card.training_record(arguments, trainer, optimizer, eval_metrics))
+    with not_fatal("the card's part on training", training.output_dir):
+        record_training(trainer.model, card.training_record(arguments, trainer, optimizer, eval_metrics))
     # Gathers what ZeRO-3 has sharded; PEFT then writes the adapter alone.
     trainer.save_model(training.output_dir)
+    with not_fatal("its summary", training.output_dir):
+        return report_run(trainer, arguments, optimizer, callbacks, eval_metrics)
+    return {}
+
+
+def report_run(
+    trainer: Trainer,
+    arguments: Arguments,
+    optimizer: str,
+    callbacks: list[TrainerCallback],
+    eval_metrics: dict[str, float],
+) -> dict[str, Any]:
+    """The closing summary, written and printed by rank 0."""
     extra: dict[str, Any] = {"truncation": {name: count.as_dict() for name, count in trainer.truncation.items()}}
     if arguments.run.task not in LANGUAGE:
         extra["regression"] = arguments.run.regression
@@ -195,7 +216,7 @@ def run(
         extra["exact_match"] = exact_match.accuracy
     summary = report.summarize(trainer, optimizer, eval_metrics, extra)
     if trainer.is_world_process_zero():
-        path = report.write_summary(summary, training.output_dir)
+        path = report.write_summary(summary, arguments.training.output_dir)
         if exact_match is not None:
             exact_match.print_table()
         report.print_summary(summary, path)

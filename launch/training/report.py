@@ -113,4 +113,4 @@ def print_summary(summary: dict[str, Any], path: Path) -> None:
     if summary["tensorboard"]:
         table.add_row("loss curves", summary["tensorboard"])
     table.add_row("this summary", str(path))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # paths may hold square brackets
