@@ -14,8 +14,8 @@ takes, it is no sign of loss. Beats (every 2 s: the last completed phase, and wh
 either: they say whom the others waited for when a collective has run out of time.
 
 Strangers: rank 0 listens until all ranks have come, on the loopback interface if all are on one host. Both sides prove
-that they have the run's key (HMAC-SHA256 over two random numbers) before anything else is read; a connection may send
-1 kB within 5 s, and none delays another.
+that they have the run's key (HMAC-SHA256 over a random number) before anything is read or answered; a connection may
+send 1 kB within 5 s, and none delays another.
 """
 
 from __future__ import annotations
@@ -337,12 +337,15 @@ class _Caller:
     """A connection to rank 0 that has proved nothing yet."""
 
     connection: socket.socket
-    nonce: bytes
     deadline: float
     received: bytes = b""
 
-    def advance(self, key: str) -> Peer | None:
+    def advance(self, key: str, nonces: set[bytes]) -> Peer | None:
         """Reads what there is; the rank, once it has proved that it is one.
+
+        Args:
+            key: the run's.
+            nonces: those of earlier greetings, none of which may come again.
 
         Raises:
             ValueError: nobody of this run.
@@ -355,10 +358,11 @@ class _Caller:
                 raise ValueError("no greeting")
             return None
         nonce, proof = head[:NONCE], head[NONCE:]
-        if not hmac.compare_digest(proof, _proof(key, b"rank", self.nonce, nonce, text)):
-            raise ValueError("another key")
+        if not hmac.compare_digest(proof, _proof(key, b"rank", nonce, text)) or nonce in nonces:
+            raise ValueError("another key, or an old greeting")
+        nonces.add(nonce)
         told = json.loads(text)
-        self.connection.send(_proof(key, b"rank 0", self.nonce, nonce))
+        self.connection.send(_proof(key, b"rank 0", nonce))
         return Peer(told["rank"], told["host"], told["pid"], self.connection, told["home"], told["born"])
 
 
@@ -403,10 +407,9 @@ def _connect(offer: dict[str, Any], rank: int) -> list[Peer]:
 
 def _introduce(connection: socket.socket, key: str, rank: int) -> bool:
     """Proves to rank 0 that this is a rank of the run; whether it has proved the same."""
-    theirs, mine = _receive(connection, NONCE), secrets.token_bytes(NONCE)
-    text = _line({**_me(), "rank": rank})
-    connection.sendall(mine + _proof(key, b"rank", theirs, mine, text) + text)
-    return hmac.compare_digest(_receive(connection, PROOF), _proof(key, b"rank 0", theirs, mine))
+    nonce, text = secrets.token_bytes(NONCE), _line({**_me(), "rank": rank})
+    connection.sendall(nonce + _proof(key, b"rank", nonce, text) + text)
+    return hmac.compare_digest(_receive(connection, PROOF), _proof(key, b"rank 0", nonce))
 
 
 def _receive(connection: socket.socket, count: int) -> bytes:
@@ -423,6 +426,7 @@ def _accept_all(server: socket.socket, key: str, count: int) -> list[Peer]:
     """The connections of the other ranks, as far as they come in time. Strangers, without the key, are dropped."""
     peers: dict[int, Peer] = {}
     callers: dict[socket.socket, _Caller] = {}
+    nonces: set[bytes] = set()
     deadline = time.monotonic() + CONNECT_SECONDS
     server.setblocking(False)
     with selectors.DefaultSelector() as selector:
@@ -439,10 +443,12 @@ def _accept_all(server: socket.socket, key: str, count: int) -> list[Peer]:
                 caller = callers.get(ready.fileobj)  # type: ignore[call-overload]
                 try:
                     if ready.fileobj is server:
-                        caller = _answer(server)
-                        callers[caller.connection] = caller
+                        connection, _ = server.accept()
+                        connection.setblocking(False)
+                        caller = _Caller(connection, time.monotonic() + GREETING_SECONDS)
+                        callers[connection] = caller
                         selector.register(caller.connection, selectors.EVENT_READ)
-                    elif caller is not None and (peer := caller.advance(key)) is not None:
+                    elif caller is not None and (peer := caller.advance(key, nonces)) is not None:
                         drop(caller, close=False)
                         peers[peer.rank] = peer
                 except Exception:  # whatever a stranger sends, or does to the connection
@@ -454,19 +460,6 @@ def _accept_all(server: socket.socket, key: str, count: int) -> list[Peer]:
         for caller in list(callers.values()):
             drop(caller)
     return list(peers.values())
-
-
-def _answer(server: socket.socket) -> _Caller:
-    """Accepts a connection and sends it a random number."""
-    connection, _ = server.accept()
-    try:
-        connection.setblocking(False)
-        nonce = secrets.token_bytes(NONCE)
-        connection.send(nonce)
-    except OSError:
-        connection.close()
-        raise
-    return _Caller(connection, nonce, time.monotonic() + GREETING_SECONDS)
 
 
 def _proof(key: str, role: bytes, *parts: bytes) -> bytes:
