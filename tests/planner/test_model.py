@@ -29,7 +29,7 @@ def described(model_type: str, folder: Path, **fields: Any) -> Any:
         ("mixtral", 4 * 32),  # experts in stacked parameters
         ("mamba2", 2 * 64),  # its file has an infinity in it, in transformers' spelling
         ("falcon_h1", None),  # likewise
-        ("bert", 6 * 12 + 2),
+        ("bert", 6 * 12 + 1),
         ("t5", None),
         ("whisper", None),
         ("vit", None),
