@@ -168,19 +168,19 @@ def train_with(configs: dict[str, dict[str, Any]]) -> dict[str, tuple[str, bool]
 
     found = {}
     for name, config in configs.items():
-        arguments = TrainingArguments(
-            per_device_train_batch_size=6, bf16=wants_bf16(config), use_cpu=True, report_to=[], output_dir="unused"
-        )
+        options = {"bf16": wants_bf16(config), "use_cpu": True, "report_to": [], "output_dir": "unused"}
+        arguments = TrainingArguments(per_device_train_batch_size=6, learning_rate=0.1, warmup_steps=2, **options)
         filled = HfTrainerDeepSpeedConfig(copy.deepcopy(config))
         filled.trainer_config_process(arguments)
         model = Stack(SHAPES)
+        model.config = SimpleNamespace(hidden_size=11)  # bucket sizes are derived from it
         filled.trainer_config_finalize(arguments, model, num_training_steps=10)
         engine, *_ = deepspeed.initialize(model=model, model_parameters=one_group(model), config=filled.config)
         before = deepspeed.utils.safe_get_full_fp32_param(model.head.weight)
         before = (model.head.weight if before is None else before).detach().clone()
         dtype = next(engine.module.parameters()).dtype
         x, target = (t.to(dtype) for t in batches(1, 1, dist.get_world_size())[0][0][dist.get_rank()])
-        for _ in range(2):  # WarmupLR begins with a learning rate of 0
+        for _ in range(3):  # WarmupLR begins with a learning rate of 0
             engine.backward(engine(x, target))
             engine.step()
         after = deepspeed.utils.safe_get_full_fp32_param(model.head.weight)

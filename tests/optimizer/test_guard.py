@@ -159,7 +159,7 @@ def prepare_with_offload(force_cpu_optimizer: bool) -> str:
     config = without_optimizer(2)
     config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     config["zero_force_ds_cpu_optimizer"] = force_cpu_optimizer
-    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), cpu=True)
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
     model: nn.Module = Stack(SHAPES)
     optimizer = GateRiemannianAdamW([p for p in model.parameters() if p.requires_grad])
     with (
