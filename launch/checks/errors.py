@@ -60,6 +60,12 @@ def local_rank() -> int:
     return 0
 
 
+def say(text: str) -> None:
+    """One line that everybody should read, printed by one process."""
+    if process_rank()[0] == 0:
+        print(text, flush=True)
+
+
 def adopt_rank() -> None:
     """Puts what another launcher said into torch's variables, where rank 0's address is known.
 

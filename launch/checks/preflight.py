@@ -20,6 +20,7 @@ from launch.checkpoint.resume import check_output_dir
 from launch.checks.arguments import Arguments
 from launch.checks.bounds import check_bounds
 from launch.checks.deepspeed_config import check_deepspeed_config
+from launch.checks.effects import check_effects
 from launch.checks.errors import UserError, process_rank
 from launch.checks.extensions import check_build_lock
 from launch.checks.flags import LANGUAGE, RunArguments
@@ -243,6 +244,7 @@ def preflight(arguments: Arguments) -> str:
     check_task(arguments)
     check_data(arguments)
     check_loss(arguments)
+    check_effects(arguments)
     name = check_optimizer(arguments)
     check_expert_parallel(arguments)
     check_output_dir(arguments)
