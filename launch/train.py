@@ -35,6 +35,7 @@ from ds_moelora.monitoring import MoELoRACallback
 from ds_moelora.tuner import record_training
 from launch.checkpoint import resume, saving
 from launch.checkpoint.stopping import Stopping
+from launch.checks import errors
 from launch.checks import preflight as checks
 from launch.checks.arguments import Arguments, parse_arguments
 from launch.checks.errors import MASTER_PORT, UserError, adopt_rank, process_rank, run_guarded
@@ -151,6 +152,7 @@ def run(
 ) -> dict[str, Any] | None:
     """Trains, evaluates, saves and reports; None if training was told to stop before its end."""
     training, stopping = arguments.training, trainer.stopping
+    errors.training_begins()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     if stopping.preempted:
         if trainer.is_world_process_zero():

@@ -24,6 +24,7 @@ MASTER_PORT = "29500"
 
 # Called with the error of a rank that is about to end with it; `launch.cluster.watchdog` tells the other ranks.
 before_end: list[Callable[[BaseException], None]] = []
+_training = False
 
 
 class UserError(ValueError):
@@ -88,14 +89,24 @@ def adopt_rank() -> None:
         )
 
 
+def training_begins() -> None:
+    """From here on an error that nobody foresaw keeps its traceback: a long run cannot be repeated to get it."""
+    global _training
+    _training = True
+
+
 def describe(error: BaseException, debug: bool) -> str:
-    """The text shown for an error: one message if it is the user's to mend, else the traceback too."""
+    """The text shown for an error: one line; the traceback too where `debug` asks for it, or in training."""
     prefix = f"[rank {process_rank()[0]}] "
-    if isinstance(error, UserError):
-        message = f"{prefix}error: {' '.join(str(error).split())}"  # one line, whatever library the reason is from
-        return f"{traceback.format_exc()}{message}" if debug else message
-    # Not foreseen: whoever looks into it needs the traceback, and may not be able to repeat a long run to get it.
-    return f"{prefix}{traceback.format_exc()}{prefix}error: {type(error).__name__}: {error}"
+    foreseen = isinstance(error, UserError)
+    message = " ".join(str(error).split())  # one line, whatever library the reason is from
+    if not foreseen:
+        message = f"{type(error).__name__}: {message}"
+        if not (debug or _training):
+            message += " (--show_traceback shows where)"
+    if debug or (_training and not foreseen):
+        return f"{prefix}{traceback.format_exc()}{prefix}error: {message}"
+    return f"{prefix}error: {message}"
 
 
 def run_guarded(main: Callable[[], None], debug: bool) -> None:
