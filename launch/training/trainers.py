@@ -34,9 +34,9 @@ from launch.checks.arguments import Arguments
 from launch.checks.errors import UserError
 from launch.checks.flags import LANGUAGE
 from launch.data import images
-from launch.data.values import Rows
 from launch.data.evaluation import RowScores, TokenScores
 from launch.data.metrics import head_scores
+from launch.data.values import Rows
 from launch.training.preparation import CountingTrainer, PackingGuard, Truncation
 
 ELASTIC = "elastic"  # folder of a checkpoint
