@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -36,6 +39,22 @@ def position_limit(model: nn.Module) -> int | None:
         if name.rsplit(".", 1)[-1] in ("embed_positions", "pos_encoding") and table.dim() == 2:
             limits.append(table.shape[0])
     return min(limits, default=None)
+
+
+def check_weights(folder: str | None, flag: str) -> None:
+    """Opens the safetensors of a local folder: their headers say how long they must be.
+
+    Raises:
+        UserError: naming the first that is damaged.
+    """
+    if folder is None or not os.path.isdir(folder):
+        return
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except Exception as error:  # safetensors' own exception has no public base
+            raise UserError(f"{flag}: {file} is damaged, or was cut short: {error}. Copy it again.") from error
 
 
 def check_fit(

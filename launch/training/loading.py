@@ -22,6 +22,7 @@ from launch.checks.errors import UserError
 from launch.checks.flags import SCORED_TASKS
 from launch.data.classification import REGRESSION, class_options
 from launch.training import processors
+from launch.training.fit import check_weights
 from launch.training.modeling import AUTO_CLASSES, TASK_TYPES, pad_with
 from launch.training.processors import Processor
 from launch.training.report import SUMMARY_NAME
@@ -150,6 +151,8 @@ def load_for_inference(source: Source, processor: Processor) -> nn.Module:
     Raises:
         UserError: the base model or the adapter cannot be loaded, or they do not fit each other.
     """
+    check_weights(source.base, "--model_name_or_path")
+    check_weights(source.adapter, "--adapter")
     options: dict[str, Any] = {}
     if source.regression or source.classes:
         # The adapter brings its own head.

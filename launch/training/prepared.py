@@ -40,6 +40,8 @@ def prepare(arguments: Arguments) -> tuple[Prepared, Any]:
         if arguments.demo:
             demo.describe_base(folder)
             arguments.run.model_name_or_path = folder
+        fit.check_weights(arguments.run.model_name_or_path, "--model_name_or_path")
+        fit.check_weights(arguments.run.start_adapter, "--model_name_or_path")
         processor = processor_of_run(arguments)
         train, evaluation, model_options = load_data(arguments, processor)
         skeleton = modeling.build_on_meta(arguments, model_options)

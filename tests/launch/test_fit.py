@@ -85,8 +85,8 @@ def on_disk(config: Any, folder: Path, architecture: str) -> Path:
         (GPT2LMHeadModel, GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=48), 48),
         (OPTForCausalLM, OPTConfig(vocab_size=9, hidden_size=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=2,
                                    max_position_embeddings=48, word_embed_proj_dim=8), 48),
-        (RobertaModel, RobertaConfig(**{**SIZES, "intermediate_size": 8}, max_position_embeddings=48, pad_token_id=1), 46),
-        (BertModel, BertConfig(**{**SIZES, "intermediate_size": 8}, max_position_embeddings=48), 48),
+        (RobertaModel, RobertaConfig(**SIZES, intermediate_size=8, max_position_embeddings=48, pad_token_id=1), 46),
+        (BertModel, BertConfig(**SIZES, intermediate_size=8, max_position_embeddings=48), 48),
         (GPTJForCausalLM, GPTJConfig(vocab_size=9, n_embd=16, n_layer=1, n_head=2, n_positions=48, rotary_dim=4), 48),
         (LlamaForCausalLM, LlamaConfig(**SIZES, intermediate_size=8, max_position_embeddings=48), None),
     ],
@@ -173,14 +173,14 @@ def test_a_head_for_other_classes_is_replaced(tmp_path: Path, parse: Any, capsys
 def test_a_model_of_pictures_and_text_is_no_causal_lm(tmp_path: Path, parse: Any) -> None:
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = LlavaConfig(text_config=LlamaConfig(vocab_size=TOKENS, **small).to_dict(), vision_config=small)
-    with pytest.raises(UserError, match="--model_name_or_path .*: "):
+    with pytest.raises(UserError, match=r"--model_name_or_path .*: "):
         prepare(parse(model=on_disk(config, tmp_path / "model", "LlavaForConditionalGeneration")))
 
 
 def test_targets_are_looked_for_before_the_demos_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "base_model", lambda: pytest.fail("built"))
     monkeypatch.setattr(demo_base, "_pretrain", lambda _: pytest.fail("built"))
-    with pytest.raises(UserError, match="--target_modules q_porj: .* q_proj, k_proj"):
+    with pytest.raises(UserError, match=r"--target_modules q_porj: .* q_proj, k_proj"):
         train.main(["--deepspeed", "configs/zero2.json", "--target_modules", "q_porj"])
 
 
@@ -207,12 +207,12 @@ def test_what_loading_is_told_reaches_the_model(parse: Any) -> None:
     ):
         with pytest.raises(UserError, match=message):
             prepare(parse(*flags[2:], "--model_init_kwargs", given))
-    with pytest.raises(UserError, match="--model_name_or_path .*no_such_kernel"):
+    with pytest.raises(UserError, match=r"--model_name_or_path .*no_such_kernel"):
         prepare(parse("--attn_implementation", "no_such_kernel"))
 
 
 def test_json_in_flags_is_read_at_once(parse: Any) -> None:
-    with pytest.raises(UserError, match="--lr_scheduler_kwargs {'a': 1} is not JSON"):
+    with pytest.raises(UserError, match=r"--lr_scheduler_kwargs \{'a': 1\} is not JSON"):
         check_bounds(parse("--lr_scheduler_kwargs", "{'a': 1}").training)
 
 
