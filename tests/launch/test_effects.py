@@ -65,6 +65,8 @@ def value_for(name: str) -> list[str]:
         "ddp_bucket_cap_mb": "3",
         "eval_delay": "3",
         "hub_strategy": "end",
+        "ddp_backend": "gloo",
+        "dataloader_multiprocessing_context": "fork",
         "packing_strategy": "bfd_split",
         "dataset_text_field": "words",
         "length_column_name": "words",
@@ -176,7 +178,9 @@ def test_keys_and_tools_that_the_template_words_reach_it(capsys: pytest.CaptureF
     ],
 )
 def test_calls_of_functions_are_answers_in_every_spelling(call: dict[str, Any]) -> None:
-    template = CHAT_TEMPLATE.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls | tojson }}")
+    template = CHAT_TEMPLATE.replace(
+        "{{ m.content }}", "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+    )
     first = {"from": "human", "value": "q"} if "from" in call else USER
     row = {"conversations" if "from" in call else "messages": [first, call]}
     (made,) = converted(row, template)

@@ -138,7 +138,7 @@ ROW = '{"prompt": "q", "completion": "a"}\n'
         (
             "x.jsonl",
             ROW.encode() * 2 + b'{"prompt": "caf\xe9"}\n',
-            r"byte 86 \(line 3\) is b'\\xe9', which is not UTF-8",
+            r"byte 85 \(line 3\) is b'\\xe9', which is not UTF-8",
         ),
         ("x.txt", "caf\u00e9".encode("latin-1"), r"x\.txt could not be read: byte 3 \(line 1\)"),
         ("x.csv", "a,b\n\u20ac,1\n".encode("cp1252"), r"byte 4 \(line 2\) is b'\\x80'"),
@@ -166,7 +166,7 @@ def test_bad_files_name_the_place(tmp_path: Path, name: str, content: bytes, mes
 def test_a_row_of_20_megabytes_does_not_stall(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "a " * 10_000_000, "completion": "b"}))
     started = time.monotonic()
-    with pytest.raises(UserError, match="20,000,034 characters"):
+    with pytest.raises(UserError, match="20,000,033 characters"):
         read(tmp_path / "x.jsonl")
     assert time.monotonic() - started < 20  # a minute and more where it is tokenised
     assert MAX_CHARACTERS < 20_000_000
