@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
+from ds_moelora.redaction import redact_words, remember
 from launch.checks.errors import UsageError, UserError
 from launch.checks.flags import (
     TASKS,
@@ -174,6 +175,7 @@ def _read_recipe(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         raise UserError(f"--config {path} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path} holds {type(recipe).__name__}; write one `flag: value` per line.")
+    remember(recipe)
     return recipe, [*words[:position], *words[position + 2 :]]
 
 
@@ -208,5 +210,5 @@ def _refuse_unknown(names: Iterable[Any], known: set[str], what: str) -> None:
 
 
 def command_line() -> str:
-    """The command as typed, for the summary."""
-    return " ".join(sys.argv)
+    """The command as typed, for the summary, without secrets."""
+    return redact_words(sys.argv)

@@ -7,6 +7,7 @@ once torch.distributed is open they end by themselves, as soon as `launch.cluste
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -22,8 +23,9 @@ GRACE_SECONDS = 2.0
 MASTER_PORT = "29500"
 
 
-# Called with the error of a rank that is about to end with it; `launch.cluster.watchdog` tells the other ranks.
-before_end: list[Callable[[BaseException], None]] = []
+# Called with the error of a rank that is about to end with it; `launch.cluster.watchdog` tells the other ranks. What
+# is returned, if anything, is shown instead of that error.
+before_end: list[Callable[[Exception], Exception | None]] = []
 _training = False
 
 
@@ -96,7 +98,13 @@ def training_begins() -> None:
 
 
 def describe(error: BaseException, debug: bool) -> str:
-    """The text shown for an error: one line; the traceback too where `debug` asks for it, or in training."""
+    """The text shown for an error: one line; the traceback too where `debug` asks for it, or in training; no secrets."""
+    from ds_moelora.redaction import redact_text  # not above: launch/multinode.sh starts without the package
+
+    return redact_text(_describe(error, debug))
+
+
+def _describe(error: BaseException, debug: bool) -> str:
     prefix = f"[rank {process_rank()[0]}] "
     foreseen = isinstance(error, UserError)
     message = " ".join(str(error).split())  # one line, whatever library the reason is from
@@ -112,14 +120,29 @@ def describe(error: BaseException, debug: bool) -> str:
 def run_guarded(main: Callable[[], None], debug: bool) -> None:
     """Calls `main`; an exception becomes a message on stderr and the end of this process."""
     try:
+        keep_secrets()
         main()
     except Exception as error:  # the one place where every failure of a rank ends up
         for announce in before_end:
-            announce(error)
+            error = announce(error) or error
         # One write: print's second one, of the line's end, may come after another rank's message.
         sys.stderr.write(f"{describe(error, debug)}\n")
         sys.stderr.flush()
         _end(EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR)
+
+
+def keep_secrets() -> None:
+    """Takes note of the secrets in environment and command line, and keeps them out of all that is logged."""
+    from ds_moelora.redaction import redact_text, remember, remember_words
+
+    remember(os.environ)
+    remember_words(sys.argv)
+
+    class Record(logging.LogRecord):
+        def getMessage(self) -> str:  # noqa: N802  (logging's name)
+            return redact_text(super().getMessage())
+
+    logging.setLogRecordFactory(Record)
 
 
 def _end(code: int) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
+
+from ds_moelora.redaction import redact
 
 TASKS = ("causal-lm", "sequence-classification", "image-classification", "image-text-to-text")
 AUTO = "auto"  # --resume_from_checkpoint: the newest complete one, if there is one
@@ -202,6 +205,26 @@ class _Deferred:
             self.use_cpu = True
         self.optim = self.optim or DEFAULT_OPTIM
         super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What TensorBoard and other integrations write down: transformers hides a flag's token, not a nested one."""
+        return redact(super().to_dict())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle of the arguments holds: no secret, and no object that may hold one."""
+        plain = {k: v for k, v in self.__dict__.items() if k not in ("hf_deepspeed_config", "deepspeed_plugin")}
+        return redact(plain)
+
+    def __copy__(self) -> Any:
+        """Copies within the process keep everything."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = object.__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
 
 
 @dataclass

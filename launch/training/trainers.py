@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from ds_moelora import data_only, load_elastic, save_elastic
 from ds_moelora.checkpoint.elastic import topology_changes, why_not_elastic
@@ -85,10 +86,16 @@ class GatheringTrainer(AtomicTrainer):
         model = self.accelerator.unwrap_model(self.model)
         if state_dict is None or not sharded_experts(model):
             super()._save(output_dir, state_dict)
+            self._remove_arguments(output_dir)
             return
         with without_experts():
             super()._save(output_dir, state_dict)
+            self._remove_arguments(output_dir)
         append_experts(model, output_dir if output_dir is not None else self.args.output_dir)
+
+    def _remove_arguments(self, output_dir: str | None) -> None:
+        """transformers pickles its arguments beside the weights; nothing reads them, and nobody should have them."""
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's card with the adapter's part (`ds_moelora.tuner.files.card`), not those of transformers and TRL."""
