@@ -98,7 +98,7 @@ def training_begins() -> None:
 
 
 def describe(error: BaseException, debug: bool) -> str:
-    """The text shown for an error: one line; the traceback too where `debug` asks for it, or in training; no secrets."""
+    """The text shown for an error: one line; the traceback too where `debug` asks or in training; no secrets."""
     from ds_moelora.redaction import redact_text  # not above: launch/multinode.sh starts without the package
 
     return redact_text(_describe(error, debug))
