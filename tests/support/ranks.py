@@ -19,6 +19,8 @@ from typing import Any
 
 from tests.support.forks import start_forked
 
+# accelerate asks for them, though the group is there already; nothing listens.
+UNUSED = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 _pools: dict[int, RankPool] = {}
 
 
@@ -95,7 +97,7 @@ def close_pools() -> None:
 
 def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu"
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", **UNUSED
     )
     import torch
     import torch.distributed as dist
