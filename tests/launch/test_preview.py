@@ -14,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_moelora.cli import main
-from launch.data import examples, preview
+from launch.data import preview
 from launch.demo.base import byte_tokenizer
+from tests.support import layout_examples as examples
 from tests.support.launch_support import ROOT
 
 
 def test_the_previews_in_the_docs_are_what_the_command_prints() -> None:
     text = (ROOT / "docs" / "data.md").read_text()
     shown = text.split(examples.MARKS[0])[1].split(examples.MARKS[1])[0]
-    assert shown.strip() == examples.as_markdown().strip(), "run python -m launch.data.examples docs/data.md"
+    assert shown.strip() == examples.as_markdown().strip(), "run python -m tests.support.layout_examples docs/data.md"
 
 
 @settings(max_examples=50, deadline=None)
