@@ -52,6 +52,8 @@ def _starts_as_command() -> bool:
 
 def _build_shard(spec: ShardSpec) -> Any:
     # Imported by who needs it: it subclasses a class of DeepSpeed's.
+    from .expert_parallel.engine import adapt_engine
     from .expert_parallel.shard import ShardedExperts
 
+    adapt_engine()
     return ShardedExperts(spec)
