@@ -11,8 +11,6 @@ import torch
 from .expert_parallel.spec import ShardSpec, register_shard_builder
 from .optimizer import GateRiemannianAdamW, GateRiemannianSGD
 from .tuner import register_with_peft
-from .tuner.distributed_processes import find_ranks
-from .tuner.processes import register_ranks
 
 OPTIMIZERS = (GateRiemannianAdamW, GateRiemannianSGD)
 
@@ -24,7 +22,6 @@ def register() -> None:
       listed in `ZERO_SUPPORTED_OPTIMIZERS`. Without DeepSpeed installed this part is left out, and so it is on the
       import by `python -m ds_moelora`: DeepSpeed takes long to import and prints to stdout.
     - `ep_size > 1` gets its modules from `expert_parallel.shard`; without DeepSpeed it is refused.
-    - SVD initialisation finds the other ranks and partitioned weights through `tuner.distributed_processes`.
     - PEFT resolves `peft_type` "MOELORA" through its mappings.
 
     Raises:
@@ -36,7 +33,6 @@ def register() -> None:
             raise RuntimeError(f"torch.optim.{name} is already taken by {getattr(torch.optim, name)!r}.")
         setattr(torch.optim, name, optimizer)
     register_with_peft()
-    register_ranks(find_ranks)
     if find_spec("deepspeed") is not None and not _starts_as_command():
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 

@@ -231,8 +231,9 @@ class GateRiemannianAdamW(_GateRiemannian, torch.optim.AdamW):
             depends on how it is split between s and the factors. False, as published, ignores s.
 
 
-        compiled: have kernels built by GCC do the work on pairs, in one pass with AdamW's (`optimizer.kernels.cpp`): float32 on
-            CPUs, CPU offload included; ranks 1, 2, 4, 8, 16; torch does other ranks. Gradients are not overwritten.
+        compiled: have kernels built by GCC do the work on pairs, in one pass with AdamW's (`optimizer.kernels.cpp`):
+            float32 on CPUs, CPU offload included; ranks 1, 2, 4, 8, 16; torch does other ranks. Gradients are not
+            overwritten.
 
     The five before the last can be set per parameter group.
 

@@ -15,7 +15,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 from ..experts import MoELoRAExperts, cut_whole_tensors
-from ..processes import ranks
+from ..processes import raise_together
 from .tensor_file import append_tensors
 
 _MARK = "_ds_moelora_first_rank_writes"
@@ -116,7 +116,7 @@ def append_experts(model: nn.Module, folder: str | os.PathLike[str], adapter_nam
             failure = error
     for _ in gathered:  # every rank gives all its experts, whatever befell the writer
         pass
-    ranks().agree(failure)
+    raise_together(failure)
 
 
 def cut_for_loading(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
