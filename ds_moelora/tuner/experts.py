@@ -237,7 +237,7 @@ class MoELoRAExperts(nn.Module):
         logits = self.router(router_x)
         gates, chosen = route(logits, self.top_k, self.top_p)
         if self.is_sharded:
-            options = {"scaling": self.scaling, "settings": self.pair.gate}
+            options = {"scaling": self.scaling, "settings": self.pair.gate or GateSettings()}
             y = self.experts_shard().mix(x, gates, base_out, inplace, **options)
         else:
             y = self._mix_here(x, base_out, inplace, base_weight, gates=gates).y
@@ -246,7 +246,12 @@ class MoELoRAExperts(nn.Module):
     def _mix_here(self, x: Tensor, base_out: Tensor, inplace: bool, base_weight: Tensor | None, **gates: Any) -> Mixed:
         products = choose_products(self.expert_compute, self.num_experts, self.top_k, self.rank, base_out.dtype)
         operands = Operands(
-            x=x, lora_A=self.lora_A, lora_B=self.lora_B, scaling=self.scaling, settings=self.pair.gate, **gates
+            x=x,
+            lora_A=self.lora_A,
+            lora_B=self.lora_B,
+            scaling=self.scaling,
+            settings=self.pair.gate or GateSettings(),
+            **gates,
         )
         return mix(operands, base_out, inplace=inplace, base_weight=base_weight, products=products)
 
