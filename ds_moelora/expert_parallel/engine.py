@@ -118,16 +118,3 @@ def name_groups(configure: Any) -> Any:
         return configure(params)
 
     return configure_moe_param_groups
-
-
-def adapt_engine() -> None:
-    """Installs the wrappers, once."""
-    import deepspeed.runtime.engine as ds_engine
-
-    engine = ds_engine.DeepSpeedEngine
-    if getattr(engine, "_ds_moelora_adapted", False):
-        return
-    engine._ds_moelora_adapted = True
-    engine._configure_distributed_model = check_before_configuring(engine._configure_distributed_model)
-    engine.clip_fp32_gradients = clip_exactly(engine.clip_fp32_gradients)
-    ds_engine.configure_moe_param_groups = name_groups(ds_engine.configure_moe_param_groups)

@@ -11,8 +11,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.checks.extensions import SHARED_MEMORY, find_free_port, load_collectives
 from launch.demo.base import byte_tokenizer
-from tests.support.forks import ROOT, run_script, start_forked
+from tests.support.forks import ROOT, run_ranks, start_forked
 
 TRAIN = ROOT / "launch" / "train.py"
 CHAT_TEMPLATE = (
@@ -84,21 +82,17 @@ def launch(arguments: list[str], ranks: int = 2, script: Path | None = None, tim
         AssertionError: still running after `timeout` seconds (all its processes are ended).
     """
     compile_once()
-    port = find_free_port()
-    started = time.monotonic()
-    with tempfile.NamedTemporaryFile("r", errors="replace") as output:
-        processes = []
-        for rank in range(ranks):
-            environment = {**launch_environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            environment |= {"WORLD_SIZE": str(ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            words = [f"--local_rank={rank}", *arguments]
-            processes.append(
-                start_forked(run_script, str(script or TRAIN), words, environment, output.name, daemon=False)
-            )
-        code = _wait_for_ranks(processes, started + timeout)
-        text = output.read()
-    assert code is not None, f"still running after {timeout} s:\n{text[-4000:]}"
-    return _finished(code, text, port, started)
+    port, started = find_free_port(), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        words = str(script or TRAIN), arguments, ranks, launch_environment(), port, str(log)
+        process = start_forked(run_ranks, *words, daemon=False)
+        process.join(timeout)
+        output = log.read_text(errors="replace")
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(f"still running after {timeout} s:\n{output[-4000:]}")
+    return _finished(process.exitcode, output, port, started)
 
 
 def launch_by_command(arguments: list[str], ranks: int = 2, timeout: float = 600.0) -> Finished:
@@ -140,24 +134,6 @@ def _finished(code: int, output: str, port: int, started: float) -> Finished:
     left = [path.name for path in SHARED_MEMORY.glob(f"deepspeed_*_{port}_*")]
     assert not left or code != 0, f"left in {SHARED_MEMORY}: {left}"
     return Finished(code, output, time.monotonic() - started)
-
-
-def _wait_for_ranks(processes: list[ForkServerProcess], deadline: float) -> int | None:
-    """The first code other than 0, or 0; None if the deadline came first. No process is left."""
-    running, code = list(processes), 0
-    while running and code == 0 and time.monotonic() < deadline:
-        wait([process.sentinel for process in running], timeout=max(deadline - time.monotonic(), 0))
-        for process in [process for process in running if not process.is_alive()]:
-            running.remove(process)
-            code = code or process.exitcode or 0
-    late = bool(running) and code == 0
-    for process in running:
-        process.terminate()
-    for process in running:
-        process.join(timeout=40)
-        process.kill()
-        process.join()
-    return None if late else code
 
 
 @functools.cache

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -32,7 +31,6 @@ from .base_weight import HASH_SHAPE, can_change, can_read, in_out_features, same
 from .residual import AdaptedLayer, fold, original_hash, original_weight, unfold
 from .svd_cache import cached_triplets
 
-_MARK = "_ds_moelora_loads_factors"
 _loading = contextvars.ContextVar("ds_moelora_loading", default=False)
 
 
@@ -212,22 +210,14 @@ def take_over_start(model: nn.Module, adapter_name: str, entries: Mapping[str, T
             fold(layer, adapter_name, coming[0], coming[1])
 
 
-def load_without_decomposing() -> None:
-    """Tells `start_from_singular_values` when PEFT makes an adapter only to load saved weights into it."""
-    if getattr(PeftModel.load_adapter, _MARK, False):
-        return
+def while_loading(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of PEFT that makes an adapter only to load saved weights into it: nothing is decomposed inside."""
 
-    def while_loading(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def load(*args: Any, **kwargs: Any) -> Any:
-            token = _loading.set(True)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                _loading.reset(token)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        token = _loading.set(True)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            _loading.reset(token)
 
-        setattr(load, _MARK, True)
-        return load
-
-    PeftModel.load_adapter = while_loading(PeftModel.load_adapter)
-    PeftModel.from_pretrained = classmethod(while_loading(PeftModel.from_pretrained.__func__))
+    return load
