@@ -12,12 +12,13 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import PeftType
 
-from ..expert_parallel.spec import COMPUTES, DISPATCHES, check_ep_size
+from ..expert_parallel.spec import DISPATCHES, check_ep_size
+from ..mixture.choice import COMPUTES
 from ..mixture.goat import VARIANTS, goat_scaling
 
 PEFT_TYPE = "MOELORA"
 # How a run spreads and computes the experts; the adapter is the same, so its file says nothing of it.
-RUN_FIELDS = ("ep_size", "ep_dispatch", "ep_bucket_layers", "expert_compute", "svd_cache_dir")
+RUN_FIELDS = ("ep_size", "ep_dispatch", "expert_compute", "svd_cache_dir")
 SCALINGS = ("alpha", "rslora", "goat")
 # A configuration may come from a file that anybody wrote: these bounds hold before anything is counted or allocated.
 MOST_EXPERTS, MOST_RANK, MOST_ENTRIES = 4096, 16384, 10_000
@@ -66,12 +67,9 @@ class MoELoRAConfig(PeftConfig):
             modules whose r, lora_alpha, num_experts or top_k differs (`tuner.patterns`).
         ep_size: ranks that share the experts; divides num_experts and the world size. 1: every rank has all of them.
         ep_dispatch: with ep_size > 1: "weights" moves experts to tokens, "tokens" moves tokens to experts, "auto" takes
-            what is faster on the first training batch.
-        ep_bucket_layers: with ep_size > 1, where weights move: so many consecutive layers, >= 1, share one all-gather
-            and one reduce-scatter; their gathered experts are in memory together.
-        expert_compute: "dense" computes all experts in one product, "grouped" the chosen ones alone, "compiled" is
-            dense with what lies between its products compiled by torch.compile; "auto" is one of the first two, by
-            size, with ep_size > 1 by trial.
+            what moves fewer bytes with 2,048 tokens per process (`expert_parallel.dispatch`).
+        expert_compute: "dense" computes all experts in one product, "grouped" the chosen ones alone; "auto" is one of
+            them, by size (`mixture.choice`).
         modules_to_save: modules to train and save whole, beside the adapter (e.g. a new classification head).
         layers_to_transform: index or indices of the layers to adapt; needs `target_modules` as a list.
         layers_pattern: name of the list of layers, e.g. "layers" or "h"; needs `layers_to_transform`.
@@ -134,12 +132,7 @@ class MoELoRAConfig(PeftConfig):
     ep_dispatch: str = field(
         default="auto", metadata={"help": "With ep_size > 1: move 'weights', 'tokens', or 'auto'. Not saved."}
     )
-    ep_bucket_layers: int = field(
-        default=1, metadata={"help": "With ep_size > 1: layers whose experts are gathered together. Not saved."}
-    )
-    expert_compute: str = field(
-        default="auto", metadata={"help": "'auto', 'dense', 'grouped' or 'compiled'. Not saved."}
-    )
+    expert_compute: str = field(default="auto", metadata={"help": "'auto', 'dense' or 'grouped'. Not saved."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules to train and save whole, beside the adapter."}
     )
@@ -189,7 +182,6 @@ class MoELoRAConfig(PeftConfig):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}.")
         self._check_routing()
-        _check_int("ep_bucket_layers", self.ep_bucket_layers, "1: every layer's experts are gathered by themselves.")
         self._check_effect()
         self._check_targets()
 
@@ -241,9 +233,6 @@ class MoELoRAConfig(PeftConfig):
             ("rho", svd_only, svd_start),
             ("svd_cache_dir", svd_only, svd_start),
             ("ep_dispatch", self.ep_size > 1, "ep_size > 1"),
-            ("ep_bucket_layers", self.ep_size > 1, "ep_size > 1"),
-            # "tokens" moves no experts.
-            ("ep_bucket_layers", self.ep_dispatch != "tokens", "ep_dispatch='weights' or 'auto'"),
         ):
             default = type(self).__dataclass_fields__[name].default
             if not has_effect and getattr(self, name) != default:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_moelora.expert_parallel.exchange import bytes_moved
+from ds_moelora.expert_parallel.dispatch import bytes_moved
 from ds_moelora.planner import (
     Choice,
     DoesNotFitError,

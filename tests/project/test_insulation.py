@@ -25,9 +25,9 @@ ENUM = "Python's, of an enum; add_peft_type checks what comes out"
 ALLOWED = {
     ("tuner/start/base_weight.py", "ds_shape"): "a fallback stands beside it",
     ("tuner/tags.py", "ds_shape"): "as above; without it the shape is (0,), and tagging refuses the layer",
-    ("expert_parallel/engine.py", "_create_expert_and_data_parallel"): CHECKED,
-    ("expert_parallel/engine.py", "_get_expert_parallel_group_dict"): CHECKED,
-    ("expert_parallel/engine.py", "_get_expert_data_parallel_group"): CHECKED,
+    ("expert_parallel/groups.py", "_create_expert_and_data_parallel"): CHECKED,
+    ("expert_parallel/groups.py", "_get_expert_parallel_group_dict"): CHECKED,
+    ("expert_parallel/groups.py", "_get_expert_data_parallel_group"): CHECKED,
     ("checkpoint/elastic.py", "gradient_accumulation_steps"): "a public method of the engine",
     ("checkpoint/run_state.py", "gradient_accumulation_steps"): "a public method of the engine",
     ("checkpoint/trained.py", "module"): "a public attribute of the engine",
