@@ -1,4 +1,4 @@
-"""The weight that an adapter starts from: reading it, whatever form it is stored in, and recognising it again."""
+"""The base weight under an adapter: its sizes, its values in every storage format, and a hash that identifies it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def read_weight(base: nn.Module) -> Tensor:
         weight: Any = base.weight
         return weight.data.T if isinstance(base, Conv1D) else weight.data
     if type(getattr(base, "weight", None)).__name__ in _BITSANDBYTES:
-        # Its first inference on CPUs with AVX512-BF16 does so, and then dequantize_4bit returns garbage in silence.
+        # The first inference on CPUs with AVX512-BF16 repacks it; dequantize_4bit then returns wrong values, no error.
         if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(
                 "bitsandbytes has repacked this 4-bit weight, and rounded its scales, for inference on the CPU; put "
