@@ -102,7 +102,7 @@ def starting_factors(triplets: Triplets, num_experts: int, scaling: float, rho: 
 
 
 def mean_product(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """(s / E) sum_i B_i A_i, the mean that is subtracted from the base weight; one product, in the wider of the dtype and float32.
+    """(s / E) sum_i B_i A_i, which is subtracted from the base weight; computed in the dtype, or float32 if wider.
 
     Args:
         lora_A: (E, in, r). lora_B: (E, out, r).
