@@ -69,7 +69,7 @@ def test_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ds_moelora", "preview", "--no-color", "--model_name_or_path"]
     done = subprocess.run(
         [*command, str(tmp_path / "model"), "--dataset_name", str(tmp_path / "pairs.csv"), "--rows", "2"],
-        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Three primes: [[2, 3, 5<eos>]]" in done.stdout

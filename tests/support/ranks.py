@@ -76,7 +76,7 @@ class RankPool:
             del _pools[world]
 
 
-def run_on_ranks(world: int, function: Callable[..., Any], timeout: float = 300, **kwargs: Any) -> list[Any]:
+def run_on_ranks(world: int, function: Callable[..., Any], timeout: float = 600, **kwargs: Any) -> list[Any]:
     """Calls `function(**kwargs)` on `world` ranks of one process group; returns the results by rank."""
     if world not in _pools:
         _pools[world] = RankPool(world)
