@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections import defaultdict
 from typing import Any
 
@@ -25,9 +26,12 @@ def in_out_features(module: nn.Module) -> tuple[int, int] | None:
         shape = getattr(module.weight, "ds_shape", module.weight.shape)
         return getattr(module, "nx", shape[0]), getattr(module, "nf", shape[1])
     for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
-        sizes = tuple(getattr(module, name, None) for name in names)
-        if all(isinstance(size, int) and size > 0 for size in sizes):
-            return sizes  # type: ignore[return-value]
+        try:  # some models have tensors of one integer there
+            sizes = [operator.index(getattr(module, name, None)) for name in names]  # type: ignore[arg-type]
+        except TypeError:
+            continue
+        if min(sizes) > 0:
+            return sizes[0], sizes[1]
     return None
 
 
