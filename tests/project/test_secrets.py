@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -57,6 +57,7 @@ def test_names_of_variables_that_do_not_travel() -> None:
     assert exported(dict.fromkeys(names, SECRET), []) == {}
 
 
+@settings(deadline=None)
 @given(
     name=st.sampled_from(SECRETS),
     value=st.text(st.characters(codec="ascii", exclude_characters="<>"), min_size=8).filter(lambda v: v.isalnum()),
