@@ -22,6 +22,7 @@ from typing import Any
 from packaging.version import Version
 from peft.utils.peft_types import PeftType
 
+from .optimizer import guard
 from .tuner.config import PEFT_TYPE
 from .tuner.files import card, saving
 from .tuner.start import svd_init
@@ -125,7 +126,17 @@ PEFT = (
 )
 
 # Installed by `import ds_moelora` where DeepSpeed is there. Wrappers here may not import DeepSpeed at their top.
-DEEPSPEED: tuple[Patch, ...] = ()
+DEEPSPEED: tuple[Patch, ...] = (
+    Patch(
+        library="deepspeed",
+        versions=DEEPSPEED_VERSIONS,
+        owner="deepspeed.runtime.engine:DeepSpeedEngine",
+        name="_configure_optimizer",
+        wrapper=guard.check_after_configuring,
+        reason="transformers and accelerate replace optimizers without a word, and no hook sees the one that runs. "
+        "Without it AdamW may train in place of the optimizer of this package that was asked for.",
+    ),
+)
 
 
 def expert_parallel() -> tuple[Patch, ...]:

@@ -27,7 +27,7 @@ import datasets
 import deepspeed
 import torch.distributed as dist
 import transformers
-from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import set_seed
 
 import ds_moelora  # noqa: F401  (registers the optimizers and the tuner)
@@ -35,6 +35,7 @@ from ds_moelora.monitoring import MoELoRACallback
 from ds_moelora.tuner import record_training
 from launch.checkpoint import resume, saving
 from launch.checkpoint.stopping import Stopping
+from launch.checks import errors
 from launch.checks import preflight as checks
 from launch.checks.arguments import Arguments, parse_arguments
 from launch.checks.errors import MASTER_PORT, UserError, adopt_rank, process_rank, run_guarded
@@ -42,11 +43,11 @@ from launch.checks.extensions import find_free_port, load_collectives, unlink_bu
 from launch.checks.flags import LANGUAGE
 from launch.cluster import watchdog
 from launch.cluster.agreement import check_same_data
-from launch.data import answering, image_text, images
-from launch.data.sources import load_data
+from launch.data import answering
 from launch.demo import defaults as demo
 from launch.training import card, modeling, report, trainers
 from launch.training.finishing import HubUpload, guard_curves, not_fatal
+from launch.training.prepared import prepare
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -66,18 +67,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv, demo.DEFAULTS)
     optimizer = checks.preflight(arguments)
     answers = answering.wants_answers(arguments.scoring, arguments.run.task)
-    config = modeling.adapter_config(arguments.adapter, arguments.run.task)
+    made, _ = prepare(arguments)
+    processor, evaluation = made.processor, made.evaluation
     if arguments.demo:
         arguments.run.model_name_or_path = str(demo.base_model())
-    processor = load_processor(arguments)
-    train, evaluation, model_options = load_data(arguments, processor)
-    modeling.check_model(arguments, config, model_options)
 
     watch = start(arguments)
-    check_same_data({"--dataset_name": train, "--eval_dataset_name": evaluation})
+    check_same_data({"--dataset_name": made.train, "--eval_dataset_name": evaluation})
     watch.reached("the comparison of data")
     set_seed(arguments.training.seed)
-    model = modeling.load_model(arguments, config, model_options, processor)
+    model = modeling.load_model(arguments, made.config, made.model_options, processor)
     watch.reached("the loading of the model")
     stopping = Stopping(arguments.run.stop_after_nan_steps)
     status = saving.StatusFile(arguments.run.status_file)
@@ -86,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         callbacks.append(demo.ExactMatch(processor))
     hub = HubUpload(arguments.training)
     callbacks.append(hub)
-    trainer = trainers.build_trainer(arguments, model, processor, train, evaluation, callbacks)
+    trainer = trainers.build_trainer(arguments, model, processor, made.train, evaluation, callbacks)
     guard_curves(trainer)
     trainer.unsafe_checkpoints = arguments.run.unsafe_checkpoints
     if trainer.is_world_process_zero():
@@ -107,15 +106,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         dist.barrier()
         dist.destroy_process_group()
     return summary
-
-
-def load_processor(arguments: Arguments) -> PreTrainedTokenizerBase | BaseImageProcessor | ProcessorMixin:
-    """The tokenizer, what prepares pictures, or both."""
-    if arguments.run.task == "image-text-to-text":
-        return image_text.load_processor(arguments)
-    if arguments.run.task == "image-classification":
-        return images.load_image_processor(arguments)
-    return modeling.load_tokenizer(arguments)
 
 
 def quieten() -> None:
@@ -174,6 +164,7 @@ def run(
 ) -> dict[str, Any] | None:
     """Trains, evaluates, saves and reports; None if training was told to stop before its end."""
     training, stopping = arguments.training, trainer.stopping
+    errors.training_begins()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     if stopping.preempted:
         if trainer.is_world_process_zero():

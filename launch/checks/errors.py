@@ -26,6 +26,7 @@ MASTER_PORT = "29500"
 # Called with the error of a rank that is about to end with it; `launch.cluster.watchdog` tells the other ranks. What
 # is returned, if anything, is shown instead of that error.
 before_end: list[Callable[[Exception], Exception | None]] = []
+_training = False
 
 
 class UserError(ValueError):
@@ -62,6 +63,12 @@ def local_rank() -> int:
     return 0
 
 
+def say(text: str) -> None:
+    """One line that everybody should read, printed by one process."""
+    if process_rank()[0] == 0:
+        print(text, flush=True)
+
+
 def adopt_rank() -> None:
     """Puts what another launcher said into torch's variables, where rank 0's address is known.
 
@@ -84,8 +91,14 @@ def adopt_rank() -> None:
         )
 
 
+def training_begins() -> None:
+    """From here on an error that nobody foresaw keeps its traceback: a long run cannot be repeated to get it."""
+    global _training
+    _training = True
+
+
 def describe(error: BaseException, debug: bool) -> str:
-    """The text shown for an error: one message if it is the user's to mend, else the traceback too; no secrets."""
+    """The text shown for an error: one line; the traceback too where `debug` asks or in training; no secrets."""
     from ds_moelora.redaction import redact_text  # not above: launch/multinode.sh starts without the package
 
     return redact_text(_describe(error, debug))
@@ -93,11 +106,15 @@ def describe(error: BaseException, debug: bool) -> str:
 
 def _describe(error: BaseException, debug: bool) -> str:
     prefix = f"[rank {process_rank()[0]}] "
-    if isinstance(error, UserError):
-        message = f"{prefix}error: {' '.join(str(error).split())}"  # one line, whatever library the reason is from
-        return f"{traceback.format_exc()}{message}" if debug else message
-    # Not foreseen: whoever looks into it needs the traceback, and may not be able to repeat a long run to get it.
-    return f"{prefix}{traceback.format_exc()}{prefix}error: {type(error).__name__}: {error}"
+    foreseen = isinstance(error, UserError)
+    message = " ".join(str(error).split())  # one line, whatever library the reason is from
+    if not foreseen:
+        message = f"{type(error).__name__}: {message}"
+        if not (debug or _training):
+            message += " (--show_traceback shows where)"
+    if debug or (_training and not foreseen):
+        return f"{prefix}{traceback.format_exc()}{prefix}error: {message}"
+    return f"{prefix}error: {message}"
 
 
 def run_guarded(main: Callable[[], None], debug: bool) -> None:

@@ -41,6 +41,7 @@ class DataArguments:
     )
     model_name_or_path: str | None = flag(None, "Model: a folder or a hub id. Without model and dataset: the demo.")
     revision: str = flag("main", "Branch, tag or commit of a model from the hub.")
+    attn_implementation: str | None = flag(None, "The model's attention: eager, sdpa, flash_attention_2, ...")
     dataset_name: list[str] = field(
         default_factory=list,
         metadata={
@@ -108,6 +109,9 @@ class RunArguments(DataArguments):
     unsafe_checkpoints: bool = flag(
         False, "Resume from files that hold Python objects, whose code is run. Only for checkpoints of your own."
     )
+
+    # The adapter that training goes on with (`launch.training.modeling.start_adapter`).
+    start_adapter: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset_name, str):  # a recipe need not write a list of one
@@ -251,6 +255,9 @@ class HeadConfig(_Deferred, TrainingArguments):
     logging_steps: float = flag(10, "Log every so many steps.")
     bf16: bool | None = flag(None, "bf16 training. Default: where an accelerator supports it.")
     trust_remote_code: bool = flag(False, "Run code that a model's repository brings. Off unless you trust it.")
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON: what `from_pretrained` gets besides."}
+    )
 
     def __post_init__(self) -> None:
         """Left to `start()`."""
