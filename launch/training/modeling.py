@@ -150,7 +150,6 @@ def adapter_config(adapter: AdapterArguments, task: str) -> Any:
             **{name: _read_pattern(name, getattr(adapter, name)) for name in PATTERNS},
             ep_size=adapter.ep_size,
             ep_dispatch=adapter.ep_dispatch,
-            ep_bucket_layers=adapter.ep_bucket_layers,
             expert_compute=adapter.expert_compute,
             modules_to_save=adapter.modules_to_save or None,
         )

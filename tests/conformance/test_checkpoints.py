@@ -81,8 +81,14 @@ def train(
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("kind", SHARDED)
-@pytest.mark.parametrize(("model", "groups"), [("moe", "one"), ("moe", "loraplus"), ("lora", "one")])
+@pytest.mark.parametrize(
+    ("kind", "model", "groups"),
+    [
+        *((kind, "moe", "one") for kind in SHARDED),
+        ("GateRiemannianAdamW", "moe", "loraplus"),
+        ("GateRiemannianSGD", "lora", "one"),
+    ],
+)
 def test_same_topology_is_bit_equal(kind: str, stage: int, model: str, groups: str, tmp_path: Path) -> None:
     config = engine_config(stage, kind)
     run = functools.partial(
