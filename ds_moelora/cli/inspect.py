@@ -7,7 +7,7 @@
 
 Columns: s is the scaling, |sBA| the Frobenius norm of what an expert can add to the weight (0 before training), cond A
 and cond B the condition numbers of A^T A and B^T B that the Riemannian optimizers invert (inf for B before the first
-step), bias how much of the load the router's favourite gets from inputs that favour nobody (1: its share; E/k: all),
+step), bias the load of the router's favourite expert on isotropic inputs, over an even share (1: even; E/k: all of it),
 alike the largest cosine between two experts' products (from 0.99 on they are called duplicates).
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 
 from ..tuner.files.adapter_file import SavedAdapter, read_adapter
 from ..tuner.files.inspection import ExpertFacts, LayerFacts, layer_facts
-from .tables import table
+from .tables import plain, table
 
 SUMMARY = "layers, ranks, norms, condition numbers and routers of a saved adapter"
 SHOWN_FINDINGS = 5
@@ -50,10 +50,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_finite(as_dict(args.adapter, adapter, facts)), indent=2))
         return 0
-    parts = [_headline(args.adapter, adapter, facts)]
+    parts = [plain(_headline(args.adapter, adapter, facts))]
     parts.append(layer_table("Layers", [(f.name, [f]) for f in facts]) if args.layers else _kinds_table(facts))
     parts += [expert_table(layer) for layer in chosen]
-    parts.append("\n".join(f"- {line}" for line in findings(facts)) or "Nothing stands out.")
+    parts.append("\n".join(f"- {plain(line)}" for line in findings(facts)) or "Nothing stands out.")
     print("\n\n".join(parts))
     return 0
 
