@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import PEFT_TYPE, MoELoRAConfig
+from ..config import PEFT_TYPE, PEFT_TYPE_IN_FILES, MoELoRAConfig
 from ..patterns import layer_config
 
 MODEL_PREFIX = "base_model.model."
@@ -71,7 +71,7 @@ def is_saved_adapter(folder: str | os.PathLike[str]) -> bool:
         values = json.loads(_small_text(path)) if path.is_file() else None
     except (ValueError, OSError, RecursionError):
         return False
-    return isinstance(values, dict) and values.get("peft_type") == PEFT_TYPE
+    return isinstance(values, dict) and values.get("peft_type") in (PEFT_TYPE, PEFT_TYPE_IN_FILES)
 
 
 def read_config(folder: str | os.PathLike[str]) -> MoELoRAConfig:
@@ -91,7 +91,7 @@ def read_config(folder: str | os.PathLike[str]) -> MoELoRAConfig:
         if not isinstance(values, dict):
             raise TypeError("it is not a JSON object")
         kind = values.get("peft_type")
-        if kind != PEFT_TYPE:
+        if kind not in (PEFT_TYPE, PEFT_TYPE_IN_FILES):
             raise ValueError(f"peft_type {kind!r:.80} is another type of adapter; {PEFT_TYPE} is needed here")
         return MoELoRAConfig.from_peft_type(**MoELoRAConfig.check_kwargs(**values))
     except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
