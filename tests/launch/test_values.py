@@ -171,6 +171,9 @@ def test_a_row_of_20_megabytes_does_not_stall(tmp_path: Path) -> None:
         read(tmp_path / "x.jsonl")
     assert time.monotonic() - started < 20  # a minute and more where it is tokenised
     assert MAX_CHARACTERS < 20_000_000
+    stored = Dataset.from_list([{"prompt": "q", "completion": "a" * 2_100_000}])  # parquet, the hub
+    with pytest.raises(UserError, match="column 'completion' has 2,100,000 characters, more than 2,000,000"):
+        causal_rows(stored, RunArguments(), "data")
 
 
 def test_a_template_that_refuses_a_row_names_it() -> None:
