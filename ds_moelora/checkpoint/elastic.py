@@ -21,7 +21,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from ..optimizer.sharding.zero import told_boundary
+from ..optimizer.sharding.zero import accumulation_boundary
 from .elastic_folder import FORMAT, read_manifest, try_to_publish, try_to_write
 from .run_state import restore_run_state, run_state
 
@@ -45,7 +45,7 @@ def save_elastic(engine: Any, folder: str | Path) -> None:
     """
     from .trained import TrainedParameters, topology  # they need DeepSpeed, which need not be installed
 
-    told = told_boundary(engine)
+    told = accumulation_boundary(engine)
     if not (engine.micro_steps % engine.gradient_accumulation_steps() == 0 if told is None else told):
         raise ValueError(
             f"an elastic checkpoint is saved between optimizer steps; {engine.micro_steps} micro-steps were done, of "
