@@ -256,7 +256,7 @@ def print_results(results: dict[str, Any], paths: list[Path]) -> None:
     table.add_row("run", f"{results['seconds']:.1f} s, {results['dtype']} on {results['device']}")
     for path in paths:
         table.add_row("written", str(path))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 if __name__ == "__main__":
