@@ -43,6 +43,7 @@ from launch.checks.flags import (
     ScoringArguments,
     flag,
 )
+from launch.checks.preflight import check_task
 from launch.data import answering, classification, images
 from launch.data.causal import causal_rows
 from launch.data.rows import load_rows
@@ -114,6 +115,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     wish.task, wish.model_name_or_path = source.task, source.base
     answers = answering.wants_answers(scoring, source.task)
+    check_task(wish)
+    if wish.max_length is not None and source.task == "image-classification":
+        raise UserError(f"--max_length {wish.max_length} has no effect with --task {source.task}.")
+    if wish.classes and source.task == "causal-lm":
+        raise UserError(f"--classes {' '.join(wish.classes)} has no effect with --task {source.task}.")
     if wish.predictions and not answers:
         raise UserError("--predictions needs answers: --score answers, or --answer_pattern.")
     processor = load_processor(source)
