@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,11 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorM
 from transformers.trainer_utils import set_seed
 
 import ds_moelora  # noqa: F401  (registers the optimizers and the tuner)
+from ds_moelora.checkpoint.processes import everyone
 from ds_moelora.monitoring import MoELoRACallback
 from ds_moelora.tuner import record_training
 from launch.checkpoint import resume, saving
+from launch.checkpoint.lock import OutputLock
 from launch.checkpoint.stopping import Stopping
 from launch.checks import preflight as checks
 from launch.checks.arguments import Arguments, parse_arguments
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     train, evaluation, model_options = load_data(arguments, processor)
     modeling.check_model(arguments, config, model_options)
 
-    watch = start(arguments)
+    watch, lock = start(arguments, config)
     set_seed(arguments.training.seed)
     model = modeling.load_model(arguments, config, model_options, processor)
     stopping = Stopping(arguments.run.stop_after_nan_steps)
@@ -80,7 +82,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     if arguments.demo:
         callbacks.append(demo.ExactMatch(processor))
     trainer = trainers.build_trainer(arguments, model, processor, train, evaluation, callbacks)
-    trainer.unsafe_checkpoints = arguments.run.unsafe_checkpoints
     if trainer.is_world_process_zero():
         report.print_truncation(trainer.truncation)
     if answers:
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         trainer.add_callback(MoELoRACallback(trainer))
     summary = run(trainer, arguments, optimizer, callbacks)
     status.write(trainer.state, f"{'preempted' if stopping.preempted else 'finished'} {trainer.state.global_step}")
+    lock.release()
     if dist.is_initialized():
         dist.barrier()
         if watch is not None:
@@ -116,8 +118,15 @@ def quieten() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def start(arguments: Arguments) -> watchdog.Watchdog | None:
-    """Opens torch.distributed, completes the training arguments, and settles which checkpoint the run goes on from."""
+def start(arguments: Arguments, config: Any) -> tuple[watchdog.Watchdog | None, OutputLock]:
+    """Opens torch.distributed, completes the training arguments, and settles which checkpoint the run goes on from.
+
+    Args:
+        config: the run's `MoELoRAConfig`.
+
+    Raises:
+        UserError: on every rank; the output folder is in use, or the checkpoint is damaged or of another run.
+    """
     if process_rank()[1] == 1:
         # Started by plain `python`: DeepSpeed would look for MPI, which need not be there, to learn that it is alone.
         # A port of its own, because DeepSpeed names its shared memory after it.
@@ -138,15 +147,25 @@ def start(arguments: Arguments) -> watchdog.Watchdog | None:
         arguments.training.start()
     except ValueError as error:
         raise UserError(str(error)) from error
-    prepare_output_dir(arguments)
+    lock = prepare_output_dir(arguments)
     resume.choose_checkpoint(arguments)
-    return watch
+    resume.check_settings(arguments, config)
+    return watch, lock
 
 
-def prepare_output_dir(arguments: Arguments) -> None:
-    """Removes what is not to be gone on from: half-saved checkpoints, and with --overwrite_output_dir all of them."""
+def prepare_output_dir(arguments: Arguments) -> OutputLock:
+    """Takes the folder, and removes half-saved checkpoints, and with --overwrite_output_dir all of them."""
     training = arguments.training
     output_dir = Path(training.output_dir)
+    lock, refusal = OutputLock(output_dir), None
+    if training.process_index == 0:
+        try:
+            lock.take()
+        except (UserError, OSError) as error:
+            refusal = str(error)
+    refusal = everyone(refusal)[0]
+    if refusal is not None:
+        raise UserError(refusal)
     if training.process_index == 0:
         resume.clear_partial(output_dir)
         if arguments.run.overwrite_output_dir:
@@ -155,6 +174,7 @@ def prepare_output_dir(arguments: Arguments) -> None:
                 shutil.rmtree(path)
     if str(getattr(training.save_strategy, "value", training.save_strategy)) != "no":
         saving.check_shared(output_dir)
+    return lock
 
 
 def run(
@@ -171,30 +191,49 @@ def run(
                 flush=True,
             )
         return None
-    if stopping.nan_steps and not stopping.last_step_was_finite():
-        raise UserError(
-            f"the loss of the last step was not finite, so the adapter is not saved. The newest complete checkpoint is "
-            f"{resume.newest_complete(training.output_dir)}."
-        )
+    trainer.save_model(training.output_dir)  # before anything that may fail
+    if trainer.is_world_process_zero():
+        print(f"The adapter is saved in {training.output_dir}.", flush=True)
     eval_metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    record_training(trainer.model, card.training_record(arguments, trainer, optimizer, eval_metrics))
-    # Gathers what ZeRO-3 has sharded; PEFT then writes the adapter alone.
-    trainer.save_model(training.output_dir)
+    extra = closing_entries(trainer, arguments, callbacks)
+    summary = afterwards("the summary", lambda: report.summarize(trainer, optimizer, eval_metrics, extra))
+    if trainer.is_world_process_zero():
+        record = card.training_record
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        afterwards(
+            "the run in the model card",
+            lambda: record_training(model, record(arguments, trainer, optimizer, eval_metrics)),
+        )
+        afterwards("the model card", lambda: model.create_or_update_model_card(training.output_dir))
+        path = afterwards("train_summary.json", lambda: report.write_summary(summary, training.output_dir))
+        for callback in callbacks:
+            if isinstance(callback, demo.ExactMatch):
+                afterwards("the table of answers", callback.print_table)
+        afterwards("the summary's table", lambda: report.print_summary(summary, path))
+    return summary
+
+
+def closing_entries(trainer: Trainer, arguments: Arguments, callbacks: list[TrainerCallback]) -> dict[str, Any]:
+    """The summary's entries on what was cut, on classes, and on the demo's answers."""
     extra: dict[str, Any] = {"truncation": {name: count.as_dict() for name, count in trainer.truncation.items()}}
     if arguments.run.task not in LANGUAGE:
         extra["regression"] = arguments.run.regression
         classes = [] if arguments.run.regression else sorted(trainer.model.config.id2label.items())
         extra["classes"] = [name for _, name in classes]
-    exact_match = next((callback for callback in callbacks if isinstance(callback, demo.ExactMatch)), None)
-    if exact_match is not None:
-        extra["exact_match"] = exact_match.accuracy
-    summary = report.summarize(trainer, optimizer, eval_metrics, extra)
-    if trainer.is_world_process_zero():
-        path = report.write_summary(summary, training.output_dir)
-        if exact_match is not None:
-            exact_match.print_table()
-        report.print_summary(summary, path)
-    return summary
+    for callback in callbacks:
+        if isinstance(callback, demo.ExactMatch):
+            extra["exact_match"] = callback.accuracy
+    return extra
+
+
+def afterwards(what: str, act: Callable[[], Any]) -> Any:
+    """Does what comes after the adapter is saved; what fails is one line, and fails no run that is done."""
+    try:
+        return act()
+    except Exception as error:  # whatever it is: the work is saved
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        sys.stderr.write(f"The run is done and its adapter is saved; {what} is missing ({reason}).\n")
+        return None
 
 
 if __name__ == "__main__":
