@@ -157,8 +157,13 @@ def test_adapter_fields_are_refused_unless_the_table_says_otherwise(saved: dict[
 
 
 def test_nothing_secret_is_recorded() -> None:
-    arguments = parsed("--hub_token", "hf_secret", "--push_to_hub_token", "hf_other")
-    arguments.training.some_api_key = "x"
+    @dataclasses.dataclass
+    class Training(TRAINING_CLASSES["causal-lm"]):
+        some_api_key: str = "hf_another"
+        output_secret: str = "hf_third"
+
+    arguments = parsed("--hub_token", "hf_secret")
+    arguments.training = Training(hub_token="hf_secret")
     assert "hf_" not in json.dumps(settings(arguments))
 
 
