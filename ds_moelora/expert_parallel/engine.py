@@ -2,7 +2,7 @@
 
 The one module that uses DeepSpeed's internals of expert parallelism, as `zero.py` is for its optimizers.
 
-Installed by `adapt_engine` when the first expert-parallel layer is built; models without one are never affected.
+Installed by `ds_moelora.patches` when the first expert-parallel layer is built; models without one are never affected.
 Seen on DeepSpeed 0.19.8:
 
 - ZeRO-3 refuses native MoE layers with an AssertionError that names neither the setting nor the way out.
@@ -15,14 +15,12 @@ Seen on DeepSpeed 0.19.8:
 
 from __future__ import annotations
 
-import functools
 import logging
 import socket
 from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
-import deepspeed.runtime.engine as ds_engine
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
@@ -31,40 +29,25 @@ from deepspeed.utils import groups
 from .nodes import explain_split
 
 logger = logging.getLogger("ds_moelora")
-_MARK = "_ds_moelora_adapted"
 TESTED_VERSIONS = "0.19.8"
 
 
-# What is used of DeepSpeed's internals.
-NEEDED: tuple[tuple[Any, tuple[str, ...]], ...] = (
-    (ds_engine.DeepSpeedEngine, ("_configure_distributed_model", "clip_fp32_gradients")),
-    (ds_engine, ("configure_moe_param_groups",)),
-    (
-        groups,
-        ("_create_expert_and_data_parallel", "_get_expert_parallel_group_dict", "_get_expert_data_parallel_group"),
-    ),
-)
+# What is used of DeepSpeed's groups.
+NEEDED = ("_create_expert_and_data_parallel", "_get_expert_parallel_group_dict", "_get_expert_data_parallel_group")
 
 
-def adapt_engine() -> None:
-    """Wraps three functions of DeepSpeed's engine; calling it again changes nothing.
+def check_deepspeed() -> None:
+    """Looks for the functions of DeepSpeed's that expert parallelism calls.
 
     Raises:
-        ValueError: this DeepSpeed lacks something that is needed; the message names it and the tested versions.
+        ValueError: one is missing; the message names it and the tested versions.
     """
-    engine = ds_engine.DeepSpeedEngine
-    if getattr(engine, _MARK, False):
-        return
-    missing = [name for owner, names in NEEDED for name in names if not hasattr(owner, name)]
+    missing = [name for name in NEEDED if not hasattr(groups, name)]
     if missing:
         raise ValueError(
             f"expert parallelism needs {', '.join(missing)}, which this DeepSpeed ({metadata.version('deepspeed')}) "
             f"does not have; it was made for {TESTED_VERSIONS}. Use that version, or ep_size=1."
         )
-    setattr(engine, _MARK, True)
-    engine._configure_distributed_model = _checked(engine._configure_distributed_model)
-    engine.clip_fp32_gradients = _exact_clipping(engine.clip_fp32_gradients)
-    ds_engine.configure_moe_param_groups = _named_groups(ds_engine.configure_moe_param_groups)
 
 
 def expert_group(name: str) -> dist.ProcessGroup | None:
@@ -102,8 +85,9 @@ def _has_shards(model: torch.nn.Module) -> bool:
     return any(isinstance(module, ShardedExperts) for module in model.modules())
 
 
-def _checked(configure: Any) -> Any:
-    @functools.wraps(configure)
+def check_before_configuring(configure: Any) -> Any:
+    """`DeepSpeedEngine._configure_distributed_model` that refuses settings in which experts would be wrong."""
+
     def checked(self: Any, model: torch.nn.Module) -> Any:
         if _has_shards(model):
             _check_engine(self, model)
@@ -142,8 +126,9 @@ def _schedule_buckets(model: torch.nn.Module) -> None:
             module.schedule = schedules.setdefault(module.spec.bucket_layers, Schedule(module.spec.bucket_layers))
 
 
-def _exact_clipping(clip: Any) -> Any:
-    @functools.wraps(clip)
+def clip_exactly(clip: Any) -> Any:
+    """`DeepSpeedEngine.clip_fp32_gradients` by the norm of the whole gradient."""
+
     def clip_fp32_gradients(self: Any) -> None:
         if not _has_shards(self.module):
             clip(self)
@@ -181,8 +166,9 @@ def clip_by_whole_norm(parameters: Iterable[Any], max_norm: float) -> torch.Tens
     return norm
 
 
-def _named_groups(configure: Any) -> Any:
-    @functools.wraps(configure)
+def name_groups(configure: Any) -> Any:
+    """`configure_moe_param_groups` for any iterable, and for groups without a name."""
+
     def configure_moe_param_groups(model_parameters: Any) -> Any:
         params = list(model_parameters)
         if params and isinstance(params[0], dict):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..mixture.dense import DENSE
 from ..pairs import GateSettings
-from .engine import adapt_engine, create_groups, expert_group
+from .engine import check_deepspeed, create_groups, expert_group
 from .exchange import exchanged_moe_lora
 from .gather import Bucket, Entered, Schedule, gathered_moe_lora
 from .spec import FACTORS, INITIAL_FACTORS, ShardSpec, check_ep_size
@@ -68,7 +68,7 @@ class ShardedExperts(MoE):
         nn.Module.__init__(self)  # not MoE's, which builds DeepSpeed's own gate and experts
         rank, world = rank_and_world()
         check_ep_size(spec.ep_size, spec.num_experts, world)
-        adapt_engine()
+        check_deepspeed()
         self.spec = spec
         # What the engine reads:
         self.ep_size, self.num_experts = spec.ep_size, spec.num_experts

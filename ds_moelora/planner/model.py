@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ..tuner import MoELoRAConfig, MoELoRAModel
-from ..tuner.layer import MoELoRALayer, in_out_features
+from ..tuner.layer import MoELoRALayer
+from ..tuner.start.base_weight import in_out_features
 
 # The name of a repeated block, at the beginning of those of its modules: up to the first number.
 BLOCK = re.compile(r".*?\.\d+\.")

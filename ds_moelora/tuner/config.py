@@ -9,6 +9,8 @@ from numbers import Integral, Real
 from typing import Any
 
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.peft_types import PeftType
 
 from ..expert_parallel.spec import COMPUTES, DISPATCHES, check_ep_size
 from ..mixture.goat import VARIANTS, goat_scaling
@@ -146,8 +148,10 @@ class MoELoRAConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
+        if not hasattr(BaseTuner, "_remove_adapter_name_from_key"):
+            raise ImportError("This version of PEFT is too old for MoELoRAConfig: pip install 'peft>=0.21'.")
         super().__post_init__()
-        self.peft_type = PEFT_TYPE
+        self.peft_type = PeftType(PEFT_TYPE)  # `patches.add_peft_type` makes it a member
         _check_int("r", self.r, "Pass the rank of one expert, e.g. 4.")
         _check_int("num_experts", self.num_experts, "Pass how many experts each module gets, e.g. 8.")
         _check_int("top_k", self.top_k, "Pass how many experts a token uses, e.g. 2.")

@@ -18,7 +18,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import ds_moelora  # noqa: F401  (so that PEFT knows the adapter)
-from tests.support.launch_support import ROOT, alpaca_rows, launch, question_rows, tiny_model, write_jsonl
+from tests.support.launch_support import (
+    ROOT,
+    alpaca_rows,
+    launch,
+    launch_by_command,
+    question_rows,
+    tiny_model,
+    write_jsonl,
+)
 
 SMALL = ["--lora_r", "2", "--num_experts", "2", "--top_k", "1", "--per_device_train_batch_size", "2", "--seed", "3",
          "--learning_rate", "1e-2", "--logging_steps", "1", "--max_length", "256"]  # fmt: skip
@@ -68,7 +76,7 @@ def check_outputs(output_dir: Path, steps: int) -> dict[str, Any]:
 def test_causal_lm_and_resume(model: Path, alpaca: Path, tmp_path: Path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     more = ("--max_steps", "4", "--save_steps", "2", "--eval_fraction", "0.25")
-    finished = launch(arguments(model, alpaca, "zero2", whole, *more))
+    finished = launch_by_command(arguments(model, alpaca, "zero2", whole, *more))
     assert finished.code == 0, finished.output[-4000:]
     summary = check_outputs(whole, steps=4)
     assert summary["last_loss"] < summary["first_loss"]

@@ -19,12 +19,12 @@ from ds_moelora.optimizer.sharding.zero import find_storage
 
 ROOT = Path(ds_moelora.__file__).parent
 ONE_MODULE = ROOT / "optimizer" / "sharding" / "zero.py"
-CHECKED = "expert parallelism's one module; adapt_engine names what is missing"
+CHECKED = "expert parallelism's one module; check_deepspeed names what is missing"
+ENUM = "Python's, of an enum; add_peft_type checks what comes out"
 # (file, attribute) that other modules read, and why that is right.
 ALLOWED = {
     ("tuner/layer.py", "ds_shape"): "adapters and parallel know nothing of each other; a fallback stands beside it",
     ("tuner/tags.py", "ds_shape"): "as above; without it the shape is (0,), and tagging refuses the layer",
-    ("expert_parallel/engine.py", "_configure_distributed_model"): CHECKED,
     ("expert_parallel/engine.py", "_create_expert_and_data_parallel"): CHECKED,
     ("expert_parallel/engine.py", "_get_expert_parallel_group_dict"): CHECKED,
     ("expert_parallel/engine.py", "_get_expert_data_parallel_group"): CHECKED,
@@ -37,8 +37,13 @@ ALLOWED = {
     ("monitoring/engine.py", "module"): "a public attribute of the engine",
     ("monitoring/callback.py", "gradient_accumulation_steps"): "of transformers' TrainingArguments",
     ("monitoring/callback.py", "world_size"): "of transformers' TrainingArguments",
-    ("tuner/files/card.py", "_upload_modified_files"): "transformers', which PEFT's push_to_hub calls",
-    ("tuner/__init__.py", "_remove_adapter_name_from_key"): "PEFT's",
+    ("tuner/config.py", "_remove_adapter_name_from_key"): "PEFT's",
+    ("patches.py", "_name_"): ENUM,
+    ("patches.py", "_value_"): ENUM,
+    ("patches.py", "_sort_order_"): ENUM,
+    ("patches.py", "_member_map_"): ENUM,
+    ("patches.py", "_value2member_map_"): ENUM,
+    ("patches.py", "_member_names_"): ENUM,
 }
 BY_NAME = ("getattr", "hasattr", "setattr", "delattr", "_read")
 # Where DeepSpeed's optimizers, and what they hang on parameters, are defined.

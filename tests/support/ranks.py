@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes that import once, join one gloo group over a file store, and then run many cases.
+"""Real ranks for tests: forked processes that join one gloo group over a file store, and then run many cases.
 
 A case is a module-level function; every rank calls it with the same arguments and its return value comes back, by
 rank. An exception on any rank, or a time-out, kills the ranks and fails the test with every rank's traceback.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import atexit
 import importlib
-import multiprocessing as mp
 import os
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from tests.support.forks import start_forked
 
 _pools: dict[int, RankPool] = {}
 
@@ -25,18 +27,13 @@ class RankPool:
 
     def __init__(self, world: int) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        context = mp.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, world, f"{self.folder.name}/store", theirs), daemon=True
-            )
-            process.start()
+            ours, theirs = Pipe()
+            self.processes.append(start_forked(_serve, rank, world, f"{self.folder.name}/store", theirs))
             theirs.close()
             self.pipes.append(ours)
-            self.processes.append(process)
 
     def run(self, function: Callable[..., Any], kwargs: dict[str, Any], timeout: float) -> list[Any]:
         for pipe in self.pipes:
@@ -46,8 +43,8 @@ class RankPool:
         failed_at: float | None = None
         while len(results) < len(self.pipes):
             waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in results]
-            # Once a rank has failed, the others have a few seconds to tell why they fail too.
-            limit = deadline if failed_at is None else min(deadline, failed_at + 5)
+            # Once a rank has failed, the others have a moment to tell why they fail too.
+            limit = deadline if failed_at is None else min(deadline, failed_at + 2)
             ready = wait(waiting, timeout=max(limit - time.monotonic(), 0))
             if not ready:
                 break
