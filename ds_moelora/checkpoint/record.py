@@ -7,6 +7,7 @@ difference is decided by the first pattern of `TABLE` that fits the name; docs/c
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..optimizer.sharding.zero import is_partitioned
+from ..optimizer.sharding.zero import is_partitioned, whole_shape
 
 REFUSE, SAY, IGNORE = "refuse", "say", "ignore"
 SAMPLED_PARAMETERS, SAMPLED_VALUES = 8, 16
@@ -141,7 +142,7 @@ def sample_weights(module: nn.Module) -> dict[str, Any]:
         if not param.requires_grad
         and param.is_floating_point()
         and not param.is_meta
-        and 0 < getattr(param, "ds_numel", param.numel()) <= SAMPLED_NUMEL
+        and 0 < math.prod(whole_shape(param)) <= SAMPLED_NUMEL
     )
     chosen = frozen[:: max(len(frozen) // SAMPLED_PARAMETERS, 1)][:SAMPLED_PARAMETERS]
     samples: dict[str, Any] = {}
