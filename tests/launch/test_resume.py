@@ -64,7 +64,7 @@ def arguments(output_dir: Path, wish: str | None) -> Any:
     training = SimpleNamespace(output_dir=str(output_dir), resume_from_checkpoint=wish, process_index=0)
     return SimpleNamespace(
         training=training,
-        run=SimpleNamespace(overwrite_output_dir=False, unsafe_checkpoints=False),
+        run=SimpleNamespace(overwrite_output_dir=False),
         adapter=SimpleNamespace(ep_size=1),
     )
 
