@@ -22,6 +22,7 @@ from typing import Any
 from packaging.version import Version
 from peft.utils.peft_types import PeftType
 
+from .checkpoint import guard
 from .tuner.config import PEFT_TYPE
 from .tuner.files import card, saving
 from .tuner.start import svd_init
@@ -125,7 +126,24 @@ PEFT = (
 )
 
 # Installed by `import ds_moelora` where DeepSpeed is there. Wrappers here may not import DeepSpeed at their top.
-DEEPSPEED: tuple[Patch, ...] = ()
+DEEPSPEED = (
+    Patch(
+        library="deepspeed",
+        versions=DEEPSPEED_VERSIONS,
+        owner="deepspeed.runtime.engine:DeepSpeedEngine",
+        name="save_checkpoint",
+        wrapper=guard.record_when_saved,
+        reason="No hook adds a file to a checkpoint; without its record, loading has nothing to compare with.",
+    ),
+    Patch(
+        library="deepspeed",
+        versions=DEEPSPEED_VERSIONS,
+        owner="deepspeed.runtime.engine:DeepSpeedEngine",
+        name="load_checkpoint",
+        wrapper=guard.compare_when_loaded,
+        reason="DeepSpeed copies flat partitions wherever sizes fit: one adapter's weights into another's, unsaid.",
+    ),
+)
 
 
 def expert_parallel() -> tuple[Patch, ...]:

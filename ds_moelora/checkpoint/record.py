@@ -48,6 +48,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("base.*return_dict", IGNORE),
     ("base.*token_id", SAY),
     ("base.*", REFUSE),
+    ("trained.*", REFUSE),
     ("optimizer.class", REFUSE),
     ("optimizer.foreach", IGNORE),
     ("optimizer.fused", IGNORE),

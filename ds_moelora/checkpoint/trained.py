@@ -223,3 +223,9 @@ def topology(run: Run) -> dict[str, Any]:
         "expert_ranks_apart": distance,
         "wrapper": type(run.wrapper).__name__,
     }
+
+
+def trained_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of every trained parameter, without sharding."""
+    names = _whole_names(model)
+    return {names[id(p)][0]: names[id(p)][1] for p in model.parameters() if p.requires_grad}
