@@ -9,7 +9,6 @@ Frozen parameters are not in it: the base model comes from where it came from. B
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -34,7 +33,7 @@ from .state_folder import (
     publish,
     read_manifest,
     sha256,
-    write_flushed,
+    write_manifest,
 )
 from .trained import Run, Trained, TrainedParameters, topology
 
@@ -128,7 +127,7 @@ def write_state(run: Run, folder: Path, extra: Mapping[str, Any] | None = None) 
                 name: {"file": files.where[f"{name}|buffer"], "shape": list(buffer.shape)}
                 for name, buffer in buffers.items()
             }
-            write_flushed(folder / MANIFEST, json.dumps(manifest, indent=1))
+            write_manifest(folder, manifest)
             written = {
                 MANIFEST: {"size": (folder / MANIFEST).stat().st_size, "sha256": sha256(folder / MANIFEST)},
                 **manifest["files"],

@@ -106,6 +106,17 @@ def write_flushed(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes `elastic.json`, with a hash of all that it says."""
+    write_flushed(folder / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """The hash of a manifest's content but for the hash itself; that of what JSON makes of it."""
+    rest = json.loads(json.dumps({name: value for name, value in manifest.items() if name != "sha256"}))
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def publish(partial: Path, folder: Path) -> None:
     """Renames a folder of complete files to its place; an older one of that name goes when the new one is there."""
     older = folder.with_name(f".{folder.name}.older")
@@ -144,6 +155,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if isinstance(manifest, dict) and manifest.get("format") != FORMAT:
         raise ValueError(f"{path} has format {manifest.get('format')!r:.40}; this version reads {FORMAT}.")
     fault = _fault(manifest)
+    if fault is None and manifest.get("sha256") != _digest(manifest):
+        fault = "it has changed since it was saved (its SHA-256 is another)"
     if fault is not None:
         raise ValueError(f"{path} is damaged: {fault}. {REMEDY}")
     for name, file in manifest["files"].items():

@@ -276,8 +276,8 @@ def refused(damage: str, folder: str) -> tuple[str, bool]:
 
 
 DAMAGE = {
-    "truncated": "00001.safetensors is incomplete",
-    "missing": "00001.safetensors is incomplete: 0 of",
+    "truncated": "00000.safetensors is incomplete",
+    "missing": "00000.safetensors is incomplete: 0 of",
     "no manifest": "is no elastic checkpoint",
     "half a manifest": "is damaged",
     "newer": "this version reads 2",
@@ -291,7 +291,7 @@ DAMAGE = {
 def test_refuses_before_it_changes_anything(damage: str, trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(trained, folder)
-    manifest, second = folder / "elastic.json", folder / "00001.safetensors"
+    manifest, second = folder / "elastic.json", folder / "00000.safetensors"
     if damage == "truncated":
         second.write_bytes(second.read_bytes()[:-4])
     elif damage == "missing":
@@ -364,15 +364,10 @@ def loads_drawn_damage(folder: str, scratch: str, draws: int) -> list[str]:
     return wrong
 
 
-# What a run may have otherwise: to change these in the record of a checkpoint is no damage that could be seen.
-HARMLESS = ("train_batch_size", "counters", "topology", "record", "lr", "run", "value")
-
-
 def test_drawn_damage_is_refused_before_anything_changes(trained: Path, tmp_path: Path) -> None:
     options = {"folder": str(trained), "scratch": str(tmp_path / "bad"), "draws": 80}
     wrong = run_on_ranks(2, loads_drawn_damage, **options)[0]
-    assert [line for line in wrong if "named no file" in line] == []
-    assert [line for line in wrong if not any(f"{name} ->" in line for name in HARMLESS)] == []
+    assert wrong == []
 
 
 def saves_what_is_not_finite(folder: str, where: str) -> tuple[str, bool]:
