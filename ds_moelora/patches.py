@@ -22,7 +22,8 @@ from typing import Any
 from packaging.version import Version
 from peft.utils.peft_types import PeftType
 
-from .checkpoint import guard
+from .checkpoint import guard as checkpoint_guard
+from .optimizer import guard as optimizer_guard
 from .tuner.config import PEFT_TYPE
 from .tuner.files import card, saving
 from .tuner.start import svd_init
@@ -126,13 +127,22 @@ PEFT = (
 )
 
 # Installed by `import ds_moelora` where DeepSpeed is there. Wrappers here may not import DeepSpeed at their top.
-DEEPSPEED = (
+DEEPSPEED: tuple[Patch, ...] = (
+    Patch(
+        library="deepspeed",
+        versions=DEEPSPEED_VERSIONS,
+        owner="deepspeed.runtime.engine:DeepSpeedEngine",
+        name="_configure_optimizer",
+        wrapper=optimizer_guard.check_after_configuring,
+        reason="transformers and accelerate replace optimizers without a word, and no hook sees the one that runs. "
+        "Without it AdamW may train in place of the optimizer of this package that was asked for.",
+    ),
     Patch(
         library="deepspeed",
         versions=DEEPSPEED_VERSIONS,
         owner="deepspeed.runtime.engine:DeepSpeedEngine",
         name="save_checkpoint",
-        wrapper=guard.record_when_saved,
+        wrapper=checkpoint_guard.record_when_saved,
         reason="No hook adds a file to a checkpoint; without its record, loading has nothing to compare with.",
     ),
     Patch(
@@ -140,7 +150,7 @@ DEEPSPEED = (
         versions=DEEPSPEED_VERSIONS,
         owner="deepspeed.runtime.engine:DeepSpeedEngine",
         name="load_checkpoint",
-        wrapper=guard.compare_when_loaded,
+        wrapper=checkpoint_guard.compare_when_loaded,
         reason="DeepSpeed copies flat partitions wherever sizes fit: one adapter's weights into another's, unsaid.",
     ),
 )

@@ -42,7 +42,8 @@ from launch.checks.flags import (
     ScoringArguments,
     flag,
 )
-from launch.data import answering, formats, images
+from launch.data import answering, classification, images
+from launch.data.causal import causal_rows
 from launch.data.rows import load_rows
 from launch.demo import defaults as demo
 from launch.training import trainers
@@ -108,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         wish.dtype,
         wish.trust_remote_code,
         wish.classes,
+        wish.attn_implementation,
     )
     wish.task = source.task
     answers = answering.wants_answers(scoring, source.task)
@@ -177,7 +179,7 @@ def load_evaluation_rows(
     """The rows as the task's trainer takes them.
 
     Raises:
-        UserError: as `launch.data.rows` and `launch.data.formats`, or a label that is none of the model's classes.
+        UserError: as `launch.data.rows` and `launch.data.causal`, or a label that is none of the model's classes.
     """
     where = f"--dataset_name {wish.dataset_name}"
     if wish.dataset_name == DEMO:
@@ -187,11 +189,14 @@ def load_evaluation_rows(
         wish.dataset_name, "--dataset_name", wish.dataset_split, wish.dataset_config, wish.max_eval_samples, pictures
     )
     if source.task == "causal-lm":
-        return formats.causal_rows(rows, wish, where, bool(processor.chat_template))
-    rows = (images.labelled_images if pictures else formats.classification_texts)(rows, wish, where)
+        return causal_rows(rows, wish, where, processor)
+    usual = images.LABELS_OF_PICTURES if pictures else classification.LABEL_COLUMNS
+    names = source.classes or classification.class_names(rows, wish.label_column, usual)
+    convert = images.labelled_images if pictures else classification.classification_texts
+    rows = convert(rows, wish, where, source.regression)
     if source.regression:
-        return formats.number_targets(rows, where)
-    return formats.number_labels(rows, source.classes or formats.label_names(rows, where), where)
+        return rows.rename_column("label", "labels")
+    return classification.number_labels(rows, classification.label_names(rows, where, names), where)
 
 
 def build_evaluator(

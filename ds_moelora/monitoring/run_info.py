@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.tensorboard.summary import hparams
 
 from ..optimizer import GateRiemannianAdamW, GateRiemannianSGD
+from ..redaction import redact, redact_words
 from .deepspeed_engine import basic_optimizer
 
 ADAPTER_FIELDS = (
@@ -42,12 +43,12 @@ def hyperparameters(model: nn.Module, optimizer: Any, extra: dict[str, Any]) -> 
         if name in getattr(basic, "defaults", {}):
             found[name] = basic.defaults[name]
     found |= extra
-    plain = {name: value for name, value in found.items() if value is not None}
+    plain = {name: value for name, value in redact(found).items() if value is not None}
     return {name: value if isinstance(value, Value) else str(value) for name, value in plain.items()}
 
 
 def configuration(model: nn.Module, ds_config: dict[str, Any] | None) -> dict[str, Any]:
-    """Command, versions, adapters and DeepSpeed config of the running process."""
+    """Command, versions, adapters and DeepSpeed config of the running process, without secrets."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -55,7 +56,8 @@ def configuration(model: nn.Module, ds_config: dict[str, Any] | None) -> dict[st
         except metadata.PackageNotFoundError:
             continue
     adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
-    return {"command": " ".join(sys.argv), "versions": versions, "adapters": adapters, "deepspeed": ds_config}
+    found = {"command": redact_words(sys.argv), "versions": versions, "adapters": adapters, "deepspeed": ds_config}
+    return redact(found)
 
 
 def write_run_info(writer: Any, values: dict[str, Value], config: dict[str, Any]) -> None:

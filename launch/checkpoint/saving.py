@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -95,8 +94,12 @@ class CheckpointedTrainer(Trainer):
         return _deaf(super().get_train_dataloader())
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """As `get_train_dataloader`."""
-        return _deaf(super().get_eval_dataloader(*args, **kwargs))
+        """As `get_train_dataloader`; rows that are evaluated are never dropped, whatever training does."""
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return _deaf(super().get_eval_dataloader(*args, **kwargs))
+        finally:
+            self.args.dataloader_drop_last = drop
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's card with the adapter's part (`ds_moelora.tuner.files.card`), not those of transformers and TRL."""
@@ -133,8 +136,6 @@ class CheckpointedTrainer(Trainer):
                 shutil.rmtree(target / PARTIAL)
 
         self._save_safely(folder, target, write)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = Path(self.args.output_dir)
@@ -163,8 +164,6 @@ class CheckpointedTrainer(Trainer):
             shutil.rmtree(run_dir / PARTIAL, ignore_errors=True)
 
         self._save_safely(folder, run_dir, write)
-        if self.args.push_to_hub and self.is_world_process_zero():
-            _upload(self, final)
 
     def _save_safely(self, folder: Path, run_dir: Path, write: Callable[[], None]) -> None:
         """Makes a folder and fills it on every process; what went wrong on one is raised on all.
@@ -400,26 +399,6 @@ def _sharded_starts(model: PeftModel) -> dict[str, Tensor]:
             if whole is not None:
                 found[f"{name}.{factor}"] = whole
     return found
-
-
-def _upload(trainer: Trainer, checkpoint: Path) -> None:
-    """`--hub_strategy` while training: the adapter, or the whole checkpoint; what fails is said."""
-    strategy = str(getattr(trainer.args.hub_strategy, "value", trainer.args.hub_strategy))
-    place = {"every_save": ".", "checkpoint": "last-checkpoint", "all_checkpoints": checkpoint.name}.get(strategy)
-    if place is None:
-        return
-    options = {"ignore_patterns": [f"{STATE}/*", RANDOM]} if strategy == "every_save" else {}
-    try:
-        HfApi(token=trainer.args.hub_token).upload_folder(
-            repo_id=trainer.hub_model_id,
-            folder_path=checkpoint,
-            path_in_repo=place,
-            revision=trainer.args.hub_revision,
-            commit_message=f"Training in progress, step {trainer.state.global_step}",
-            **options,
-        )
-    except Exception as error:  # a server's failure ends no training
-        print(f"{checkpoint} was saved, but not uploaded: {type(error).__name__}: {error}", flush=True)
 
 
 def _bytes(text: str) -> Tensor:

@@ -28,9 +28,9 @@ from launch.checks.arguments import Arguments
 from launch.checks.errors import UserError
 from launch.checks.flags import LANGUAGE
 from launch.data import images
-from launch.data.columns import Rows
 from launch.data.evaluation import RowScores, TokenScores
 from launch.data.metrics import head_scores
+from launch.data.values import Rows
 from launch.training.preparation import CountingTrainer, PackingGuard, Truncation
 
 TESTED = "5.23.0"  # of transformers
@@ -65,10 +65,13 @@ class HeadTrainer(RowScores, CheckpointedTrainer):
 
 
 class OptimizerGuard(TrainerCallback):
-    """Stops the run if the engine trains with another optimizer than the one that was asked for.
+    """Says which class runs, if DeepSpeed has its own for the name in the config ("AdamW": FusedAdam or CPUAdam).
+
+    That another optimizer runs in place of one of the package's is refused by the engine itself
+    (`ds_moelora.optimizer.guard`).
 
     Args:
-        wanted: the `type` in the DeepSpeed config.
+        wanted: the `type` in the DeepSpeed config, or `--optim`.
     """
 
     def __init__(self, wanted: str) -> None:
@@ -79,14 +82,11 @@ class OptimizerGuard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         engine = self.trainer.deepspeed if self.trainer is not None else None
-        if engine is None or getattr(torch.optim, self.wanted, None) is None:
-            return  # DeepSpeed's own names (adamw, lamb) stand for whichever of its implementations fits the device
-        running = type(engine.basic_optimizer).__name__
-        if running != self.wanted:
-            raise UserError(
-                f"the DeepSpeed config asks for {self.wanted}, but the engine runs {running}. With offload_optimizer, "
-                'add "zero_force_ds_cpu_optimizer": false to the DeepSpeed config.'
-            )
+        if engine is None or not self.trainer.is_world_process_zero():
+            return
+        running = type(engine.basic_optimizer)
+        if running.__name__ != self.wanted:
+            print(f"Optimizer: {self.wanted} is {running.__module__}.{running.__name__} here.", flush=True)
 
 
 def tokenize_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, Truncation]:
@@ -158,16 +158,18 @@ def check_private_methods() -> None:
 def _language_trainer(
     train: Rows, evaluation: Dataset | None, callbacks: list[TrainerCallback], args: Any, **common: Any
 ) -> Trainer:
-    args.completion_only_loss = True
-    if args.packing:
+    if args.completion_only_loss is None:
+        args.completion_only_loss = True
+    if args.packing or args.padding_free:
         callbacks.append(PackingGuard())
     if isinstance(train, IterableDataset):
         # Every rank reads the stream and keeps its share. Otherwise one would read, and put batches of different
         # lengths into one tensor to send them to the others.
         args.accelerator_config.dispatch_batches = False
     trainer = MixtureSFTTrainer(train_dataset=train, eval_dataset=evaluation, callbacks=callbacks, args=args, **common)
-    if next(iter(trainer.train_dataset), None) is None:
-        raise UserError(f"no training row has an answer within --max_length {args.max_length} tokens; raise it.")
+    for what, rows in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
+        if rows is not None and next(iter(rows), None) is None:
+            raise UserError(f"no {what} row has an answer within --max_length {args.max_length} tokens; raise it.")
     return trainer
 
 

@@ -16,6 +16,7 @@ import ds_moelora
 ROOT = Path(ds_moelora.__file__).parent
 # The written direction (docs/architecture.md): a subject imports those before it, and itself.
 DIRECTION = (
+    "redaction",
     "pairs",
     "mixture",
     "optimizer",
@@ -31,6 +32,7 @@ DIRECTION = (
 SIBLINGS = ({"optimizer", "expert_parallel"}, {"integrations", "monitoring", "planner"})
 # Libraries outside the standard one, by subject.
 LIBRARIES = {
+    "redaction": set(),
     "pairs": {"torch"},
     "mixture": {"torch"},
     "optimizer": {"torch"},

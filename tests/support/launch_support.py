@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from launch.checks.extensions import SHARED_MEMORY, find_free_port, load_collectives
+from launch.data.values import read_batch
 from launch.demo.base import byte_tokenizer
 from tests.support.forks import ROOT, run_ranks, start_forked
 
@@ -49,9 +50,21 @@ def tiny_model(folder: Path, chat_template: str | None = None, hidden_size: int 
     return folder
 
 
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def values(rows: Any) -> list[dict[str, Any]]:
+    """Rows as the launcher reads them, whatever file they are from."""
+    return [row for number, raw in enumerate(rows)
+            for _, row in read_batch({name: [value] for name, value in raw.items()}, [number], "")]  # fmt: skip
 
 
 def alpaca_rows(count: int) -> list[dict[str, Any]]:

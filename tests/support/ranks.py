@@ -19,6 +19,8 @@ from typing import Any
 
 from tests.support.forks import start_forked
 
+# accelerate asks for them, though the group is there already; nothing listens.
+UNUSED = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 _pools: dict[int, RankPool] = {}
 
 
@@ -74,7 +76,7 @@ class RankPool:
             del _pools[world]
 
 
-def run_on_ranks(world: int, function: Callable[..., Any], timeout: float = 300, **kwargs: Any) -> list[Any]:
+def run_on_ranks(world: int, function: Callable[..., Any], timeout: float = 600, **kwargs: Any) -> list[Any]:
     """Calls `function(**kwargs)` on `world` ranks of one process group; returns the results by rank."""
     if world not in _pools:
         _pools[world] = RankPool(world)
@@ -95,7 +97,7 @@ def close_pools() -> None:
 
 def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu"
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", **UNUSED
     )
     import torch
     import torch.distributed as dist
