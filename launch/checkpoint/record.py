@@ -32,20 +32,21 @@ IGNORED = (
     *("save_*", "eval_*", "per_device_eval_batch_size", "per_gpu_*", "load_best_model_at_end", "batch_eval_metrics"),
     *("metric_for_best_model", "greater_is_better", "max_eval_samples", "include_for_metrics", "do_*", "prediction_*"),
     *("score", "answer_pattern", "answer_ignore", "max_new_tokens", "bf16_full_eval", "fp16_full_eval"),
-    *("include_inputs_for_metrics", "use_legacy_prediction_loop", "restore_callback_states_from_checkpoint"),
+    "restore_callback_states_from_checkpoint",
     # processes, devices, time-outs
-    *("local_rank", "ddp_*", "lost_rank_seconds", "stop_after_nan_steps", "use_cpu", "no_cuda", "use_mps_device"),
+    *("local_rank", "ddp_*", "lost_rank_seconds", "stop_after_nan_steps", "use_cpu"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
     *("dataset_num_proc", "skip_memory_metrics", "debug", "torch_empty_cache_steps", "trust_remote_code"),
-    *("full_determinism", "tf32", "jit_mode_eval", "torch_compile*", "parallelism_config", "fsdp*", "tpu_*", "mp_*"),
+    *("full_determinism", "tf32", "torch_compile*", "parallelism_config", "fsdp*", "tpu_*", "mp_*"),
     *("gradient_checkpointing*", "activation_checkpointing*", "activation_offloading", "use_liger_kernel"),
-    *("average_tokens_across_devices_*", "past_index", "ray_scope", "sagemaker_*"),
+    *("average_tokens_across_devices_*", "sagemaker_*"),
 )
 TABLE = (
-    *((f"flag.{name}", IGNORE) for name in IGNORED),
     ("flag.task", REFUSE),
     ("flag.regression", REFUSE),
     ("flag.load_in_4bit", REFUSE),
+    ("flag.eval_fraction", SAY),  # takes rows from training
+    *((f"flag.{name}", IGNORE) for name in IGNORED),
     ("flag.*", SAY),
     ("deepspeed.train_batch_size", IGNORE),  # said as samples per step
     ("deepspeed.train_micro_batch_size_per_gpu", IGNORE),
