@@ -25,8 +25,7 @@ from peft.utils.peft_types import PeftType
 from .checkpoint import guard as checkpoint_guard
 from .optimizer import guard as optimizer_guard
 from .tuner.config import PEFT_TYPE
-from .tuner.files import card, saving
-from .tuner.start import svd_init
+from .tuner.files import card, loading, saving
 
 _MARK = "_ds_moelora_patch"
 
@@ -88,16 +87,17 @@ PEFT = (
         versions=PEFT_VERSIONS,
         owner="peft:PeftModel",
         name="load_adapter",
-        wrapper=svd_init.while_loading,
+        wrapper=loading.load_checked,
         reason="No hook tells a tuner that weights will be loaded into the adapter that it makes. Without it every "
-        "base weight is decomposed (minutes) for starting factors that the file replaces.",
+        "base weight is decomposed (minutes) for starting factors that the file replaces, and a damaged file "
+        "ends in an error without its name.",
     ),
     Patch(
         library="peft",
         versions=PEFT_VERSIONS,
         owner="peft:PeftModel",
         name="from_pretrained",
-        wrapper=svd_init.while_loading,
+        wrapper=loading.load_checked,
         reason="As load_adapter, which it calls only after the adapter has been made.",
     ),
     Patch(

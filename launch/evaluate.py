@@ -42,11 +42,12 @@ from launch.checks.flags import (
     ScoringArguments,
     flag,
 )
+from launch.checks.preflight import check_task
 from launch.data import answering, classification, images
 from launch.data.causal import causal_rows
 from launch.data.rows import load_rows
 from launch.demo import defaults as demo
-from launch.training import trainers
+from launch.training import fit, trainers
 from launch.training.loading import (
     Source,
     find_source,
@@ -111,8 +112,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         wish.classes,
         wish.attn_implementation,
     )
-    wish.task = source.task
+    wish.task, wish.model_name_or_path = source.task, source.base
     answers = answering.wants_answers(scoring, source.task)
+    check_task(wish)
+    if wish.max_length is not None and source.task == "image-classification":
+        raise UserError(f"--max_length {wish.max_length} has no effect with --task {source.task}.")
+    if wish.classes and source.task == "causal-lm":
+        raise UserError(f"--classes {' '.join(wish.classes)} has no effect with --task {source.task}.")
     if wish.predictions and not answers:
         raise UserError("--predictions needs answers: --score answers, or --answer_pattern.")
     processor = load_processor(source)
@@ -218,6 +224,7 @@ def build_evaluator(
     training.include_num_input_tokens_seen = "no"
     training.start()
     arguments = Arguments(run=wish, adapter=AdapterArguments(), scoring=scoring, training=training, demo=False)
+    fit.check_fit(arguments, model, processor, rows)
     # TRL insists on training rows.
     train = Dataset.from_dict({"prompt": ["-"], "completion": ["-"]}) if wish.task == "causal-lm" else rows.select([0])
     return trainers.build_trainer(arguments, model, processor, train, rows, [])

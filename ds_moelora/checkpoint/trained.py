@@ -207,7 +207,7 @@ def _is_first_replica(param: Any) -> bool:
     """Nothing is partitioned: of the processes that hold the same parameter, the first one gives it."""
     if getattr(param, "allreduce", True):
         return rank() == 0
-    from ..expert_parallel.engine import expert_data_group
+    from ..expert_parallel.groups import expert_data_group
 
     return dist.get_rank(expert_data_group(param.group_name)) == 0
 

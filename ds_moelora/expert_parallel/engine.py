@@ -1,9 +1,7 @@
-"""What DeepSpeed's engine must be told, or kept from, before it trains mixtures with `ep_size > 1`; and its groups.
+"""What DeepSpeed's engine must be told, or kept from, before it trains mixtures with `ep_size > 1`.
 
-The one module that uses DeepSpeed's internals of expert parallelism, as `zero.py` is for its optimizers.
-
-Installed by `ds_moelora.patches` when the first expert-parallel layer is built; models without one are never affected.
-Seen on DeepSpeed 0.19.8:
+Wrappers, original -> replacement, which `ds_moelora.patches` installs when the first expert-parallel layer is built;
+models without one are never affected. Seen on DeepSpeed 0.19.8:
 
 - ZeRO-3 refuses native MoE layers with an AssertionError that names neither the setting nor the way out.
 - At stage 0 in fp32 `clip_grad_norm_` takes each rank's norm over its own experts and averages the norms over the
@@ -15,73 +13,19 @@ Seen on DeepSpeed 0.19.8:
 
 from __future__ import annotations
 
-import logging
-import socket
 from collections.abc import Iterable
-from importlib import metadata
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
-from deepspeed.utils import groups
 
-from .nodes import explain_split
-
-logger = logging.getLogger("ds_moelora")
-TESTED_VERSIONS = "0.19.8"
-
-
-# What is used of DeepSpeed's groups.
-NEEDED = ("_create_expert_and_data_parallel", "_get_expert_parallel_group_dict", "_get_expert_data_parallel_group")
-
-
-def check_deepspeed() -> None:
-    """Looks for the functions of DeepSpeed's that expert parallelism calls.
-
-    Raises:
-        ValueError: one is missing; the message names it and the tested versions.
-    """
-    missing = [name for name in NEEDED if not hasattr(groups, name)]
-    if missing:
-        raise ValueError(
-            f"expert parallelism needs {', '.join(missing)}, which this DeepSpeed ({metadata.version('deepspeed')}) "
-            f"does not have; it was made for {TESTED_VERSIONS}. Use that version, or ep_size=1."
-        )
-
-
-def expert_group(name: str) -> dist.ProcessGroup | None:
-    """The expert-parallel group of this rank called `name`; None before an engine has created it."""
-    return groups._get_expert_parallel_group_dict().get(name)
-
-
-def expert_data_group(name: str) -> dist.ProcessGroup:
-    """The ranks that hold the same experts as this one."""
-    return groups._get_expert_data_parallel_group(name)
-
-
-def create_groups(ep_size: int, data_before_expert: bool) -> None:
-    """Creates DeepSpeed's expert-parallel and expert-data-parallel groups, unless they are there."""
-    name = f"ep_size_{ep_size}"
-    if expert_group(name) is None:
-        groups._create_expert_and_data_parallel(ep_size, use_data_before_expert_parallel_=data_before_expert)
-        _look_at_nodes(expert_group(name), data_before_expert)
-
-
-def _look_at_nodes(group: dist.ProcessGroup | None, data_before_expert: bool) -> None:
-    """Warns, on rank 0, of groups that lie on several nodes without need."""
-    assert group is not None
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (socket.gethostname(), dist.get_process_group_ranks(group)))
-    members = sorted({tuple(ranks) for _, ranks in found})
-    message = explain_split(members, [node for node, _ in found], data_before_expert)
-    if message and dist.get_rank() == 0:
-        logger.warning(message)
+from .gather import Gathers
+from .groups import expert_parallel_group
+from .shard import ShardedExperts
 
 
 def _has_shards(model: torch.nn.Module) -> bool:
-    from .shard import ShardedExperts
-
     return any(isinstance(module, ShardedExperts) for module in model.modules())
 
 
@@ -91,7 +35,7 @@ def check_before_configuring(configure: Any) -> Any:
     def checked(self: Any, model: torch.nn.Module) -> Any:
         if _has_shards(model):
             _check_engine(self, model)
-            _schedule_buckets(model)
+            _share_gathers(model)
         return configure(self, model)
 
     return checked
@@ -115,15 +59,13 @@ def _check_engine(engine: Any, model: torch.nn.Module) -> None:
         raise ValueError(f"the model has layers with ep_size {sorted(sizes)}; use one ep_size for all adapters.")
 
 
-def _schedule_buckets(model: torch.nn.Module) -> None:
-    """Gives layers that are to be gathered together one schedule."""
-    from .gather import Schedule
-    from .shard import ShardedExperts
-
-    schedules: dict[int, Schedule] = {}
+def _share_gathers(model: torch.nn.Module) -> None:
+    """Lets the layers of a model be gathered together."""
+    gathers = Gathers()
     for module in model.modules():
-        if isinstance(module, ShardedExperts) and module.spec.bucket_layers > 1:
-            module.schedule = schedules.setdefault(module.spec.bucket_layers, Schedule(module.spec.bucket_layers))
+        if isinstance(module, ShardedExperts):
+            module.gathers = gathers
+    gathers.follow(model)
 
 
 def clip_exactly(clip: Any) -> Any:
@@ -157,7 +99,7 @@ def clip_by_whole_norm(parameters: Iterable[Any], max_norm: float) -> torch.Tens
         else:
             total += square
     for name, square in sorted(by_group.items()):
-        dist.all_reduce(square, group=expert_group(name))
+        dist.all_reduce(square, group=expert_parallel_group(name))
         total += square
     norm = total.sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,6 @@ from torch.utils.tensorboard.summary import hparams
 
 from ..optimizer import GateRiemannianAdamW, GateRiemannianSGD
 from ..redaction import redact, redact_words
-from .deepspeed_engine import basic_optimizer
 
 ADAPTER_FIELDS = (
     *("r", "num_experts", "top_k", "lora_alpha", "scaling", "lora_dropout", "init_lora_weights"),
@@ -47,7 +47,16 @@ def hyperparameters(model: nn.Module, optimizer: Any, extra: dict[str, Any]) -> 
     return {name: value if isinstance(value, Value) else str(value) for name, value in plain.items()}
 
 
-def configuration(model: nn.Module, ds_config: dict[str, Any] | None) -> dict[str, Any]:
+def basic_optimizer(optimizer_or_engine: Any) -> Any:
+    """The optimizer that steps, under the wrappers of DeepSpeed and accelerate."""
+    inner = getattr(optimizer_or_engine, "basic_optimizer", None)
+    found = optimizer_or_engine if inner is None else inner
+    while getattr(found, "optimizer", None) is not None:
+        found = found.optimizer
+    return found
+
+
+def configuration(model: nn.Module, engine: Any = None) -> dict[str, Any]:
     """Command, versions, adapters and DeepSpeed config of the running process, without secrets."""
     versions = {}
     for package in PACKAGES:
@@ -55,6 +64,8 @@ def configuration(model: nn.Module, ds_config: dict[str, Any] | None) -> dict[st
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    given = engine.config if engine is not None else None  # a dict, or the path of a file
+    ds_config = json.loads(Path(given).read_text()) if isinstance(given, str | Path) else given
     adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
     found = {"command": redact_words(sys.argv), "versions": versions, "adapters": adapters, "deepspeed": ds_config}
     return redact(found)

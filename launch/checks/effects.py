@@ -7,12 +7,14 @@ stands in one of the tables below; `tests/launch/test_effects.py` fails for a fi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 from launch.checks.arguments import Arguments, non_defaults
 from launch.checks.errors import UserError, say
-from launch.checks.flags import LANGUAGE
+from launch.checks.flags import LANGUAGE, RunArguments, ScoringArguments
+from launch.data.answering import wants_answers
 
 # Read by the launcher, TRL, transformers or accelerate, whatever their value is. `launch.checks.preflight` bounds some.
 _USED = """
@@ -149,7 +151,11 @@ def check_effects(arguments: Arguments) -> None:
 
 def _check_own(arguments: Arguments) -> None:
     """The launcher's own flags that need another one."""
-    run = arguments.run
+    run, scoring = arguments.run, arguments.scoring
+    if run.revision != RunArguments.revision and os.path.isdir(str(run.model_name_or_path)):
+        say(f"--revision {run.revision} is not used: the model is a folder.")
+    if scoring.max_new_tokens != ScoringArguments.max_new_tokens and not wants_answers(scoring, run.task):
+        say(f"--max_new_tokens {scoring.max_new_tokens} is not used: no answers are scored (--score answers).")
     if run.eval_dataset_split is not None and run.eval_dataset_name is None:
         raise UserError(f"--eval_dataset_split {run.eval_dataset_split} has no effect without --eval_dataset_name.")
     if run.max_eval_samples is not None and not _has_evaluation(arguments):

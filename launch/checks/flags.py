@@ -149,8 +149,7 @@ class AdapterArguments:
     top_k_pattern: str | None = _pattern("top_k")
     ep_size: int = flag(1, "Ranks that share the experts; divides num_experts and the number of ranks. ZeRO 1 or 2.")
     ep_dispatch: str = flag("auto", "With --ep_size > 1: move weights, tokens, or auto.")
-    ep_bucket_layers: int = flag(1, "With --ep_size > 1: layers whose experts are gathered together.")
-    expert_compute: str = flag("auto", "auto, dense, grouped (chosen experts alone) or compiled (by torch.compile).")
+    expert_compute: str = flag("auto", "auto, dense or grouped (chosen experts alone).")
     modules_to_save: list[str] = field(
         default_factory=list, metadata={"help": "Modules trained and saved in full beside the adapter."}
     )

@@ -7,9 +7,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from datasets import IterableDataset
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
 
 from launch.checks.arguments import Arguments
 from launch.checks.errors import UserError, say
@@ -17,7 +17,7 @@ from launch.checks.flags import LANGUAGE
 from launch.data.values import Rows
 from launch.training.processors import Processor, tokenizer_of
 
-SAMPLE = 64  # rows whose tokens are looked at
+SAMPLE = 64  # rows of a stream whose tokens are looked at
 OTHER_TABLES = ("relative", "distance", "vision", "visual", "image", "type")
 
 
@@ -57,13 +57,11 @@ def check_weights(folder: str | None, flag: str) -> None:
             raise UserError(f"{flag}: {file} is damaged, or was cut short: {error}. Copy it again.") from error
 
 
-def check_fit(
-    arguments: Arguments, model: PreTrainedModel, processor: Processor, train: Rows, evaluation: Rows | None
-) -> None:
-    """All checks of this module.
+def check_fit(arguments: Arguments, model: nn.Module, processor: Processor, *data: Rows | None) -> None:
+    """Positions and tokens.
 
     Args:
-        model: without weights.
+        model: may be without weights. data: what it will read; of a stream the first rows are looked at.
 
     Raises:
         UserError: naming the two things that do not fit, with their sizes.
@@ -83,19 +81,15 @@ def check_fit(
             )
     if len(tokenizer) <= rows:
         return
-    for data in filter(None, (train, evaluation)):
-        for number, row in enumerate(islice(iter(data), SAMPLE)):
-            for token in _tokens(row, processor, tokenizer):
-                check_token(token, rows, f"{name}, row {number} of the data")
-
-
-def check_token(token: int, rows: int, where: str) -> None:
-    """Raises for a token that the model has no row for."""
-    if token >= rows:
-        raise UserError(
-            f"{where}: the tokenizer makes the token {token} of it, and the model has rows for {rows} tokens. "
-            "Tokenizer and model do not belong together, or the model was not resized."
-        )
+    for part in data:
+        sample = islice(iter(part or ()), SAMPLE if isinstance(part, IterableDataset) else None)
+        for number, row in enumerate(sample):
+            token = max(_tokens(row, processor, tokenizer), default=0)
+            if token >= rows:
+                raise UserError(
+                    f"{name}, row {number} of the data: the tokenizer makes the token {token} of it, and the model has "
+                    f"rows for {rows} tokens. They do not belong together, or the model was not resized."
+                )
 
 
 def _tokens(row: dict[str, Any], processor: Processor, tokenizer: Any) -> list[int]:
@@ -108,7 +102,7 @@ def _tokens(row: dict[str, Any], processor: Processor, tokenizer: Any) -> list[i
     return tokenizer(text, verbose=False)["input_ids"]
 
 
-def _check_positions(arguments: Arguments, model: PreTrainedModel) -> None:
+def _check_positions(arguments: Arguments, model: nn.Module) -> None:
     """`--max_length` against the model's positions; its default gives way to them."""
     training = arguments.training
     wanted, limit = getattr(training, "max_length", None), position_limit(model)

@@ -52,6 +52,9 @@ OF_THE_RUN = (
     *("ep_bucket_layers", "expert_compute", "svd_cache_dir"),
 )
 HEADED = ("Classification",)
+# PEFT trains these whole (`pre_classifier` of DistilBERT, too), and adapts a layer of one nevertheless.
+TEXT_HEADS = r"(.*\.)?\w*(classifier|score)(\..*)?"
+MASKED = ("ForMaskedLM",)
 SET_BY_FLAGS = {
     "revision": "--revision",
     "trust_remote_code": "--trust_remote_code",
@@ -150,7 +153,6 @@ def adapter_config(adapter: AdapterArguments, task: str) -> Any:
             **{name: _read_pattern(name, getattr(adapter, name)) for name in PATTERNS},
             ep_size=adapter.ep_size,
             ep_dispatch=adapter.ep_dispatch,
-            ep_bucket_layers=adapter.ep_bucket_layers,
             expert_compute=adapter.expert_compute,
             modules_to_save=adapter.modules_to_save or None,
         )
@@ -187,6 +189,8 @@ def check_model(arguments: Arguments, config: Any, skeleton: PreTrainedModel) ->
         _train_head(config, head_name(skeleton))
     elif run.task == "image-text-to-text" and not _is_pattern(arguments.adapter.target_modules):
         config.exclude_modules = outside_text(skeleton)
+    elif run.task == "sequence-classification" and config.target_modules == "all-linear":
+        config.exclude_modules = TEXT_HEADS
     modules = [name for name, _ in skeleton.named_modules()]
     for wish in arguments.adapter.modules_to_save:
         if not any(name == wish or name.endswith(f".{wish}") for name in modules):
@@ -247,6 +251,10 @@ def build_on_meta(arguments: Arguments, model_options: dict[str, Any]) -> PreTra
     options = loading_options(arguments)
     try:
         known = AutoConfig.from_pretrained(run.model_name_or_path, revision=run.revision, trust_remote_code=trust)
+        if run.task == "causal-lm" and any(name.endswith(MASKED) for name in known.architectures or ()):
+            raise UserError(
+                f"{known.architectures[0]} sees what comes after a token, which --task causal-lm has it predict."
+            )
         if "num_labels" in model_options and known.num_labels != model_options["num_labels"]:
             _new_head(known, model_options)
         config, unknown = AutoConfig.from_pretrained(

@@ -23,16 +23,16 @@ CHECKED = "expert parallelism's one module; check_deepspeed names what is missin
 ENUM = "Python's, of an enum; add_peft_type checks what comes out"
 # (file, attribute) that other modules read, and why that is right.
 ALLOWED = {
-    ("tuner/layer.py", "ds_shape"): "adapters and parallel know nothing of each other; a fallback stands beside it",
+    ("tuner/start/base_weight.py", "ds_shape"): "a fallback stands beside it",
     ("tuner/tags.py", "ds_shape"): "as above; without it the shape is (0,), and tagging refuses the layer",
-    ("expert_parallel/engine.py", "_create_expert_and_data_parallel"): CHECKED,
-    ("expert_parallel/engine.py", "_get_expert_parallel_group_dict"): CHECKED,
-    ("expert_parallel/engine.py", "_get_expert_data_parallel_group"): CHECKED,
+    ("expert_parallel/groups.py", "_create_expert_and_data_parallel"): CHECKED,
+    ("expert_parallel/groups.py", "_get_expert_parallel_group_dict"): CHECKED,
+    ("expert_parallel/groups.py", "_get_expert_data_parallel_group"): CHECKED,
     ("checkpoint/elastic.py", "gradient_accumulation_steps"): "a public method of the engine",
     ("checkpoint/run_state.py", "gradient_accumulation_steps"): "a public method of the engine",
     ("checkpoint/run_state.py", "_last_lr"): "of torch's and DeepSpeed's schedulers; only where it is there",
     ("expert_parallel/gather.py", "_current_graph_task_id"): "torch's, as its own checkpointing asks for it",
-    ("monitoring/deepspeed_engine.py", "enabled"): "a public attribute of the engine's monitor",
+    ("monitoring/engine.py", "enabled"): "a public attribute of the engine's monitor",
     ("monitoring/engine.py", "gradient_accumulation_steps"): "a public method of the engine",
     ("monitoring/engine.py", "module"): "a public attribute of the engine",
     ("monitoring/callback.py", "gradient_accumulation_steps"): "of transformers' TrainingArguments",

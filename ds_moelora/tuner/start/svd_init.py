@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -210,14 +211,11 @@ def take_over_start(model: nn.Module, adapter_name: str, entries: Mapping[str, T
             fold(layer, adapter_name, coming[0], coming[1])
 
 
-def while_loading(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of PEFT that makes an adapter only to load saved weights into it: nothing is decomposed inside."""
-
-    def load(*args: Any, **kwargs: Any) -> Any:
-        token = _loading.set(True)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            _loading.reset(token)
-
-    return load
+@contextmanager
+def factors_come_from_a_file() -> Iterator[None]:
+    """Inside, new adapters are made to load saved weights into them: nothing is decomposed."""
+    token = _loading.set(True)
+    try:
+        yield
+    finally:
+        _loading.reset(token)
