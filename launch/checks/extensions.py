@@ -102,8 +102,9 @@ def check_build_lock() -> None:
             lock.unlink(missing_ok=True)
             continue
         if minutes > STALE_MINUTES or (minutes > ABANDONED_MINUTES and not _is_open(lock)):
+            age = "dated in the future" if math.isinf(minutes) else f"{minutes:.0f} minutes old"
             raise UserError(
-                f"{lock} is {'dated in the future' if math.isinf(minutes) else f'{minutes:.0f} minutes old'}: a process "
+                f"{lock} is {age}: a process "
                 "was killed while it built or loaded an extension of DeepSpeed, and every later one waits for it. "
                 "Remove that file."
             )
