@@ -23,15 +23,17 @@ endif
 demo: $(VENV)/.ready
 	OMP_NUM_THREADS=1 deepspeed --num_gpus $(RANKS) launch/train.py --deepspeed configs/zero2.json --overwrite_output_dir
 
+# Two processes of pytest: a test in one process leaves a core to the other. PYTEST_ARGS="-n 0" for a debugger.
+TWO_AT_A_TIME := -n 2 --dist loadgroup --no-loadscope-reorder
 test: $(VENV)/.ready
-	python -m pytest $(PYTEST_ARGS)
+	python -m pytest $(TWO_AT_A_TIME) $(PYTEST_ARGS)
 
 # Every launcher on two hosts out of network namespaces: root, and openssh-server, pdsh, openmpi-bin, iproute2.
 test-multinode: $(VENV)/.ready
 	python -m pytest tests/multinode tests/launch/test_multinode_launch.py tests/launch/test_hosts.py tests/expert_parallel/test_nodes.py -ra $(PYTEST_ARGS)
 
 conformance: $(VENV)/.ready
-	python -m pytest tests/conformance tests/optimizer/test_zero_exactness.py $(PYTEST_ARGS)
+	python -m pytest $(TWO_AT_A_TIME) tests/conformance tests/optimizer/test_zero_exactness.py $(PYTEST_ARGS)
 
 # A run that is killed 25 times at random and restarts itself: about 10 minutes.
 soak: $(VENV)/.ready

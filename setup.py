@@ -7,7 +7,15 @@ HERE = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (HERE / "ds_moelora/__init__.py").read_text()).group(1)
 
 # The launcher (launch/), and ds_moelora.monitoring.
-TRAIN = ["datasets>=3.0", "trl>=1.0", "mpi4py>=4.0", "tensorboard>=2.15", "pillow>=10.1", "pyyaml"]
+TRAIN = [
+    "datasets>=5.0",
+    "trl>=1.0",
+    "mpi4py>=4.0",
+    "tensorboard>=2.15",
+    "pillow>=10.1",
+    "pyyaml",
+    "scikit-learn>=1.4",
+]
 
 setup(
     name="ds_moelora",
@@ -51,6 +59,7 @@ setup(
             *TRAIN,
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.7",
             "hypothesis>=6.100",
             "ruff>=0.9",
             "mypy>=1.14",

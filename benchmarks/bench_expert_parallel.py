@@ -1,4 +1,4 @@
-"""Bytes moved and time of a layer whose experts lie on several ranks: weights or tokens, "auto", and DeepSpeed's MoE.
+"""Bytes moved and time of a layer whose experts lie on several ranks: weights or tokens, and DeepSpeed's MoE.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_expert_parallel.py          # short grid, below 4 minutes on 2 cores
     OMP_NUM_THREADS=1 python benchmarks/bench_expert_parallel.py --full
@@ -34,9 +34,9 @@ from expert_parallel_plot import draw
 from rich.console import Console
 from rich.table import Table
 
-from ds_moelora.expert_parallel.exchange import bytes_moved
+from ds_moelora.expert_parallel.dispatch import bytes_moved, choose_dispatch
 from ds_moelora.expert_parallel.spec import ShardSpec
-from ds_moelora.expert_parallel.trial import way_by_rule
+from ds_moelora.mixture.choice import choose_products
 
 ROOT = Path(__file__).parent.parent
 CSV = ROOT / "benchmarks" / "results" / "expert_parallel.csv"
@@ -53,9 +53,9 @@ def grid(full: bool) -> dict[int, list[Point]]:
     crossing = [Point(2, *CROSSING, 2**n, 512) for n in range(4, 13 if full else 12)]
     shapes, tokens = (FULL_SHAPES, (16, 64, 256, 1024, 4096)) if full else (SHAPES, (32, 256, 1024))
     others = [Point(2, *shape, n, f) for f in ((512, 1024) if full else (512,)) for shape in shapes for n in tokens]
-    buckets = [Point(2, 16, 2, 4, n, 256, in_buckets=True) for n in (32, 512)]
+    stacks = [Point(2, 16, 2, 4, n, 256, in_windows=True) for n in (32, 512)]
     four = [Point(4, *shape, n, 512) for shape in shapes for n in (tokens if full else tokens[::2])]
-    return {2: crossing + others + buckets, 4: four}
+    return {2: crossing + others + stacks, 4: four}
 
 
 def start() -> dict[str, str]:
@@ -87,7 +87,7 @@ def run(points: list[Point], world: int, calibration: bool) -> tuple[list[tuple[
 def row(point: Point, result: Result) -> dict[str, Any]:
     """One line of the CSV file."""
     moved = bytes_moved(point.E, point.ep, point.k, point.features, point.features, point.r, point.tokens, 4)
-    expected = moved.get((result.way or result.case).split(",")[0])
+    expected = moved.get(result.case.split(",")[0])
     quartiles = statistics.quantiles(result.seconds, n=4)
     return {
         "ranks": point.ep,
@@ -96,11 +96,10 @@ def row(point: Point, result: Result) -> dict[str, Any]:
         "r": point.r,
         "tokens_per_rank": point.tokens,
         "features": point.features,
-        "layers": LAYERS if point.in_buckets else 1,
+        "layers": LAYERS if point.in_windows else 1,
         "case": result.case,
-        "way": result.way,
         "bytes_sent": round(result.sent),
-        "bytes_formula": round(LAYERS * moved["weights"]) if point.in_buckets else round(expected) if expected else "",
+        "bytes_formula": round(LAYERS * moved["weights"]) if point.in_windows else round(expected) if expected else "",
         "collectives": result.collectives,
         "ms_median": round(1e3 * quartiles[1], 3),
         "ms_q1": round(1e3 * quartiles[0], 3),
@@ -109,22 +108,18 @@ def row(point: Point, result: Result) -> dict[str, Any]:
     }
 
 
-def regrets(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """At each point: time of a chosen way / time of the fastest, both from the same run; "auto" and the bare rule."""
-    found: dict[str, list[float]] = {"'auto', by trial": [], "by bytes and size": []}
-    ways = {f"{dispatch}, {compute}" for dispatch, compute in WAYS}
-    for taken in (row for row in rows if row["case"] == "auto"):
-        times = {row["case"]: row["ms_median"] for row in rows if same_point(row, taken) and row["case"] in ways}
-        times[taken["way"]] = (times[taken["way"]] + taken["ms_median"]) / 2  # the same code, measured twice
-        for choice, way in zip(found, (taken["way"], by_rule(taken)), strict=True):
-            found[choice].append(times[way] / min(times.values()))
+def regrets(rows: list[dict[str, Any]]) -> list[float]:
+    """At each point: time of the way that "auto" takes / time of the fastest, both from the same run."""
+    found, ways = [], {f"{dispatch}, {compute}" for dispatch, compute in WAYS}
+    for first in (row for row in rows if row["case"] == NO_DROP):
+        times = {row["case"]: row["ms_median"] for row in rows if same_point(row, first) and row["case"] in ways}
+        found.append(times[auto(first)] / min(times.values()))
     return found
 
 
-def by_rule(row: dict[str, Any]) -> str:
-    """The way that `expert_parallel.trial` keeps unless another was clearly faster."""
+def auto(row: dict[str, Any]) -> str:
+    """The way that "auto" takes for `ep_dispatch` and `expert_compute`."""
     E, ep, k, r, features = (row[key] for key in ("E", "ranks", "k", "r", "features"))
-    moved = bytes_moved(E, ep, k, features, features, r, row["tokens_per_rank"], 4)
     spec = ShardSpec(
         layer_name="layer",
         num_experts=E,
@@ -134,10 +129,11 @@ def by_rule(row: dict[str, Any]) -> str:
         out_features=features,
         rank=r,
         dispatch="auto",
-        bucket_layers=1,
         compute="auto",
     )
-    return str(way_by_rule(spec, min(moved, key=lambda dispatch: moved[dispatch])))
+    dispatch = choose_dispatch(spec)
+    experts, chosen = (E, k) if dispatch == "weights" else (E // ep, max(1, k // ep))
+    return f"{dispatch}, {choose_products('auto', experts, chosen, r).name}"
 
 
 def same_point(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -151,8 +147,7 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
     for each in rows:
         fastest = min(other["ms_median"] for other in rows if same_point(each, other) and other["case"] != DEFAULTS)
         first = each is next(other for other in rows if same_point(each, other))
-        note = f" ({each['way']})" if each["way"] else ""
-        note += f" ({each['choices_dropped']:.0%} dropped)" if each["case"] in (NO_DROP, DEFAULTS) else ""
+        note = f" ({each['choices_dropped']:.0%} dropped)" if each["case"] in (NO_DROP, DEFAULTS) else ""
         if first:
             result.add_section()
         result.add_row(
@@ -178,10 +173,10 @@ def main() -> None:
             measured, calibration = run(points, world, calibration=world == 2)
             by_ranks[world] = [row(point, result) for point, results in measured for result in results]
             console.print(table(by_ranks[world], f"{world} ranks, forward and backward, {header['hardware']}"))
-            for choice, regret in regrets(by_ranks[world]).items():
-                within = f"at most 1.10 at {sum(r <= 1.1 for r in regret)} of {len(regret)}"
-                numbers = f"worst {max(regret):.3f}, median {statistics.median(regret):.3f}, {within}"
-                console.print(f"{world} ranks, time of the way chosen {choice} / the fastest way's: {numbers}")
+            regret = regrets(by_ranks[world])
+            within = f"at most 1.10 at {sum(r <= 1.1 for r in regret)} of {len(regret)}"
+            numbers = f"worst {max(regret):.3f}, median {statistics.median(regret):.3f}, {within}"
+            console.print(f"{world} ranks, time of the way that auto takes / the fastest way's: {numbers}")
         if arguments.ranks is None and world == 2:
             found = {"backend": "gloo, 2 ranks", "hardware": header["hardware"], "date": header["date"], **calibration}
             CALIBRATION.write_text(json.dumps(found, indent=2) + "\n")

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ds_moelora import GateRiemannianAdamW, GateRiemannianSGD
 from ds_moelora.mixture.choice import BY_NAME
-from ds_moelora.mixture.compute import ExpertCompute
+from ds_moelora.mixture.mixture import mix
+from ds_moelora.mixture.operands import Operands, Products, RoutingRule
 from ds_moelora.mixture.reference import max_relative_error, reference_layer
-from ds_moelora.mixture.routed import routed_moe_lora
 from ds_moelora.optimizer.reference import ReferenceSGD
 from ds_moelora.pairs import GateSettings, LoraPair, tag_pair
 
@@ -45,7 +45,7 @@ def layer_sizes(tiny: bool) -> Iterator[Size]:
             yield from (Size(*mixture, features, features, tokens) for mixture in MIXTURES)
 
 
-def layer_deviation(device: str, dtype: torch.dtype, compute: ExpertCompute) -> float:
+def layer_deviation(device: str, dtype: torch.dtype, products: Products) -> float:
     """The largest relative error of output and gradients against the per-expert formula in float64."""
     generator = torch.Generator().manual_seed(1)
     T, I, O, E, k, r = 256, 512, 384, 20, 10, 4
@@ -57,7 +57,9 @@ def layer_deviation(device: str, dtype: torch.dtype, compute: ExpertCompute) -> 
     leaves = [draw(size, std).requires_grad_() for size, std in sizes]
     dy = draw((T, O), 1.0)
     base, x, router, A, B = leaves
-    y, _, chosen = routed_moe_lora(base, x, router, A, B, 1.5, k, settings=GateSettings("sqrt"), compute=compute)
+    rule, settings = RoutingRule(k), GateSettings("sqrt")
+    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=1.5, router=router, rule=rule, settings=settings)
+    y, _, chosen = mix(operands, base, products=products)
     y.backward(dy)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     base, x, router, A, B = wide
@@ -98,9 +100,9 @@ def optimizer_deviation(device: str) -> float:
 def check(device: str) -> None:
     """Ends the run if anything deviates from float64 by more than rounding."""
     deviations = {
-        f"layer {dtype}, {compute.name}": (layer_deviation(device, dtype, compute), bound)
+        f"layer {dtype}, {products.name}": (layer_deviation(device, dtype, products), bound)
         for dtype, bound in TOLERANCE.items()
-        for compute in BY_NAME.values()
+        for products in BY_NAME.values()
     }
     deviations["optimizer"] = (optimizer_deviation(device), 1e-3)  # inverses of Gram matrices amplify 6e-8
     for name, (deviation, bound) in deviations.items():
@@ -127,7 +129,7 @@ def run_layers(results: Results, device: str, tiny: bool, copy_rate: float, gemm
         case = {"part": "layer", "dtype": "bfloat16", **vars(size), "modules": 1}
         if results.has(case):
             continue
-        layers = contenders(size, torch.bfloat16, device, loop=False, computes=("dense", "grouped", "compiled"))
+        layers = contenders(size, torch.bfloat16, device, loop=False, computes=("dense", "grouped"))
         x = torch.randn(1, size.tokens, size.in_features, device=device).bfloat16().requires_grad_()
         dy = torch.randn(1, size.tokens, size.out_features, device=device).bfloat16()
         steps = {name: training_step(layer, x, dy) for name, layer in layers.items()}

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ds_moelora.mixture.choice import choose_compute
+from ds_moelora.mixture.choice import choose_products
 
 from .harness import Results, arguments, measure, peak_bytes, ratio, saved_bytes, set_heap
 from .layers import Size, contenders, decoding_step, training_step
@@ -71,7 +71,7 @@ def run(mode: str, dtype: str, size: Size) -> tuple[dict[str, list[float]], dict
         steps = {name: decoding_step(layer, x) for name, layer in layers.items()}
     samples = measure(steps, rounds=(5, 15, 4.0))
     added = {name: statistics.median(seconds) - statistics.median(samples["base"]) for name, seconds in samples.items()}
-    auto = choose_compute("auto", size.experts, size.top_k, size.rank, DTYPES[dtype]).name
+    auto = choose_products("auto", size.experts, size.top_k, size.rank, DTYPES[dtype]).name
     extras: dict[str, dict[str, Any]] = {}
     for name, layer in layers.items():
         extras[name] = {

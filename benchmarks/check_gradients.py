@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ds_moelora.mixture.moe_lora import moe_lora
+from ds_moelora.mixture.mixture import mix
+from ds_moelora.mixture.operands import Operands
 from ds_moelora.mixture.reference import max_relative_error, reference_layer
 from ds_moelora.mixture.routing import route
 from ds_moelora.pairs import GATE_SCALINGS, GateSettings
@@ -41,9 +42,9 @@ def errors(args: Any, gate_scaling: str, scale_input_grad: bool, dtype: torch.dt
     leaves, dy = draw(args, dtype, seed)
     x, base, A, B, router = leaves
     routing = route(x @ router.t(), args.top_k)
-    y = moe_lora(
-        base, x, routing.gates, routing.chosen, A, B, args.scaling, GateSettings(gate_scaling, scale_input_grad)
-    )
+    settings = GateSettings(gate_scaling, scale_input_grad)
+    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=args.scaling, gates=routing.gates, settings=settings)
+    y = mix(operands, base).y
     y.backward(dy)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     x, base, A, B, router = wide

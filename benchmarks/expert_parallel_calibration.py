@@ -63,15 +63,17 @@ def _flops_per_second(
     """
     from ds_moelora.mixture.dense import DENSE
     from ds_moelora.mixture.grouped import GROUPED
-    from ds_moelora.mixture.moe_lora import moe_lora
+    from ds_moelora.mixture.mixture import mix
+    from ds_moelora.mixture.operands import Operands
     from ds_moelora.mixture.routing import route
 
     x, A, B = (torch.randn(*shape).requires_grad_() for shape in ((T, F), (E, F, r), (E, F, r)))
-    gates, chosen = route(torch.randn(T, E).requires_grad_(), k)
-    compute = {"dense": DENSE, "grouped": GROUPED}[name]
+    gates = route(torch.randn(T, E).requires_grad_(), k).gates
+    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=1.0, gates=gates)
+    products = {"dense": DENSE, "grouped": GROUPED}[name]
 
     def call() -> None:
-        y = moe_lora(torch.zeros(T, F), x, gates, chosen, A, B, 1.0, compute=compute)
+        y = mix(operands, torch.zeros(T, F), products=products).y
         torch.autograd.grad(y, [x, gates, A, B], y.detach(), retain_graph=True)
 
     return 3 * 2 * T * (E if name == "dense" else k) * r * 2 * F / _median(call, repetitions)

@@ -35,7 +35,7 @@ class Point:
     r: int
     tokens: int
     features: int
-    in_buckets: bool = False  # a stack of `LAYERS` layers instead, in buckets of several sizes
+    in_windows: bool = False  # a stack of `LAYERS` layers instead, gathered each by itself and several at once
 
 
 LAYERS = 12
@@ -48,7 +48,6 @@ class Result:
     """Seconds of every repetition; bytes that a rank sends, counted at the collectives (mean over the ranks)."""
 
     case: str
-    way: str = ""
     seconds: list[float] = field(default_factory=list)
     sent: float = 0.0
     collectives: int = 0
@@ -161,21 +160,24 @@ def adapted(point: Point, dispatch: str, compute: str) -> Any:
     return layer.train()
 
 
-def stack(point: Point, bucket_layers: int) -> nn.Module:
-    """`LAYERS` layers one after the other, whose weights move in buckets."""
-    from ds_moelora.expert_parallel.gather import Schedule
+def stack(point: Point, window_bytes: int) -> nn.Module:
+    """`LAYERS` layers one after the other, whose experts are gathered in windows of so many bytes."""
+    from ds_moelora.expert_parallel.gather import Gathers
 
-    layers, schedule = [adapted(point, "weights", "dense") for _ in range(LAYERS)], Schedule(bucket_layers)
-    for layer in layers:
-        layer.experts("default").experts_shard().schedule = schedule
-    return nn.Sequential(*layers)
+    model, gathers = nn.Sequential(*(adapted(point, "weights", "dense") for _ in range(LAYERS))), Gathers(window_bytes)
+    for layer in model:
+        layer.experts("default").experts_shard().gathers = gathers
+    gathers.follow(model)
+    return model
 
 
 def cases(point: Point) -> dict[str, nn.Module]:
-    if point.in_buckets:
-        return {f"{LAYERS} layers, buckets of {n}": stack(point, n) for n in (1, 2, 4, LAYERS)}
+    if point.in_windows:
+        from ds_moelora.expert_parallel.gather import WINDOW_BYTES
+
+        sizes = {"a gather each": 0, "in windows": WINDOW_BYTES}
+        return {f"{LAYERS} layers, {name}": stack(point, size) for name, size in sizes.items()}
     modules: dict[str, nn.Module] = {f"{d}, {c}": adapted(point, d, c) for d, c in WAYS}
-    modules["auto"] = adapted(point, "auto", "auto")
     modules[NO_DROP] = WithMoE(point, drop_tokens=False)
     modules[DEFAULTS] = WithMoE(point)
     return modules
@@ -203,7 +205,7 @@ def measure(point: Point, limit: float) -> list[Result]:
     modules = cases(point)
     results = {name: Result(name) for name in modules}
     for name, module in modules.items():
-        for _ in range(2):  # "auto" decides, schedules fill
+        for _ in range(2):  # the order of layers is learned
             step(module, x)
         counter = Counter()
         with counter.counting():
@@ -212,8 +214,6 @@ def measure(point: Point, limit: float) -> list[Result]:
         dist.all_reduce(found)
         results[name].sent, results[name].dropped = (found / dist.get_world_size()).tolist()
         results[name].collectives = counter.calls
-    if "auto" in modules:
-        results["auto"].way = str(modules["auto"].experts("default").experts_shard().way)
     order, shuffle, total = list(modules), random.Random(0), 0.0  # the same on all ranks
     while len(results[order[0]].seconds) < MIN_REPETITIONS or total < limit:
         shuffle.shuffle(order)

@@ -23,7 +23,7 @@ LINES = {
 
 
 def draw(source: Path, target: Path) -> None:
-    """Time and bytes over tokens, with the points that "auto" took; without matplotlib it says so and draws nothing."""
+    """Time and bytes over tokens; without matplotlib it says so and draws nothing."""
     if find_spec("matplotlib") is None:
         print("matplotlib is not installed, so nothing was drawn: pip install -e .[bench]")
         return
@@ -44,17 +44,6 @@ def draw(source: Path, target: Path) -> None:
             points = [(int(row["tokens_per_rank"]), float(row[key]) / unit) for row in rows if row["case"] == case]
             name = case.split(",")[0] if key == "bytes_sent" and not case.startswith("DeepSpeed") else case
             axis.plot(*zip(*sorted(points), strict=True), color=color, linestyle=style, label=name)
-        taken = {row["tokens_per_rank"]: row["way"] for row in rows if row["case"] == "auto"}
-        chosen = [row for row in rows if taken.get(row["tokens_per_rank"]) == row["case"]]
-        axis.scatter(
-            [int(row["tokens_per_rank"]) for row in chosen],
-            [float(row[key]) / unit for row in chosen],
-            s=70,
-            facecolors="none",
-            edgecolors="black",
-            label="taken by auto",
-            zorder=3,
-        )
         axis.set(xscale="log", yscale="log", xlabel="tokens per rank", ylabel=label)
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)

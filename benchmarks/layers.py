@@ -3,7 +3,7 @@
 base     the frozen linear layer alone
 peft     PEFT's LoRA of rank E*r: as many trainable weights, but for the router; the floor for a mixture
 loop     y + s * sum_i g_i B_i A_i x as a loop over experts, all tokens through each, the way published code does it
-dense, grouped, compiled
+dense, grouped
          this package's layer with that `expert_compute`
 """
 

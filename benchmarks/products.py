@@ -2,13 +2,12 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.products
 
-Shape suffixes as in `mixture.moe_lora`: E r = 80 columns (E = 20, r = 4), T = 2048 tokens, I = O = 1024 and 3072
+Shape suffixes as in `mixture.operands`: E r = 80 columns (E = 20, r = 4), T = 2048 tokens, I = O = 1024 and 3072
 features.
 """
 
 from __future__ import annotations
 
-import functools
 import statistics
 
 import torch
@@ -106,23 +105,6 @@ def gates(k: int, num_experts: int) -> dict[str, dict[str, Step]]:
     return {f"gates, {k} of {num_experts}": {"scatter": scattered, "masked_fill": masked}}
 
 
-def compiled(dtype: torch.dtype) -> dict[str, dict[str, Step]]:
-    """What lies between the forward pass's products, one operator after the other and as torch.compile makes it."""
-    p, gate = torch.randn(E * R, T).to(dtype), torch.rand(T, E)
-
-    def weighted(p: Tensor, gate: Tensor) -> Tensor:
-        factor = gate.t().to(p.dtype, memory_format=torch.contiguous_format).unsqueeze(1)
-        return (p.view(E, R, -1) * factor).flatten(0, 1).t().contiguous()
-
-    def tokens_first(p: Tensor, gate: Tensor) -> Tensor:
-        return (p.t().reshape(-1, E, R) * gate.to(p.dtype).unsqueeze(-1)).flatten(1)
-
-    forms: dict[str, Step] = {"operators": lambda: weighted(p, gate)}
-    for name, function in (("compiled", weighted), ("compiled, tokens first", tokens_first)):
-        forms[name] = functools.partial(torch.compile(function), p, gate)
-    return {"gates times projection, tokens first": forms}
-
-
 def main() -> None:
     print(f"torch {torch.__version__}, {hardware()}\n\n| dtype, features | operation | milliseconds |\n|---|---|---|")
     tables = [("fp32", gates(k, num_experts)) for k, num_experts in ((10, 20), (2, 8))]
@@ -130,7 +112,6 @@ def main() -> None:
         for features in (1024, 3072):
             for build in (layouts, router_gradient, one_token):
                 tables.append((f"{name}, {features}", build(dtype, features)))
-        tables.append((name, compiled(dtype)))
     with torch.no_grad():
         for where, operations in tables:
             for operation, forms in operations.items():

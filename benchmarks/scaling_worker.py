@@ -28,8 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ds_moelora
 from benchmarks.harness import peak_bytes
+from benchmarks.traffic import Traffic
 from benchmarks.train_lora import lora_config
-from ds_moelora.monitoring.traffic import CommMeter
 from launch.checks.extensions import load_collectives, unlink_buffers
 from launch.checks.flags import AdapterArguments
 
@@ -116,15 +116,15 @@ def measure(case: dict[str, Any], rounds: int) -> dict[str, dict[str, Any]]:
                 torch.cuda.synchronize()
             found[name]["wall"].append(time.perf_counter() - wall)
             found[name]["cpu"].append(time.process_time() - cpu)
-    meter = CommMeter()
     for name in CONTENDERS:
-        meter.start()
-        steps[name]()
-        meter.stop()
+        with Traffic() as traffic:
+            steps[name]()
         mine = torch.tensor([*found[name]["wall"], memory[name]], dtype=torch.float64, device=device)
         dist.all_reduce(mine, op=dist.ReduceOp.MAX)
         *found[name]["wall"], found[name]["memory"] = mine.tolist()
-        sums = torch.tensor([*found[name]["cpu"], meter.sent, meter.calls.total()], dtype=torch.float64, device=device)
+        sums = torch.tensor(
+            [*found[name]["cpu"], traffic.sent, traffic.calls.total()], dtype=torch.float64, device=device
+        )
         dist.all_reduce(sums)
         *cpu_s, sent, calls = (sums / world).tolist()
         found[name] |= {"cpu": cpu_s, "sent": sent, "collectives": calls}

@@ -1,10 +1,9 @@
-"""Tags that tell an optimizer which parameters form a low-rank pair.
+"""Tags that tell an optimizer which parameters form a low-rank pair, and the gate settings that both sides share.
 
-A Riemannian preconditioner of `s * B A` needs to know, for every parameter it is given, whether it is the A, the B
-or the router of a mixture, and who its partner is. That knowledge travels on the `nn.Parameter` itself (DeepSpeed's own
-habit: `allreduce`, `group_name`): it survives whatever grouping, ordering and wrapping stands between the model and the
-optimizer. Both parameters of a pair carry the *same* `LoraPair` object, which is how the optimizer pairs them up; the
-object holds no reference to the parameters, so that tagged models can still be pickled.
+A Riemannian preconditioner of `s * B A` has to know of every parameter whether it is the A, the B or the router of a
+mixture, and which parameter is its partner. That knowledge travels on the `nn.Parameter` itself (DeepSpeed's own habit:
+`allreduce`, `group_name`), so it survives whatever grouping, ordering and wrapping stands between model and optimizer.
+Both parameters of a pair carry the *same* `LoraPair`. It holds no reference to them: tagged models can be pickled.
 
 `copy.deepcopy(model)` and a move from the meta device make new Parameters without tags;
 `ds_moelora.tag_lora_pairs(model)` puts them back.
@@ -13,7 +12,7 @@ object holds no reference to the parameters, so that tagged models can still be 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -21,9 +20,17 @@ GATE_SCALINGS = ("none", "sqrt", "full")
 Role = Literal["A", "B", "router"]
 
 
+class GateConflictError(ValueError):
+    """Two living optimizers ask one layer for different gate settings."""
+
+
 @dataclass(eq=False)
 class GateSettings:
-    """How a mixture's backward pass scales the gradient of its experts (shared by a layer and its optimizer).
+    """How a mixture's backward pass scales the gradient of its experts.
+
+    The layer owns them. An optimizer may hold them at other values: from `hold` until it calls `release`, which the
+    package's optimizers do when they are garbage-collected. Then the layer's own values are back. A copy of a layer, or
+    an unpickled one, has its own values: no optimizer holds it.
 
     Args:
         gate_scaling: factor h on the gradient that reaches an expert's A and B, given the gate g:
@@ -34,6 +41,36 @@ class GateSettings:
 
     gate_scaling: str = "none"
     scale_input_grad: bool = False
+
+    def __post_init__(self) -> None:
+        self._holders: dict[int, str] = {}  # key of each holder, and its name
+        self._own = (self.gate_scaling, self.scale_input_grad)
+
+    def hold(self, key: int, holder: str, gate_scaling: str, scale_input_grad: bool) -> None:
+        """Sets both values until `release(key)`; a holder that is there already may change its mind.
+
+        Raises:
+            GateConflictError: another holder wants other values.
+        """
+        held, wanted = (self.gate_scaling, self.scale_input_grad), (gate_scaling, scale_input_grad)
+        others = [name for other, name in self._holders.items() if other != key]
+        if others and held != wanted:
+            raise GateConflictError(
+                f"{holder} asks for gate_scaling={gate_scaling!r} and scale_input_grad={scale_input_grad}, but another "
+                f"living optimizer ({others[0]}) holds the layer at {held[0]!r} and {held[1]}"
+            )
+        if not self._holders:
+            self._own = held
+        self._holders[key] = holder
+        self.gate_scaling, self.scale_input_grad = wanted
+
+    def release(self, key: int) -> None:
+        """Ends a hold. With the last one the layer has its own values again."""
+        if self._holders.pop(key, None) is not None and not self._holders:
+            self.gate_scaling, self.scale_input_grad = self._own
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._own if self._holders else (self.gate_scaling, self.scale_input_grad)
 
 
 @dataclass(eq=False)
@@ -48,6 +85,7 @@ class LoraPair:
         rank_first_A: False: A is (E, in, r), as MoE-LoRA stores it. True: A is (r, in), as PEFT stores it (E = 1).
             B is always (E, out, r), or (out, r).
         gate: the layer's gate settings; None where there is no gate (plain LoRA).
+        awaits: name of an optimizer that was built for the pair and has not run yet; "" otherwise.
     """
 
     name: str
@@ -55,7 +93,8 @@ class LoraPair:
     rank: int
     scaling: float = 1.0
     rank_first_A: bool = False
-    gate: GateSettings | None = field(default=None)
+    gate: GateSettings | None = None
+    awaits: str = field(default="", init=False, repr=False)
 
 
 def tag_parameter(param: nn.Parameter, pair: LoraPair, role: Role) -> None:

@@ -10,9 +10,8 @@ import torch
 
 from .expert_parallel.spec import ShardSpec, register_shard_builder
 from .optimizer import GateRiemannianAdamW, GateRiemannianSGD
+from .patches import install_at_import, install_for_expert_parallelism
 from .tuner import register_with_peft
-from .tuner.distributed_processes import find_ranks
-from .tuner.processes import register_ranks
 
 OPTIMIZERS = (GateRiemannianAdamW, GateRiemannianSGD)
 
@@ -24,8 +23,8 @@ def register() -> None:
       listed in `ZERO_SUPPORTED_OPTIMIZERS`. Without DeepSpeed installed this part is left out, and so it is on the
       import by `python -m ds_moelora`: DeepSpeed takes long to import and prints to stdout.
     - `ep_size > 1` gets its modules from `expert_parallel.shard`; without DeepSpeed it is refused.
-    - SVD initialisation finds the other ranks and partitioned weights through `tuner.distributed_processes`.
-    - PEFT resolves `peft_type` "MOELORA" through its mappings.
+    - PEFT resolves `peft_type` "MOELORA" through its enum and its mappings.
+    - What must be replaced in other libraries is listed in `patches`.
 
     Raises:
         RuntimeError: another library put a different optimizer of the same name into `torch.optim`.
@@ -35,9 +34,10 @@ def register() -> None:
         if getattr(torch.optim, name, optimizer) is not optimizer:
             raise RuntimeError(f"torch.optim.{name} is already taken by {getattr(torch.optim, name)!r}.")
         setattr(torch.optim, name, optimizer)
+    with_deepspeed = find_spec("deepspeed") is not None and not _starts_as_command()
+    install_at_import(with_deepspeed)
     register_with_peft()
-    register_ranks(find_ranks)
-    if find_spec("deepspeed") is not None and not _starts_as_command():
+    if with_deepspeed:
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
         register_shard_builder(_build_shard)
@@ -51,6 +51,7 @@ def _starts_as_command() -> bool:
 
 
 def _build_shard(spec: ShardSpec) -> Any:
+    install_for_expert_parallelism()
     # Imported by who needs it: it subclasses a class of DeepSpeed's.
     from .expert_parallel.shard import ShardedExperts
 

@@ -42,10 +42,12 @@ from launch.checks.flags import (
     ScoringArguments,
     flag,
 )
-from launch.data import answering, formats, images
+from launch.checks.preflight import check_task
+from launch.data import answering, classification, images
+from launch.data.causal import causal_rows
 from launch.data.rows import load_rows
 from launch.demo import defaults as demo
-from launch.training import trainers
+from launch.training import fit, trainers
 from launch.training.loading import (
     Source,
     find_source,
@@ -108,9 +110,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         wish.dtype,
         wish.trust_remote_code,
         wish.classes,
+        wish.attn_implementation,
     )
-    wish.task = source.task
+    wish.task, wish.model_name_or_path = source.task, source.base
     answers = answering.wants_answers(scoring, source.task)
+    check_task(wish)
+    if wish.max_length is not None and source.task == "image-classification":
+        raise UserError(f"--max_length {wish.max_length} has no effect with --task {source.task}.")
+    if wish.classes and source.task == "causal-lm":
+        raise UserError(f"--classes {' '.join(wish.classes)} has no effect with --task {source.task}.")
     if wish.predictions and not answers:
         raise UserError("--predictions needs answers: --score answers, or --answer_pattern.")
     processor = load_processor(source)
@@ -177,7 +185,7 @@ def load_evaluation_rows(
     """The rows as the task's trainer takes them.
 
     Raises:
-        UserError: as `launch.data.rows` and `launch.data.formats`, or a label that is none of the model's classes.
+        UserError: as `launch.data.rows` and `launch.data.causal`, or a label that is none of the model's classes.
     """
     where = f"--dataset_name {wish.dataset_name}"
     if wish.dataset_name == DEMO:
@@ -187,11 +195,14 @@ def load_evaluation_rows(
         wish.dataset_name, "--dataset_name", wish.dataset_split, wish.dataset_config, wish.max_eval_samples, pictures
     )
     if source.task == "causal-lm":
-        return formats.causal_rows(rows, wish, where, bool(processor.chat_template))
-    rows = (images.labelled_images if pictures else formats.classification_texts)(rows, wish, where)
+        return causal_rows(rows, wish, where, processor)
+    usual = images.LABELS_OF_PICTURES if pictures else classification.LABEL_COLUMNS
+    names = source.classes or classification.class_names(rows, wish.label_column, usual)
+    convert = images.labelled_images if pictures else classification.classification_texts
+    rows = convert(rows, wish, where, source.regression)
     if source.regression:
-        return formats.number_targets(rows, where)
-    return formats.number_labels(rows, source.classes or formats.label_names(rows, where), where)
+        return rows.rename_column("label", "labels")
+    return classification.number_labels(rows, classification.label_names(rows, where, names), where)
 
 
 def build_evaluator(
@@ -213,6 +224,7 @@ def build_evaluator(
     training.include_num_input_tokens_seen = "no"
     training.start()
     arguments = Arguments(run=wish, adapter=AdapterArguments(), scoring=scoring, training=training, demo=False)
+    fit.check_fit(arguments, model, processor, rows)
     # TRL insists on training rows.
     train = Dataset.from_dict({"prompt": ["-"], "completion": ["-"]}) if wish.task == "causal-lm" else rows.select([0])
     return trainers.build_trainer(arguments, model, processor, train, rows, [])

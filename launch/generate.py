@@ -23,13 +23,13 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from datasets import Dataset
-from transformers import TextStreamer, set_seed
+from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from launch.checks.arguments import read_flags
 from launch.checks.errors import UserError, run_guarded
 from launch.checks.flags import DataArguments, flag
-from launch.data.answering import write_answers
-from launch.data.formats import causal_rows
+from launch.data.answering import Worded, word_prompt, write_answers
+from launch.data.causal import causal_rows
 from launch.training.loading import find_source, inference_precision, load_for_inference, load_processor, quieten
 
 TEMPLATES = ("none", "alpaca", "plain", "chat")
@@ -43,6 +43,7 @@ class GenerationArguments:
     model_name_or_path: str | None = flag(None, "Base model. Default: the one that the adapter names.")
     revision: str = flag("main", "Branch, tag or commit of a model from the hub.")
     dtype: str = flag("auto", "Of the base model: float32, bfloat16, float16; auto: bfloat16 where a GPU has it.")
+    attn_implementation: str | None = flag(None, "The model's attention: eager, sdpa, flash_attention_2, ...")
     prompt: list[str] = field(default_factory=list, metadata={"help": "One or several prompts."})
     prompt_file: str | None = flag(None, "A text file with one prompt per line. Neither: prompts are read from stdin.")
     prompt_template: str = field(
@@ -108,7 +109,13 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     (wish,) = read_flags((GenerationArguments,), sys.argv[1:] if argv is None else argv, "launch/generate.py")
     prompts = wish.prompt or (_read_prompts(wish.prompt_file) if wish.prompt_file else [])
     source = find_source(
-        wish.adapter, wish.model_name_or_path, "causal-lm", wish.revision, wish.dtype, wish.trust_remote_code
+        wish.adapter,
+        wish.model_name_or_path,
+        "causal-lm",
+        wish.revision,
+        wish.dtype,
+        wish.trust_remote_code,
+        attn_implementation=wish.attn_implementation,
     )
     tokenizer = load_processor(source)
     model = load_for_inference(source, tokenizer)
@@ -117,14 +124,15 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
         if not prompts:
             for text in _typed_prompts():
                 streamer = None if wish.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-                prompt = worded([text], wish, bool(tokenizer.chat_template))
+                prompt = worded([text], wish, tokenizer)
                 (answer,) = write_answers(model, tokenizer, prompt, streamer=streamer, **wish.options())
                 if wish.json:
                     _print_json(text, answer)
             return []
-        worded_prompts = worded(prompts, wish, bool(tokenizer.chat_template))
         title = "Answers" if len(prompts) > wish.batch_size else None
-        answers = write_answers(model, tokenizer, worded_prompts, wish.batch_size, title, **wish.options())
+        answers = write_answers(
+            model, tokenizer, worded(prompts, wish, tokenizer), wish.batch_size, title, **wish.options()
+        )
     for text, answer in zip(prompts, answers, strict=True):
         if wish.json:
             _print_json(text, answer)
@@ -133,22 +141,25 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     return answers
 
 
-def worded(texts: list[str], wish: GenerationArguments, has_chat_template: bool) -> list[Any]:
-    """What the model reads: text, or chat messages. Worded as in training, by the same function."""
+def worded(texts: list[str], wish: GenerationArguments, tokenizer: PreTrainedTokenizerBase) -> list[Worded]:
+    """What the model reads. Worded as in training, by the same function."""
     if wish.prompt_template == "none":
-        return texts
-    rows = Dataset.from_dict({"instruction": texts, "output": ["-"] * len(texts)})
+        return [word_prompt(text, tokenizer) for text in texts]
+    system = {} if wish.system is None else {"system": [wish.system] * len(texts)}
+    rows = Dataset.from_dict({"instruction": texts, "output": ["-"] * len(texts), **system})
     run = DataArguments(prompt_template=wish.prompt_template)
-    prompts = causal_rows(rows, run, f"--prompt_template {wish.prompt_template}:", has_chat_template)["prompt"]
-    system = [] if wish.system is None else [{"role": "system", "content": wish.system}]
-    return [[*system, *prompt] if isinstance(prompt, list) else prompt for prompt in prompts]
+    prompts = causal_rows(rows, run, f"--prompt_template {wish.prompt_template}", tokenizer)["prompt"]
+    return [word_prompt(prompt, tokenizer) for prompt in prompts]
 
 
 def _read_prompts(name: str) -> list[str]:
     path = Path(name)
     if not path.is_file():
         raise UserError(f"--prompt_file {name}: there is no such file (working directory: {Path.cwd()}).")
-    prompts = [line for line in path.read_text().splitlines() if line.strip()]
+    try:
+        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt_file {name}: byte {error.start} is not UTF-8; convert the file.") from error
     if not prompts:
         raise UserError(f"--prompt_file {name} has no line with text.")
     return prompts

@@ -43,7 +43,22 @@ if [[ $# -eq 0 ]]; then
   exit 2
 fi
 
-status=$(mktemp)
+# What is needed here, before anything is started whose end could not be learnt.
+for program in mktemp setsid sed; do
+  if ! command -v "$program" >/dev/null; then
+    echo "supervise: $program is not on PATH; nothing was started." >&2
+    exit 1
+  fi
+done
+if ! status=$(mktemp) || ! echo "begun" >"$status"; then
+  echo "supervise: no status file in ${TMPDIR:-/tmp}; make room there, or name another folder by TMPDIR. Nothing was" \
+    "started." >&2
+  exit 1
+fi
+if ! command -v "$1" >/dev/null; then
+  echo "supervise: there is no command '$1'; nothing was started." >&2
+  exit 2
+fi
 trap 'rm -f "$status"' EXIT
 group=0 told=""
 
@@ -56,7 +71,7 @@ pass_on() {
   told=$1
   ((group)) || return 0
   read -r pid host <<<"$(last started)"
-  if [[ $1 != INT && -n "${pid-}" && "$host" == "$(hostname)" ]] && kill -s "$1" "$pid" 2>/dev/null; then
+  if [[ $1 != INT && -n "${pid-}" && "$host" == "$(uname -n)" ]] && kill -s "$1" "$pid" 2>/dev/null; then
     say "SIG$1 is passed on to rank 0 (pid $pid)."
   else
     say "SIG$1: everything that was started is ended."

@@ -27,7 +27,7 @@ import datasets
 import deepspeed
 import torch.distributed as dist
 import transformers
-from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import set_seed
 
 import ds_moelora  # noqa: F401  (registers the optimizers and the tuner)
@@ -35,16 +35,19 @@ from ds_moelora.monitoring import MoELoRACallback
 from ds_moelora.tuner import record_training
 from launch.checkpoint import resume, saving
 from launch.checkpoint.stopping import Stopping
+from launch.checks import errors
 from launch.checks import preflight as checks
 from launch.checks.arguments import Arguments, parse_arguments
 from launch.checks.errors import MASTER_PORT, UserError, adopt_rank, process_rank, run_guarded
 from launch.checks.extensions import find_free_port, load_collectives, unlink_buffers
 from launch.checks.flags import LANGUAGE
 from launch.cluster import watchdog
-from launch.data import answering, image_text, images
-from launch.data.sources import load_data
+from launch.cluster.agreement import check_same_data
+from launch.data import answering
 from launch.demo import defaults as demo
 from launch.training import card, modeling, report, trainers
+from launch.training.finishing import HubUpload, guard_curves, not_fatal
+from launch.training.prepared import prepare
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -64,22 +67,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv, demo.DEFAULTS)
     optimizer = checks.preflight(arguments)
     answers = answering.wants_answers(arguments.scoring, arguments.run.task)
-    config = modeling.adapter_config(arguments.adapter, arguments.run.task)
+    made, _ = prepare(arguments)
+    processor, evaluation = made.processor, made.evaluation
     if arguments.demo:
         arguments.run.model_name_or_path = str(demo.base_model())
-    processor = load_processor(arguments)
-    train, evaluation, model_options = load_data(arguments, processor)
-    modeling.check_model(arguments, config, model_options)
 
     watch = start(arguments)
+    check_same_data({"--dataset_name": made.train, "--eval_dataset_name": evaluation})
+    watch.reached("the comparison of data")
     set_seed(arguments.training.seed)
-    model = modeling.load_model(arguments, config, model_options, processor)
+    model = modeling.load_model(arguments, made.config, made.model_options, processor)
+    watch.reached("the loading of the model")
     stopping = Stopping(arguments.run.stop_after_nan_steps)
     status = saving.StatusFile(arguments.run.status_file)
-    callbacks: list[TrainerCallback] = [trainers.OptimizerGuard(optimizer), stopping, status]
+    callbacks: list[TrainerCallback] = [trainers.OptimizerGuard(optimizer), stopping, status, watchdog.Progress(watch)]
     if arguments.demo:
         callbacks.append(demo.ExactMatch(processor))
-    trainer = trainers.build_trainer(arguments, model, processor, train, evaluation, callbacks)
+    hub = HubUpload(arguments.training)
+    callbacks.append(hub)
+    trainer = trainers.build_trainer(arguments, model, processor, made.train, evaluation, callbacks)
+    guard_curves(trainer)
     trainer.unsafe_checkpoints = arguments.run.unsafe_checkpoints
     if trainer.is_world_process_zero():
         report.print_truncation(trainer.truncation)
@@ -88,24 +95,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     if "tensorboard" in arguments.training.report_to:
         trainer.add_callback(MoELoRACallback(trainer))
     summary = run(trainer, arguments, optimizer, callbacks)
-    status.write(trainer.state, f"{'preempted' if stopping.preempted else 'finished'} {trainer.state.global_step}")
+    if summary is not None:
+        hub.finish()
+    with not_fatal("its line in --status_file", arguments.training.output_dir):
+        status.write(trainer.state, f"{'preempted' if stopping.preempted else 'finished'} {trainer.state.global_step}")
     if dist.is_initialized():
         dist.barrier()
-        if watch is not None:
-            watch.stop()
+        watch.stop()
         # Left to the interpreter's end, a rank that is late finds its peers' sockets gone, and aborts.
         dist.barrier()
         dist.destroy_process_group()
     return summary
-
-
-def load_processor(arguments: Arguments) -> PreTrainedTokenizerBase | BaseImageProcessor | ProcessorMixin:
-    """The tokenizer, what prepares pictures, or both."""
-    if arguments.run.task == "image-text-to-text":
-        return image_text.load_processor(arguments)
-    if arguments.run.task == "image-classification":
-        return images.load_image_processor(arguments)
-    return modeling.load_tokenizer(arguments)
 
 
 def quieten() -> None:
@@ -116,7 +116,7 @@ def quieten() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def start(arguments: Arguments) -> watchdog.Watchdog | None:
+def start(arguments: Arguments) -> watchdog.Watchdog:
     """Opens torch.distributed, completes the training arguments, and settles which checkpoint the run goes on from."""
     if process_rank()[1] == 1:
         # Started by plain `python`: DeepSpeed would look for MPI, which need not be there, to learn that it is alone.
@@ -127,9 +127,11 @@ def start(arguments: Arguments) -> watchdog.Watchdog | None:
             os.environ.setdefault(name, value)
     if arguments.training.deepspeed or process_rank()[1] > 1:
         load_collectives()
+        timeout = timedelta(seconds=arguments.training.ddp_timeout)
+        watchdog.limit_groups(timeout)
         # Before transformers does: it reads the launcher's environment alone, while DeepSpeed also asks MPI.
         deepspeed.init_distributed(
-            timeout=timedelta(seconds=arguments.training.ddp_timeout),
+            timeout=timeout,
             distributed_port=int(os.environ.get("MASTER_PORT", MASTER_PORT)),  # for MPI's ranks, whom nobody told
         )
         unlink_buffers()
@@ -162,6 +164,7 @@ def run(
 ) -> dict[str, Any] | None:
     """Trains, evaluates, saves and reports; None if training was told to stop before its end."""
     training, stopping = arguments.training, trainer.stopping
+    errors.training_begins()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     if stopping.preempted:
         if trainer.is_world_process_zero():
@@ -177,9 +180,23 @@ def run(
             f"{resume.newest_complete(training.output_dir)}."
         )
     eval_metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    record_training(trainer.model, card.training_record(arguments, trainer, optimizer, eval_metrics))
+    with not_fatal("the card's part on training", training.output_dir):
+        record_training(trainer.model, card.training_record(arguments, trainer, optimizer, eval_metrics))
     # Gathers what ZeRO-3 has sharded; PEFT then writes the adapter alone.
     trainer.save_model(training.output_dir)
+    with not_fatal("its summary", training.output_dir):
+        return report_run(trainer, arguments, optimizer, callbacks, eval_metrics)
+    return {}
+
+
+def report_run(
+    trainer: Trainer,
+    arguments: Arguments,
+    optimizer: str,
+    callbacks: list[TrainerCallback],
+    eval_metrics: dict[str, float],
+) -> dict[str, Any]:
+    """The closing summary, written and printed by rank 0."""
     extra: dict[str, Any] = {"truncation": {name: count.as_dict() for name, count in trainer.truncation.items()}}
     if arguments.run.task not in LANGUAGE:
         extra["regression"] = arguments.run.regression
@@ -190,7 +207,7 @@ def run(
         extra["exact_match"] = exact_match.accuracy
     summary = report.summarize(trainer, optimizer, eval_metrics, extra)
     if trainer.is_world_process_zero():
-        path = report.write_summary(summary, training.output_dir)
+        path = report.write_summary(summary, arguments.training.output_dir)
         if exact_match is not None:
             exact_match.print_table()
         report.print_summary(summary, path)

@@ -34,7 +34,7 @@ from launch.training import modeling
 from tests.support.launch_draws import RANKS, Draw, draws
 from tests.support.launch_support import launch, tiny_model
 
-LIMIT_SECONDS = 20
+LIMIT_SECONDS = 300
 
 
 class Started(Exception):  # noqa: N818
@@ -161,7 +161,7 @@ def fuzz_processes(count: int) -> Figures:
 
         collect()
         for draw in list(chosen.values())[:count]:
-            finished = launch(draw.write(folder), ranks=RANKS, timeout=10 * LIMIT_SECONDS)
+            finished = launch(draw.write(folder), ranks=RANKS, timeout=LIMIT_SECONDS)
             figures.draws += 1
             figures.invalid += 1
             figures.seconds.append(finished.seconds)

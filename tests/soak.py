@@ -85,7 +85,7 @@ class Soak:
     def _wait(self, condition, timeout: float = 400.0) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
-            assert self.run.process.poll() is None, f"ended too early:\n{self.run.output[-4000:]}"
+            assert self.run.code() is None, f"ended too early:\n{self.run.output[-4000:]}"
             assert time.monotonic() < deadline, f"nothing for {timeout} s:\n{self.run.output[-4000:]}"
             time.sleep(0.05)
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..expert_parallel.engine import expert_data_group
+from ..expert_parallel.groups import expert_data_group
 from ..expert_parallel.shard import ShardedExperts
 from ..optimizer.sharding.placement import Placement
 from ..optimizer.sharding.zero import Storage, find_storage, trained_groups, whole_shape, write_parameter

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from .tables import plain
+
 COMMANDS = ("plan", "preview", "inspect", "export")
 
 
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         foreseen = isinstance(error, ValueError)
-        message = " ".join(str(error).split())
+        message = plain(" ".join(str(error).split()))
         if not foreseen:
             message = f"{type(error).__name__}: {message} (--debug shows where)"
         print(f"error: {message}", file=sys.stderr)

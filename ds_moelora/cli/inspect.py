@@ -24,7 +24,7 @@ from typing import Any
 
 from ..tuner.files.adapter_file import SavedAdapter, read_adapter
 from ..tuner.files.inspection import ExpertFacts, LayerFacts, layer_facts
-from .tables import table
+from .tables import plain, table
 
 SUMMARY = "layers, ranks, norms, condition numbers and routers of a saved adapter"
 SHOWN_FINDINGS = 5
@@ -50,10 +50,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_finite(as_dict(args.adapter, adapter, facts)), indent=2))
         return 0
-    parts = [_headline(args.adapter, adapter, facts)]
+    parts = [plain(_headline(args.adapter, adapter, facts))]
     parts.append(layer_table("Layers", [(f.name, [f]) for f in facts]) if args.layers else _kinds_table(facts))
     parts += [expert_table(layer) for layer in chosen]
-    parts.append("\n".join(f"- {line}" for line in findings(facts)) or "Nothing stands out.")
+    parts.append("\n".join(f"- {plain(line)}" for line in findings(facts)) or "Nothing stands out.")
     print("\n\n".join(parts))
     return 0
 

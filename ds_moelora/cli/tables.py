@@ -13,6 +13,11 @@ from rich.table import Table
 PIPED_WIDTH = 150
 
 
+def plain(text: str) -> str:
+    """Names come from files: what a terminal would obey (escapes, other control characters) becomes visible."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], style: str = "table") -> str:
     """A table as text. The first column is left-aligned, and so is every column whose header begins with a space.
 
@@ -21,7 +26,10 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], styl
     """
     left = [i == 0 or name.startswith(" ") for i, name in enumerate(header)]
     names = [name.strip() for name in header]
+    rows = [[plain(cell.replace("\n", " ")) for cell in row] for row in rows]
+    title = plain(title)
     if style == "markdown":
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
         lines = [names, ["---" if is_left else "---:" for is_left in left], *rows]
         return "\n".join([f"{title}:", "", *("| " + " | ".join(line) + " |" for line in lines)])
     out = Table(title=title, title_justify="left", header_style="bold")
@@ -37,7 +45,7 @@ def rendered(content: Table) -> str:
     """As wide as the terminal; colours only there."""
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if terminal else PIPED_WIDTH
-    console = Console(file=io.StringIO(), width=width, force_terminal=terminal, markup=False)
+    console = Console(file=io.StringIO(), width=width, force_terminal=terminal, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(content)
     return capture.get().rstrip("\n")

@@ -1,9 +1,7 @@
-"""What DeepSpeed's engine must be told, or kept from, before it trains mixtures with `ep_size > 1`; and its groups.
+"""What DeepSpeed's engine must be told, or kept from, before it trains mixtures with `ep_size > 1`.
 
-The one module that uses DeepSpeed's internals of expert parallelism, as `zero.py` is for its optimizers.
-
-Installed by `adapt_engine` when the first expert-parallel layer is built; models without one are never affected.
-Seen on DeepSpeed 0.19.8:
+Wrappers, original -> replacement, which `ds_moelora.patches` installs when the first expert-parallel layer is built;
+models without one are never affected. Seen on DeepSpeed 0.19.8:
 
 - ZeRO-3 refuses native MoE layers with an AssertionError that names neither the setting nor the way out.
 - At stage 0 in fp32 `clip_grad_norm_` takes each rank's norm over its own experts and averages the norms over the
@@ -15,99 +13,29 @@ Seen on DeepSpeed 0.19.8:
 
 from __future__ import annotations
 
-import functools
-import logging
-import socket
 from collections.abc import Iterable
-from importlib import metadata
 from typing import Any
 
-import deepspeed.runtime.engine as ds_engine
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
-from deepspeed.utils import groups
 
-from .nodes import explain_split
-
-logger = logging.getLogger("ds_moelora")
-_MARK = "_ds_moelora_adapted"
-TESTED_VERSIONS = "0.19.8"
-
-
-# What is used of DeepSpeed's internals.
-NEEDED: tuple[tuple[Any, tuple[str, ...]], ...] = (
-    (ds_engine.DeepSpeedEngine, ("_configure_distributed_model", "clip_fp32_gradients")),
-    (ds_engine, ("configure_moe_param_groups",)),
-    (
-        groups,
-        ("_create_expert_and_data_parallel", "_get_expert_parallel_group_dict", "_get_expert_data_parallel_group"),
-    ),
-)
-
-
-def adapt_engine() -> None:
-    """Wraps three functions of DeepSpeed's engine; calling it again changes nothing.
-
-    Raises:
-        ValueError: this DeepSpeed lacks something that is needed; the message names it and the tested versions.
-    """
-    engine = ds_engine.DeepSpeedEngine
-    if getattr(engine, _MARK, False):
-        return
-    missing = [name for owner, names in NEEDED for name in names if not hasattr(owner, name)]
-    if missing:
-        raise ValueError(
-            f"expert parallelism needs {', '.join(missing)}, which this DeepSpeed ({metadata.version('deepspeed')}) "
-            f"does not have; it was made for {TESTED_VERSIONS}. Use that version, or ep_size=1."
-        )
-    setattr(engine, _MARK, True)
-    engine._configure_distributed_model = _checked(engine._configure_distributed_model)
-    engine.clip_fp32_gradients = _exact_clipping(engine.clip_fp32_gradients)
-    ds_engine.configure_moe_param_groups = _named_groups(ds_engine.configure_moe_param_groups)
-
-
-def expert_group(name: str) -> dist.ProcessGroup | None:
-    """The expert-parallel group of this rank called `name`; None before an engine has created it."""
-    return groups._get_expert_parallel_group_dict().get(name)
-
-
-def expert_data_group(name: str) -> dist.ProcessGroup:
-    """The ranks that hold the same experts as this one."""
-    return groups._get_expert_data_parallel_group(name)
-
-
-def create_groups(ep_size: int, data_before_expert: bool) -> None:
-    """Creates DeepSpeed's expert-parallel and expert-data-parallel groups, unless they are there."""
-    name = f"ep_size_{ep_size}"
-    if expert_group(name) is None:
-        groups._create_expert_and_data_parallel(ep_size, use_data_before_expert_parallel_=data_before_expert)
-        _look_at_nodes(expert_group(name), data_before_expert)
-
-
-def _look_at_nodes(group: dist.ProcessGroup | None, data_before_expert: bool) -> None:
-    """Warns, on rank 0, of groups that lie on several nodes without need."""
-    assert group is not None
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (socket.gethostname(), dist.get_process_group_ranks(group)))
-    members = sorted({tuple(ranks) for _, ranks in found})
-    message = explain_split(members, [node for node, _ in found], data_before_expert)
-    if message and dist.get_rank() == 0:
-        logger.warning(message)
+from .gather import Gathers
+from .groups import expert_parallel_group
+from .shard import ShardedExperts
 
 
 def _has_shards(model: torch.nn.Module) -> bool:
-    from .shard import ShardedExperts
-
     return any(isinstance(module, ShardedExperts) for module in model.modules())
 
 
-def _checked(configure: Any) -> Any:
-    @functools.wraps(configure)
+def check_before_configuring(configure: Any) -> Any:
+    """`DeepSpeedEngine._configure_distributed_model` that refuses settings in which experts would be wrong."""
+
     def checked(self: Any, model: torch.nn.Module) -> Any:
         if _has_shards(model):
             _check_engine(self, model)
-            _schedule_buckets(model)
+            _share_gathers(model)
         return configure(self, model)
 
     return checked
@@ -131,19 +59,18 @@ def _check_engine(engine: Any, model: torch.nn.Module) -> None:
         raise ValueError(f"the model has layers with ep_size {sorted(sizes)}; use one ep_size for all adapters.")
 
 
-def _schedule_buckets(model: torch.nn.Module) -> None:
-    """Gives layers that are to be gathered together one schedule."""
-    from .gather import Schedule
-    from .shard import ShardedExperts
-
-    schedules: dict[int, Schedule] = {}
+def _share_gathers(model: torch.nn.Module) -> None:
+    """Lets the layers of a model be gathered together."""
+    gathers = Gathers()
     for module in model.modules():
-        if isinstance(module, ShardedExperts) and module.spec.bucket_layers > 1:
-            module.schedule = schedules.setdefault(module.spec.bucket_layers, Schedule(module.spec.bucket_layers))
+        if isinstance(module, ShardedExperts):
+            module.gathers = gathers
+    gathers.follow(model)
 
 
-def _exact_clipping(clip: Any) -> Any:
-    @functools.wraps(clip)
+def clip_exactly(clip: Any) -> Any:
+    """`DeepSpeedEngine.clip_fp32_gradients` by the norm of the whole gradient."""
+
     def clip_fp32_gradients(self: Any) -> None:
         if not _has_shards(self.module):
             clip(self)
@@ -172,7 +99,7 @@ def clip_by_whole_norm(parameters: Iterable[Any], max_norm: float) -> torch.Tens
         else:
             total += square
     for name, square in sorted(by_group.items()):
-        dist.all_reduce(square, group=expert_group(name))
+        dist.all_reduce(square, group=expert_parallel_group(name))
         total += square
     norm = total.sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -181,8 +108,9 @@ def clip_by_whole_norm(parameters: Iterable[Any], max_norm: float) -> torch.Tens
     return norm
 
 
-def _named_groups(configure: Any) -> Any:
-    @functools.wraps(configure)
+def name_groups(configure: Any) -> Any:
+    """`configure_moe_param_groups` for any iterable, and for groups without a name."""
+
     def configure_moe_param_groups(model_parameters: Any) -> Any:
         params = list(model_parameters)
         if params and isinstance(params[0], dict):

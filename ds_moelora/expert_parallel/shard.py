@@ -21,17 +21,17 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from ..mixture.dense import DENSE
-from ..pairs import GateSettings
-from .engine import adapt_engine, create_groups, expert_group
-from .exchange import exchanged_moe_lora
-from .gather import Bucket, Entered, Schedule, gathered_moe_lora
+from ..mixture.choice import choose_products
+from ..mixture.mixture import Transport, mix
+from ..mixture.operands import Operands, Products
+from .dispatch import choose_dispatch
+from .exchange import Exchanged
+from .gather import Gathered, Gathers
+from .groups import check_deepspeed, create_groups, expert_parallel_group
 from .spec import FACTORS, INITIAL_FACTORS, ShardSpec, check_ep_size
-from .trial import Batch, Way, choose_way, open_ways, way_by_rule
 
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
 TOPOLOGY = "topology"
-WAYS = ("weights", "tokens", "dense", "grouped", "compiled")
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -52,7 +52,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 class ShardedExperts(MoE):
-    """`expert_parallel.spec.ExpertShard` over DeepSpeed's expert-parallel group.
+    """E / ep_size experts of a layer: `lora_A` (L, I, R) and `lora_B` (L, O, R), on DeepSpeed's expert-parallel group.
 
     Before `deepspeed.initialize` it takes the group to be ep_size consecutive ranks, DeepSpeed's default. Where the
     engine finds otherwise (`use_data_before_expert_parallel_`), the experts change places then.
@@ -68,7 +68,7 @@ class ShardedExperts(MoE):
         nn.Module.__init__(self)  # not MoE's, which builds DeepSpeed's own gate and experts
         rank, world = rank_and_world()
         check_ep_size(spec.ep_size, spec.num_experts, world)
-        adapt_engine()
+        check_deepspeed()
         self.spec = spec
         # What the engine reads:
         self.ep_size, self.num_experts = spec.ep_size, spec.num_experts
@@ -81,10 +81,8 @@ class ShardedExperts(MoE):
         for name, param in zip(INITIAL_FACTORS if spec.keeps_start else (), (self.lora_A, self.lora_B), strict=False):
             self.register_buffer(name, torch.zeros_like(param, requires_grad=False))
         self.is_connected = False
-        self.way: Way | None = None  # settled by the first training batch
-        self.schedule: Schedule | None = None  # of the model's buckets
-        self.place: tuple[Bucket, int] | None = None  # in one of them
-        self._entered: Entered | None = None
+        self.dispatch = choose_dispatch(spec)
+        self.gathers = Gathers()  # the engine gives all layers of a model the same
         self._dtype: torch.dtype | None = None  # in which the base layer last answered
         self.register_state_dict_post_hook(_split_experts)
         self._register_load_state_dict_pre_hook(_stack_experts, with_module=True)
@@ -98,7 +96,7 @@ class ShardedExperts(MoE):
     @property
     def group(self) -> dist.ProcessGroup:
         """The expert-parallel group; looked up, since modules are copied and pickled and groups cannot be."""
-        group = expert_group(self.expert_group_name) if self.is_connected else None
+        group = expert_parallel_group(self.expert_group_name) if self.is_connected else None
         if group is None:
             raise ValueError(
                 f"{self.spec.layer_name}: the ranks of an expert-parallel model are not connected yet; call "
@@ -141,66 +139,50 @@ class ShardedExperts(MoE):
 
     def prefetch(self, x: Tensor) -> None:
         """Starts gathering the experts, so that the base layer runs meanwhile. x: (..., I)."""
-        if self.schedule is not None and self.training:
-            self.schedule.saw(self)
-        if self._way().dispatch == "weights":
-            bucket, index = self.place or (Bucket([self]), 0)
-            dtype = self._dtype or _compute_dtype(x)
-            self._entered = bucket.enter(index, dtype) or Bucket([self]).enter(0, dtype)
+        if self.dispatch == "weights":
+            self.gathers.start(self, self._dtype or _compute_dtype(x))
 
-    def bucket_key(self) -> Any:
-        """Neighbours with the same key may be gathered together; None: by itself."""
-        return (self.expert_group_name, self.lora_A.dtype, self._dtype) if self._way().dispatch == "weights" else None
+    def mix(self, x: Tensor, gates: Tensor, base_out: Tensor, inplace: bool, **options: Any) -> Tensor:
+        """base_out + s * sum_i g_i(x) B_i A_i x over the experts of all processes; (T, I) -> (T, O).
 
-    def _way(self) -> Way:
-        # Until a training batch has been tried: what does not depend on it.
-        return self.way or way_by_rule(self.spec, "tokens" if self.spec.dispatch == "tokens" else "weights")
+        Every process of the group must call it equally often.
 
-    def mix(
-        self,
-        base_out: Tensor,
-        x: Tensor,
-        gates: Tensor,
-        chosen: Tensor,
-        scaling: float,
-        settings: GateSettings | None,
-        inplace: bool,
-    ) -> Tensor:
-        """base_out + s * sum_i g_i(x) B_i A_i x over the experts of all ranks; (T, I) -> (T, O)."""
-        entered, self._entered = self._entered, None
-        if self.way is None and self.training:
-            self.way = choose_way(self.spec, self, Batch(base_out, x, gates, chosen, scaling, settings))
-        way, self._dtype = self._way(), base_out.dtype
-        if entered is not None and (way.dispatch == "tokens" or entered.dtype != base_out.dtype):
-            entered.leave()  # "auto" has just decided, or a base layer answers in another dtype than it is asked in
-            entered = None
-        if way.dispatch == "tokens":
-            A, B = self.lora_A, self.lora_B
-            return exchanged_moe_lora(base_out, x, gates, chosen, A, B, scaling, settings, way.products, self.group)
-        entered = entered or Bucket([self]).enter(0, base_out.dtype)
-        assert entered is not None
-        return gathered_moe_lora(base_out, x, gates, chosen, entered, scaling, settings, inplace, way.products)
+        Args:
+            gates: (T, E), as in `mixture.operands.Operands`, which takes `options`. All else as in `mixture.mix`.
+        """
+        self._dtype = base_out.dtype
+        transport: Transport = Gathered(self, self.gathers) if self.dispatch == "weights" else Exchanged(self.group)
+        operands = Operands(x=x, lora_A=self.lora_A, lora_B=self.lora_B, gates=gates, **options)
+        products = self._products(base_out.dtype)
+        return mix(operands, base_out, inplace=inplace, products=products, transport=transport).y
+
+    def _products(self, dtype: torch.dtype) -> Products:
+        """`expert_compute`, for "auto" by the size of what one product covers."""
+        spec = self.spec
+        if self.dispatch == "weights":
+            return choose_products(spec.compute, spec.num_experts, spec.top_k, spec.rank, dtype)
+        # A received row has chosen k / ep_size of the experts here, and at least one.
+        top_k = max(1, spec.top_k // spec.ep_size)
+        return choose_products(spec.compute, self.num_local_experts, top_k, spec.rank, dtype)
 
     def add_mean(self, y: Tensor, x: Tensor, scaling: float) -> Tensor:
-        """y + (scaling / E) sum_i B_i A_i x of the start: a mixture whose gates are all 1 / E."""
-        rows, num_experts = x.reshape(-1, x.shape[-1]), self.num_experts
-        gates = rows.new_full((len(rows), num_experts), 1 / num_experts, dtype=torch.float32)
-        flat = y.reshape(-1, y.shape[-1])
-        entered = Bucket([InitialFactors(self)]).enter(0, flat.dtype)
-        assert entered is not None
-        mixed = gathered_moe_lora(flat, rows, gates, gates > 0, entered, scaling, None, False, DENSE)
-        return mixed.view(y.shape)
+        """y + (scaling / E) sum_i B_i A_i x of the start: a mixture whose gates are all 1 / E.
+
+        Every process of the group must call it equally often.
+        """
+        rows, flat = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        gates = rows.new_full((len(rows), self.num_experts), 1 / self.num_experts, dtype=torch.float32)
+        start = InitialFactors(self)
+        operands = Operands(x=rows, lora_A=start.lora_A, lora_B=start.lora_B, scaling=scaling, gates=gates)
+        return mix(operands, flat, transport=Gathered(start, Gathers())).y.view(y.shape)
 
     def topology(self) -> Tensor:
-        """[ep_size, distance between the ranks of a group, and the way that "auto" took: dispatch, compute].
+        """[ep_size, distance between the ranks of a group]: which experts a rank's optimizer state belongs to.
 
-        It is saved with every expert. The first two say which experts a rank's optimizer state belongs to: DeepSpeed
-        would load that of others, of the same size, in silence. The last two (-1: not settled) make a resumed run go
-        the same way, and so repeat to the bit.
+        It is saved with every expert: DeepSpeed would load the state of others, of the same size, in silence.
         """
         members = dist.get_process_group_ranks(self.group) if self.is_connected else [0, 1]
-        way = [-1, -1] if self.way is None else [WAYS.index(name) for name in self.way]
-        return torch.tensor([self.ep_size, members[1] - members[0], *way])
+        return torch.tensor([self.ep_size, members[1] - members[0]])
 
     # -- whole tensors ------------------------------------------------------------------------------------------------
 
@@ -264,15 +246,12 @@ def _stack_experts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *
     assert isinstance(module, ShardedExperts)
     for key in [k for k in state_dict if k.startswith(prefix + EXPERTS) and k.endswith("." + TOPOLOGY)]:
         saved = state_dict.pop(key).tolist()
-        if saved[:2] != module.topology().tolist()[:2]:
+        if saved != module.topology().tolist():
             raise ValueError(
                 f"this checkpoint was saved with ep_size={saved[0]} and expert-parallel ranks {saved[1]} apart, the "
                 f"run has {module.ep_size} and {module.topology().tolist()[1]}: its optimizer state belongs to other "
                 "experts. Resume in the same topology, from an elastic checkpoint, or anew from the saved adapter."
             )
-        way = Way(*(WAYS[i] for i in saved[2:])) if min(saved[2:], default=-1) >= 0 else None
-        if module.way is None and way in open_ways(module.spec):
-            module.way = way
     for name in module.factor_names:
         experts: dict[int, Tensor] = {}
         for key in [k for k in state_dict if k.startswith(prefix + EXPERTS) and k.endswith("." + name)]:

@@ -1,22 +1,18 @@
-"""Where the adapter meets expert parallelism without knowing it: what a shard of experts is, and who builds it.
+"""What one process's share of a layer's experts is, and who builds it. Needs no DeepSpeed.
 
-The adapter (`adapters`) owns router, gates and the pair's tag; it asks for a module that holds E / ep_size experts and
-mixes over all E of them together with its peers. That module needs DeepSpeed's groups, so `parallel` provides it, and
-`plugin.register` puts the two together by `register_shard_builder`.
+The adapter (`tuner`) owns router, gates and the pair's tag; with `ep_size > 1` it asks for a module that holds E /
+ep_size experts and mixes over all E of them together with its peers, a `shard.ShardedExperts`. That is a subclass of a
+class of DeepSpeed's, and needs DeepSpeed's engine patched: `plugin.register` says by `register_shard_builder` who does
+both, so that the package works without DeepSpeed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from torch import Tensor, nn
-
-from ..pairs import GateSettings
+from typing import Any
 
 DISPATCHES = ("auto", "weights", "tokens")
-COMPUTES = ("auto", "dense", "grouped", "compiled")
 FACTORS = ("lora_A", "lora_B")
 INITIAL_FACTORS = ("initial_A", "initial_B")
 
@@ -29,9 +25,8 @@ class ShardSpec:
         layer_name: the layer's qualified name, for messages.
         num_experts: E over all ranks. ep_size: ranks that share them. top_k: k.
         in_features: I. out_features: O. rank: R of one expert.
-        dispatch: "weights", "tokens" or "auto". compute: one of COMPUTES.
+        dispatch: one of DISPATCHES. compute: one of `mixture.choice.COMPUTES`.
         keeps_start: the factors of the start are kept beside the trained ones, as `initial_A` and `initial_B`.
-        bucket_layers: layers whose experts are gathered together.
     """
 
     layer_name: str
@@ -42,58 +37,21 @@ class ShardSpec:
     out_features: int
     rank: int
     dispatch: str
-    bucket_layers: int
     compute: str
     keeps_start: bool = False
 
 
-class ExpertShard(Protocol):
-    """A module with E / ep_size experts of a layer: `lora_A` (E_local, I, R) and `lora_B` (E_local, O, R)."""
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    first_expert: int
-
-    def mark(self) -> None:
-        """Puts DeepSpeed's marks for expert parameters on lora_A and lora_B (again)."""
-
-    def prefetch(self, x: Tensor) -> None:
-        """Starts whatever communication can run beside the base layer; x: (..., I)."""
-
-    def mix(
-        self,
-        base_out: Tensor,
-        x: Tensor,
-        gates: Tensor,
-        chosen: Tensor,
-        scaling: float,
-        settings: GateSettings | None,
-        inplace: bool,
-    ) -> Tensor:
-        """`mixture.moe_lora.moe_lora` over all E experts. Every rank of the group must call it equally often."""
-
-    def add_mean(self, y: Tensor, x: Tensor, scaling: float) -> Tensor:
-        """y + (scaling / E) sum_i B_i A_i x over all E experts of the start. Every rank must call it equally often."""
-
-    def gather(self, name: str) -> Tensor | None:
-        """All E experts of "lora_A" or another factor, on the CPU of the group's first rank; None elsewhere."""
-
-    def local_entries(self, prefix: str, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's entries of `state_dict()` under `prefix`, cut from whole tensors {"lora_A": (E, I, R), ...}."""
+_builder: Callable[[ShardSpec], Any] | None = None
 
 
-ShardBuilder = Callable[[ShardSpec], Any]
-_builder: ShardBuilder | None = None
-
-
-def register_shard_builder(builder: ShardBuilder | None) -> None:
+def register_shard_builder(builder: Callable[[ShardSpec], Any] | None) -> None:
     """Sets who builds the modules of `ep_size > 1`; None: nobody can."""
     global _builder
     _builder = builder
 
 
 def build_shard(spec: ShardSpec) -> Any:
-    """The shard of the running rank: an `nn.Module` that is an `ExpertShard`.
+    """The shard of the running process: a `shard.ShardedExperts`.
 
     Raises:
         ValueError: nobody can build it here, or `ep_size` does not fit the experts or the world size.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from .compiled import COMPILED
-from .compute import ExpertCompute
 from .dense import DENSE
 from .grouped import GROUPED
+from .operands import Products
 
-BY_NAME = {compute.name: compute for compute in (DENSE, GROUPED, COMPILED)}
+BY_NAME = {products.name: products for products in (DENSE, GROUPED)}
+COMPUTES = ("auto", *BY_NAME)
 
 # Dense costs E*r columns whether chosen or not; grouped gathers and scatters k rows per token, a cost that hardly
 # depends on r. They cross where E*r is so many times k (benchmarks/README.md): where the processor multiplies
@@ -19,9 +19,7 @@ GROUPED_FROM_COLUMNS_PER_CHOICE = 128
 GROUPED_FROM_COLUMNS_PER_CHOICE_IN_HALF = 1024
 
 
-def choose_compute(
-    wish: str, num_experts: int, top_k: int, rank: int, dtype: torch.dtype = torch.float32
-) -> ExpertCompute:
+def choose_products(wish: str, num_experts: int, top_k: int, rank: int, dtype: torch.dtype = torch.float32) -> Products:
     """The wish, or for "auto": grouped on CPUs if E*r >= max(256, 128 k), in 16 bits 1024 k; else dense.
 
     With an accelerator "auto" is dense: grouped has to know on the host how many rows each expert gets, one

@@ -1,39 +1,23 @@
 """The mixture's products over all experts at once: a plain LoRA of rank E*R, scaled by the gates in between.
 
-Shape suffixes and formulas: `mixture.moe_lora`. Tensors of rank level are (E*R, T), tokens last: the gates then
-multiply long rows rather than R neighbours, and dA and dB are products of two row-major matrices.
+Side by side the experts are one (I, E*R) and one (E*R, O) matrix, and p = x A is the projection that the gates scale.
+Tensors of rank level are (E*R, T), tokens last: the gates then multiply long rows rather than R neighbours, and dA and
+dB are products of two row-major matrices. Shape suffixes: `mixture.operands`; formulas: `mixture.mixture`.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import Tensor
 
-from ..pairs import GateSettings
-from .compute import ExpertCompute, MixtureGrads, Needs, RouterStep, gate_factor
+from .operands import Grads, Needs, Operands, Products
 
 PRODUCTS_AT_ONCE = 1 << 18  # elements; 1 MB in float32
 
-# The stacked copies of frozen factors: all that decoding one token would do with them is copy them again.
-_of_frozen = WeakTensorKeyDictionary()
-
 
 def stack(factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """(E, F, R) -> (E*R, F): one small copy per use, which the cast to the compute dtype makes anyway.
-
-    Of a Parameter without `requires_grad`, as PEFT loads adapters for inference, the copy is kept. Of one that is
-    trained it is not, and an older one is dropped: optimizers write to `.data` without any trace.
-    """
-    if factors.requires_grad:
-        _of_frozen.pop(factors, None)
-    if factors.requires_grad or not isinstance(factors, nn.Parameter) or factors.is_inference():
-        return factors.to(dtype).transpose(1, 2).reshape(-1, factors.shape[1])
-    state = (factors._version, factors.data_ptr(), factors.shape, dtype)
-    kept = _of_frozen.get(factors)
-    if kept is None or kept[0] != state:
-        kept = _of_frozen[factors] = (state, factors.detach().to(dtype).transpose(1, 2).flatten(0, 1).contiguous())
-    return kept[1]
+    """(E, F, R) -> (E*R, F): one small copy per use, which the cast to the compute dtype makes anyway."""
+    return factors.to(dtype).transpose(1, 2).reshape(-1, factors.shape[1])
 
 
 def unstack(stacked: Tensor, like: Tensor) -> Tensor:
@@ -76,61 +60,48 @@ def _token_rows(rows: Tensor) -> Tensor:
     return rows.t().contiguous()
 
 
-def _dense_forward(
-    base_out: Tensor,
-    x: Tensor,
-    gates: Tensor,
-    chosen: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    inplace: bool,
-) -> tuple[Tensor, Tensor]:
-    dtype = base_out.dtype
-    p = stack(lora_A, dtype) @ x.t()
-    weighted = _token_rows(_scale(p, _by_expert(gates * scaling, dtype), lora_B.shape[2]))
-    B = stack(lora_B, dtype)
+def _forward(operands: Operands, base_out: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+    o, dtype = operands, base_out.dtype
+    p = stack(o.lora_A, dtype) @ o.x.t()
+    weighted = _token_rows(_scale(p, _by_expert(o.token_gates() * o.scaling, dtype), o.lora_B.shape[2]))
+    B = stack(o.lora_B, dtype)
     y = base_out.addmm_(weighted, B) if inplace else torch.addmm(base_out, weighted, B)
     return y, p
 
 
-def _dense_backward(
-    dy: Tensor,
-    x: Tensor | None,
+def _backward(
+    operands: Operands,
     p: Tensor,
-    gates: Tensor,
-    chosen: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    settings: GateSettings,
+    dy: Tensor,
     needs: Needs,
     onto: Tensor | None = None,
-    router: RouterStep | None = None,
-) -> MixtureGrads:
-    s, dtype, (num_A, _, R) = scaling, p.dtype, lora_A.shape
+    dlogits: Tensor | None = None,
+) -> Grads:
+    o, gates, dtype = operands, operands.token_gates(), p.dtype
+    num_A, _, R = o.lora_A.shape
+    h = _by_expert(o.gradient_factor() * o.scaling, dtype)
     dx = dgates = dA = dB = drouter = None
-    h = _by_expert(gate_factor(settings.gate_scaling, gates, chosen) * s, dtype)
-    if needs.B:  # first: what it scales p into is gone before q comes
-        dB = unstack(_scale(p, h, R) @ dy, lora_B)
+    if needs.B:
+        dB = unstack(_scale(p, h, R) @ dy, o.lora_B)
     if not (needs.x or needs.gates or needs.A):
-        return MixtureGrads(None, None, None, dB)
+        return Grads(None, None, None, dB)
     # The logits are E more projections of x: their gradient and the router's weight join the experts' products.
-    joint = _Joint(stack(lora_B, dtype), dy, num_A, R, 0 if router is None else len(router.weight))
+    joint = _Joint(stack(o.lora_B, dtype), dy, num_A, R, 0 if dlogits is None else dlogits.shape[1])
     if needs.gates:
-        dgates = _inner_products(joint.q, expert_rows(p, R), gates.dtype).mul_(s).t()
-        if router is not None:
-            joint.below.copy_(router.backward(gates, dgates).t())
-    same = settings.gate_scaling == "none" or settings.scale_input_grad
+        dgates = _inner_products(joint.q, expert_rows(p, R), gates.dtype).mul_(o.scaling).t()
+        if dlogits is not None:
+            joint.below.copy_(o.logits_gradient(dgates, dlogits).t())
+    same = o.settings.gate_scaling == "none" or o.settings.scale_input_grad
     if needs.x:
-        exact = joint.scaled(h if same else _by_expert(gates * s, dtype), last=same or not needs.A)
-        dx = send_down(_token_rows(exact), lora_A, router, onto)
+        exact = joint.scaled(h if same else _by_expert(gates * o.scaling, dtype), last=same or not needs.A)
+        dx = _send_down(_token_rows(exact), o.lora_A, None if dlogits is None else o.router, onto)
     if needs.A:
-        dA, drouter = factor_gradients(exact if same and needs.x else joint.scaled(h, last=True), x, lora_A)
-    return MixtureGrads(dx, dgates, dA, dB, drouter)
+        rows = exact if same and needs.x else joint.scaled(h, last=True)
+        dA, drouter = _factor_gradients(rows, o.x, o.lora_A)
+    return Grads(dx, dgates, dA, dB, drouter)
 
 
-def send_down(rows: Tensor, lora_A: Tensor, router: RouterStep | None, onto: Tensor | None) -> Tensor:
+def _send_down(rows: Tensor, lora_A: Tensor, router: Tensor | None, onto: Tensor | None) -> Tensor:
     """(T, I): what `rows` (T, num_A*R + E) send through A, and through the router's weight, into x."""
     if router is None:
         weights = stack(lora_A, rows.dtype)
@@ -138,13 +109,12 @@ def send_down(rows: Tensor, lora_A: Tensor, router: RouterStep | None, onto: Ten
         num_A, features, rank = lora_A.shape
         weights = rows.new_empty(rows.shape[1], features)
         expert_rows(weights[: num_A * rank], rank).copy_(lora_A.transpose(1, 2))
-        weights[num_A * rank :] = router.weight
+        weights[num_A * rank :] = router
     return rows @ weights if onto is None else onto.addmm_(rows, weights)
 
 
-def factor_gradients(rows: Tensor, x: Tensor | None, lora_A: Tensor) -> tuple[Tensor, Tensor | None]:
+def _factor_gradients(rows: Tensor, x: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor | None]:
     """dA, and the gradient (E, I) of the router's weight if `rows` (num_A*R + E, T) have any below those of A."""
-    assert x is not None
     gradients, of_A = rows @ x, lora_A.shape[0] * lora_A.shape[2]
     # A view of the router's would keep all of them.
     return unstack(gradients[:of_A], lora_A), gradients[of_A:].clone() if len(gradients) > of_A else None
@@ -176,4 +146,4 @@ class _Joint:
         return rows
 
 
-DENSE = ExpertCompute("dense", _dense_forward, _dense_backward)
+DENSE = Products("dense", _forward, _backward)

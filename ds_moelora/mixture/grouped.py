@@ -1,6 +1,6 @@
 """The mixture's products over the chosen experts alone: T*k rows instead of T*E.
 
-Shape suffixes as in `mixture.moe_lora`, and N: the pairs (token, chosen expert), sorted by expert: T*k of them, fewer
+Shape suffixes as in `mixture.operands`, and N: the pairs (token, chosen expert), sorted by expert: T*k of them, fewer
 with top-p routing. With e, t the expert and the token of pair n:
 
     p_n = A_e^T x_t      y_t += s g_te B_e p_n      q_n = B_e^T dy_t
@@ -21,8 +21,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..pairs import GateSettings
-from .compute import ExpertCompute, MixtureGrads, Needs, RouterStep, gate_factor
+from .operands import Grads, Needs, Operands, Products
+from .routing import chosen_by
 
 
 def _rows(chosen: Tensor) -> Iterator[tuple[int, Tensor, slice]]:
@@ -45,48 +45,33 @@ def _of(weights: Tensor, expert: int) -> Tensor:
     return weights[expert if len(weights) > 1 else 0]
 
 
-def _forward(
-    base_out: Tensor,
-    x: Tensor,
-    gates: Tensor,
-    chosen: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    inplace: bool,
-) -> tuple[Tensor, Tensor]:
-    dtype = base_out.dtype
-    A, B, factor = lora_A.to(dtype), lora_B.to(dtype), (gates * scaling).to(dtype)
+def _forward(operands: Operands, base_out: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+    o, gates, dtype = operands, operands.token_gates(), base_out.dtype
+    A, B, factor = o.lora_A.to(dtype), o.lora_B.to(dtype), (gates * o.scaling).to(dtype)
     y, parts = base_out if inplace else base_out.clone(), []
-    for i, tokens, _ in _rows(chosen):
-        p = x[tokens] @ _of(A, i)
+    for i, tokens, _ in _rows(chosen_by(gates)):
+        p = o.x[tokens] @ _of(A, i)
         _add_product(y, tokens, p * factor[tokens, i, None], B[i].t())
         parts.append(p)
-    return y, torch.cat(parts) if parts else x.new_empty(0, lora_A.shape[2])
+    return y, torch.cat(parts) if parts else o.x.new_empty(0, A.shape[2])
 
 
 def _backward(
-    dy: Tensor,
-    x: Tensor | None,
+    operands: Operands,
     p: Tensor,
-    gates: Tensor,
-    chosen: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    settings: GateSettings,
+    dy: Tensor,
     needs: Needs,
     onto: Tensor | None = None,
-    router: RouterStep | None = None,
-) -> MixtureGrads:
-    s, dtype = scaling, p.dtype
-    A, B = lora_A.to(dtype), lora_B.to(dtype)
-    h = (gate_factor(settings.gate_scaling, gates, chosen) * s).to(dtype)
-    exact = h if settings.scale_input_grad else (gates * s).to(dtype)
-    dx = (dy.new_zeros(len(dy), lora_A.shape[1]) if onto is None else onto) if needs.x else None
+    dlogits: Tensor | None = None,
+) -> Grads:
+    o, s, gates, dtype = operands, operands.scaling, operands.token_gates(), p.dtype
+    A, B = o.lora_A.to(dtype), o.lora_B.to(dtype)
+    h = (o.gradient_factor() * s).to(dtype)
+    exact = h if o.settings.scale_input_grad else (gates * s).to(dtype)
+    dx = (dy.new_zeros(len(dy), A.shape[1]) if onto is None else onto) if needs.x else None
     dgates = torch.zeros_like(gates) if needs.gates else None
     dA, dB = torch.zeros_like(A) if needs.A else None, torch.zeros_like(B) if needs.B else None
-    for i, tokens, rows in _rows(chosen):
+    for i, tokens, rows in _rows(chosen_by(gates)):
         dy_i, p_i = dy[tokens], p[rows]
         q_i, h_i = dy_i @ B[i], h[tokens, i, None]
         if dgates is not None:
@@ -94,17 +79,16 @@ def _backward(
         if dx is not None:
             _add_product(dx, tokens, q_i * exact[tokens, i, None], _of(A, i).t())
         if dA is not None:
-            assert x is not None
-            _of(dA, i).addmm_(x[tokens].t(), q_i * h_i)
+            _of(dA, i).addmm_(o.x[tokens].t(), q_i * h_i)
         if dB is not None:
             torch.mm(dy_i.t(), p_i * h_i, out=dB[i])
     drouter = None
-    if router is not None and dgates is not None:
-        dlogits = router.backward(gates, dgates).to(dtype)
-        dx = None if dx is None else dx.addmm_(dlogits, router.weight.to(dtype))
-        drouter = None if x is None else dlogits.t() @ x
-    dA, dB = None if dA is None else dA.to(lora_A.dtype), None if dB is None else dB.to(lora_B.dtype)
-    return MixtureGrads(dx, dgates, dA, dB, drouter)
+    if dlogits is not None and dgates is not None and o.router is not None:
+        below = o.logits_gradient(dgates, dlogits).to(dtype)
+        dx = None if dx is None else dx.addmm_(below, o.router.to(dtype))
+        drouter = below.t() @ o.x if needs.A else None
+    dA, dB = None if dA is None else dA.to(o.lora_A.dtype), None if dB is None else dB.to(o.lora_B.dtype)
+    return Grads(dx, dgates, dA, dB, drouter)
 
 
-GROUPED = ExpertCompute("grouped", _forward, _backward)
+GROUPED = Products("grouped", _forward, _backward)

@@ -7,7 +7,6 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from .deepspeed_engine import ds_config, zero_stage
 from .heat_map import heat_map
 from .meter import Report, TrainingMeter
 from .run_info import configuration, hyperparameters, write_run_info
@@ -63,10 +62,10 @@ class MoELoRACallback(TrainerCallback):
             "max_steps": state.max_steps,
             "seed": args.seed,
             "world_size": args.world_size,
-            "zero_stage": None if engine is None else zero_stage(engine),
+            "zero_stage": None if engine is None else engine.zero_optimization_stage(),
         }
-        config = configuration(model, None if engine is None else ds_config(engine))
-        write_run_info(self._tensorboard().tb_writer, hyperparameters(model, optimizer, extra), config)
+        values = hyperparameters(model, optimizer, extra)
+        write_run_info(self._tensorboard().tb_writer, values, configuration(model, engine))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -91,20 +90,12 @@ class MoELoRACallback(TrainerCallback):
         if self.heat_map_every and self._reports % self.heat_map_every == 0 and len(report.loads):
             writer.add_image("moe/load", heat_map(report.loads, report.layers, step), step, dataformats="HWC")
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._leave_out()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._leave_out()
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._leave_out()
-
-    def _leave_out(self) -> None:
+    def _leave_out(self, *args: Any, **kwargs: Any) -> None:
+        """What has passed since the last step is not training."""
         if self.meter is not None:
             self.meter.restart_clock()
+
+    on_evaluate = on_save = on_epoch_begin = _leave_out
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

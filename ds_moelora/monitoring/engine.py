@@ -6,7 +6,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .deepspeed_engine import check_monitor, ds_config, tensorboard_writer, write_events, zero_stage
 from .heat_map import heat_map
 from .meter import TrainingMeter
 from .run_info import configuration, hyperparameters, write_run_info
@@ -37,21 +36,27 @@ class EngineMonitor:
         for name, value, least in (("every", every, 1), ("heat_map_every", heat_map_every, 0)):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}.")
-        check_monitor(engine)
+        if not engine.monitor.enabled:
+            raise ValueError(
+                "this engine's DeepSpeed config has no monitor switched on; add "
+                '"tensorboard": {"enabled": true, "output_path": "runs", "job_name": "mixture"} to it (or csv_monitor, '
+                "wandb, comet)."
+            )
         self.engine, self.every, self.heat_map_every = engine, every, heat_map_every
         self.meter = TrainingMeter(engine.module, engine)
         self._first = self._done = engine.global_steps
         self._reports = 0
-        writer = tensorboard_writer(engine)
-        if writer is not None:
+        # For images and text; only rank 0 has one, and only with a `tensorboard` block.
+        self._writer = getattr(engine.monitor.tb_monitor, "summary_writer", None)
+        if self._writer is not None:
             extra = {
                 "train_batch_size": engine.train_batch_size(),
                 "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
                 "world_size": dist.get_world_size(),
-                "zero_stage": zero_stage(engine),
+                "zero_stage": engine.zero_optimization_stage(),
             }
             values = hyperparameters(engine.module, engine, extra)
-            write_run_info(writer, values, configuration(engine.module, ds_config(engine)))
+            write_run_info(self._writer, values, configuration(engine.module, engine))
         self._arm_if_due()
 
     def step(self) -> None:
@@ -61,13 +66,12 @@ class EngineMonitor:
         self._done = self.engine.global_steps
         report = self.meter.step_done()
         if report is not None:
-            write_events(self.engine, [(tag, value, self._done) for tag, value in report.scalars.items()])
-            writer = tensorboard_writer(self.engine)
+            self.engine.monitor.write_events([(tag, value, self._done) for tag, value in report.scalars.items()])
             draws = self.heat_map_every and self._reports % self.heat_map_every == 0 and len(report.loads)
-            if writer is not None and draws:
+            if self._writer is not None and draws:
                 image = heat_map(report.loads, report.layers, self._done)
-                writer.add_image("moe/load", image, self._done, dataformats="HWC")
-                writer.flush()
+                self._writer.add_image("moe/load", image, self._done, dataformats="HWC")
+                self._writer.flush()
             self._reports += 1
         self._arm_if_due()
 

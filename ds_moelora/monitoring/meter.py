@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from ..optimizer import GateRiemannianAdamW, GateRiemannianSGD
 from ..optimizer.step_statistics import StepStatistics
 from ..tuner.losses import batch_layout
-from .deepspeed_engine import basic_optimizer
 from .formulas import load_over_ideal, mean_similarity
 from .routers import RouterMeter
-from .traffic import CommMeter
+from .run_info import basic_optimizer
 
 TAGS = (
     "moe/load_max_over_ideal",
@@ -35,10 +34,9 @@ TAGS = (
     "riemannian/preconditioned_over_raw",
     "perf/tokens_per_second",
     "perf/step_seconds",
-    "perf/comm_bytes",
     "memory/peak_bytes",
 )
-_SUMS = ("raw", "preconditioned", "weight", "update", "tokens", "sent")
+_SUMS = ("raw", "preconditioned", "weight", "update", "tokens")
 _MAXIMA = ("condition", "seconds", "peak")
 
 
@@ -65,7 +63,7 @@ class TrainingMeter:
     """
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
-        self.routers, self.comm = RouterMeter(model), CommMeter()
+        self.routers = RouterMeter(model)
         found = basic_optimizer(optimizer)
         self.optimizer = found if isinstance(found, (GateRiemannianAdamW, GateRiemannianSGD)) else None
         self.device = next(p.device for p in model.parameters())
@@ -82,7 +80,6 @@ class TrainingMeter:
     def arm(self) -> None:
         """The step that begins will be reported. Every rank."""
         self.routers.arm(self.device)
-        self.comm.start()
         if self.optimizer is not None:
             self.optimizer.statistics = StepStatistics()
         self.is_armed = True
@@ -104,7 +101,6 @@ class TrainingMeter:
         return report
 
     def _disarm(self) -> None:
-        self.comm.stop()
         self.routers.disarm()
         if self.optimizer is not None:
             self.optimizer.statistics = None
@@ -125,7 +121,7 @@ class TrainingMeter:
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         rank = dist.get_rank() if world > 1 else 0
         squares = [statistics.raw, statistics.preconditioned, statistics.weight, statistics.update]
-        sums = self._vector([*squares, self._tokens, self.comm.sent])
+        sums = self._vector([*squares, self._tokens])
         maxima = torch.zeros(world, len(_MAXIMA), device=self.device)  # each rank fills its row: a sum is all there is
         maxima[rank] = self._vector([statistics.condition, self._seconds, _peak_bytes(self.device)])
         parts = [sums, maxima, self.routers.packed]
@@ -143,17 +139,16 @@ class TrainingMeter:
         packed, sketches = found[2].view(self.routers.packed.shape), found[3].view(self.routers.sketches.shape)
         loads = load_over_ideal(packed[:, 4:], torch.tensor(self.routers.num_experts))
         scalars = {**_of_routers(packed, loads, sketches), **_of_optimizer(totals, largest)}
-        scalars |= self._of_machine(totals, largest, world)
+        scalars |= self._of_machine(totals, largest)
         return Report({tag: scalars[tag] for tag in TAGS if tag in scalars}, loads, self.routers.names)
 
     def _vector(self, values: list[Tensor | float | None]) -> Tensor:
         numbers = [0.0 if value is None else value for value in values]
         return torch.stack([torch.as_tensor(n, dtype=torch.float32, device=self.device) for n in numbers])
 
-    def _of_machine(self, totals: dict[str, float], largest: dict[str, float], world: int) -> dict[str, float]:
+    def _of_machine(self, totals: dict[str, float], largest: dict[str, float]) -> dict[str, float]:
         found = {
             "perf/step_seconds": largest["seconds"] / max(self._steps, 1),
-            "perf/comm_bytes": totals["sent"] / world,
             "memory/peak_bytes": largest["peak"],
         }
         if totals["tokens"]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.utils.tensorboard.summary import hparams
 
 from ..optimizer import GateRiemannianAdamW, GateRiemannianSGD
-from .deepspeed_engine import basic_optimizer
+from ..redaction import redact, redact_words
 
 ADAPTER_FIELDS = (
     *("r", "num_experts", "top_k", "lora_alpha", "scaling", "lora_dropout", "init_lora_weights"),
@@ -42,20 +43,32 @@ def hyperparameters(model: nn.Module, optimizer: Any, extra: dict[str, Any]) -> 
         if name in getattr(basic, "defaults", {}):
             found[name] = basic.defaults[name]
     found |= extra
-    plain = {name: value for name, value in found.items() if value is not None}
+    plain = {name: value for name, value in redact(found).items() if value is not None}
     return {name: value if isinstance(value, Value) else str(value) for name, value in plain.items()}
 
 
-def configuration(model: nn.Module, ds_config: dict[str, Any] | None) -> dict[str, Any]:
-    """Command, versions, adapters and DeepSpeed config of the running process."""
+def basic_optimizer(optimizer_or_engine: Any) -> Any:
+    """The optimizer that steps, under the wrappers of DeepSpeed and accelerate."""
+    inner = getattr(optimizer_or_engine, "basic_optimizer", None)
+    found = optimizer_or_engine if inner is None else inner
+    while getattr(found, "optimizer", None) is not None:
+        found = found.optimizer
+    return found
+
+
+def configuration(model: nn.Module, engine: Any = None) -> dict[str, Any]:
+    """Command, versions, adapters and DeepSpeed config of the running process, without secrets."""
     versions = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    given = engine.config if engine is not None else None  # a dict, or the path of a file
+    ds_config = json.loads(Path(given).read_text()) if isinstance(given, str | Path) else given
     adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
-    return {"command": " ".join(sys.argv), "versions": versions, "adapters": adapters, "deepspeed": ds_config}
+    found = {"command": redact_words(sys.argv), "versions": versions, "adapters": adapters, "deepspeed": ds_config}
+    return redact(found)
 
 
 def write_run_info(writer: Any, values: dict[str, Value], config: dict[str, Any]) -> None:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..pairs import LoraPair, tag_of
-from .sharding.placement import Placement
-from .sharding.plan import Factor
 
 REMEDY = (
     "Call ds_moelora.tag_lora_pairs(model) before the optimizer is built, and give the optimizer both lora_A and "
@@ -17,9 +15,15 @@ REMEDY = (
 )
 
 
-@dataclass(frozen=True)
-class TaggedFactor:
-    """A parameter that is the A or B of a pair, with the number of its group and the index of its partner."""
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """A trained parameter that is the A or B of a pair: (E, n, r) elements, n = in or out.
+
+    Args:
+        param: as the model has it. pair, role: its tag; the role is "A" or "B".
+        group: number of its parameter group.
+        partner: index of the pair's other factor among the optimizer's.
+    """
 
     param: nn.Parameter
     pair: LoraPair
@@ -27,18 +31,21 @@ class TaggedFactor:
     group: int
     partner: int
 
-    def placed(self, placement: Placement) -> Factor:
-        return Factor(
-            name=f"{self.pair.name}.lora_{self.role}",
-            num_experts=self.pair.num_experts,
-            rank=self.pair.rank,
-            rank_first=self.pair.rank_first_A and self.role == "A",
-            partner=self.partner,
-            placement=placement,
-        )
+    @property
+    def num_experts(self) -> int:
+        return self.pair.num_experts
+
+    @property
+    def rank(self) -> int:
+        return self.pair.rank
+
+    @property
+    def rank_first(self) -> bool:
+        """Stored (r, n) instead of (E, n, r)."""
+        return self.pair.rank_first_A and self.role == "A"
 
 
-def collect_pairs(members: Mapping[int, Sequence[nn.Parameter]]) -> list[TaggedFactor]:
+def collect_pairs(members: Mapping[int, Sequence[nn.Parameter]]) -> list[Factor]:
     """All trained factors of all pairs, A and B next to each other, in the order of the parameters.
 
     Args:
@@ -53,32 +60,38 @@ def collect_pairs(members: Mapping[int, Sequence[nn.Parameter]]) -> list[TaggedF
         for param in params:
             tag = tag_of(param)
             if tag is not None and tag[1] != "router":
-                if hasattr(param, "device_mesh"):
-                    raise ValueError(
-                        f"{tag[0].name}: lora_{tag[1]} is a DTensor (FSDP or tensor parallelism), on whose shards this "
-                        "optimizer would not be exact; shard with DeepSpeed ZeRO instead."
-                    )
                 found.setdefault(tag[0], {})[tag[1]] = (param, index)
     if not found:
         raise ValueError(f"none of the optimizer's parameters belongs to a LoRA pair. {REMEDY}")
-    factors: list[TaggedFactor] = []
+    factors: list[Factor] = []
     for pair, halves in found.items():
-        if len(halves) < 2:
-            (role,) = halves
-            missing = "B" if role == "A" else "A"
-            raise ValueError(
-                f"{pair.name}: the optimizer has lora_{role} but not lora_{missing}; a Riemannian step needs both. "
-                f"{REMEDY}"
-            )
-        trained = {role: param.requires_grad for role, (param, _) in halves.items()}
-        if trained["A"] != trained["B"]:
-            frozen = "B" if trained["A"] else "A"
-            raise ValueError(
-                f"{pair.name}: lora_{frozen} is frozen while its partner is trained; freeze both or neither."
-            )
-        if not trained["A"]:
-            continue
-        for k, role in enumerate("AB"):
-            param, group_index = halves[role]
-            factors.append(TaggedFactor(param, pair, role, group_index, partner=len(factors) + 1 - 2 * k))
+        if _is_trained(pair, {role: param for role, (param, _) in halves.items()}):
+            for k, role in enumerate("AB"):
+                param, group = halves[role]
+                factors.append(Factor(param, pair, role, group, partner=len(factors) + 1 - 2 * k))
     return factors
+
+
+def _is_trained(pair: LoraPair, halves: Mapping[str, nn.Parameter]) -> bool:
+    """Whether a pair is trained.
+
+    Raises:
+        ValueError: see `collect_pairs`.
+    """
+    for role, param in halves.items():
+        if hasattr(param, "device_mesh"):
+            raise ValueError(
+                f"{pair.name}: lora_{role} is a DTensor (FSDP or tensor parallelism), on whose shards this optimizer "
+                "would not be exact; shard with DeepSpeed ZeRO instead."
+            )
+    if len(halves) < 2:
+        (role,) = halves
+        missing = "B" if role == "A" else "A"
+        raise ValueError(
+            f"{pair.name}: the optimizer has lora_{role} but not lora_{missing}; a Riemannian step needs both. {REMEDY}"
+        )
+    trained = {role: param.requires_grad for role, param in halves.items()}
+    if trained["A"] != trained["B"]:
+        frozen = "B" if trained["A"] else "A"
+        raise ValueError(f"{pair.name}: lora_{frozen} is frozen while its partner is trained; freeze both or neither.")
+    return trained["A"]

@@ -35,7 +35,7 @@ def as_tensor(param: Any) -> nn.Parameter:
     return param[1] if isinstance(param, tuple) else param
 
 
-def expert_group(param: nn.Parameter) -> str:
+def expert_group_name(param: nn.Parameter) -> str:
     """DeepSpeed's name of the group that shares an expert's parameter; "" for parameters that all ranks have."""
     return "" if getattr(param, "allreduce", True) else getattr(param, "group_name", "")
 

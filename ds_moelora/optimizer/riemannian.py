@@ -5,32 +5,34 @@ arXiv 2402.02347):
 
     grad_A <- (G_B + d I)^-1 grad_A        grad_B <- grad_B (G_A + d I)^-1        d = max(damping, eps_fp32 * trace)
 
-(both divided by s^2 with `include_scaling`), then the ordinary AdamW / SGD update. The gate scaling of the paper (1/g
-or 1/sqrt(g) on the preconditioner of an expert whose gate is g) depends on the token, so the *layer* applies it, in
-its backward pass; the optimizer tells the layers which one through the tags of their parameters.
+(both divided by s^2 with `include_scaling`), then the ordinary AdamW / SGD update. An optimizer is three things: the
+Gram matrices that it needs and what it makes of them, one r x r matrix per expert (`sharding.exchange`, by
+`preconditioner.damped_inverse`), and an element-wise update (torch's, whose state has the same shape everywhere).
 
-Under ZeRO the gradients are preconditioned inside `step()`, on the slice that each rank owns, after DeepSpeed has
-reduced, unscaled and clipped them: `optimizer.sharding.sharded` says how. Parameters without a tag follow torch's
-rule exactly.
+Under ZeRO the gradients are preconditioned inside `step()`, on the slice that each process owns, after DeepSpeed has
+reduced, unscaled and clipped them: `optimizer.sharding` says how. Parameters without a tag follow torch's rule exactly.
+The gate scaling acts in the layers' backward pass: `optimizer.gates`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..pairs import tag_of
-from .factors import TaggedFactor, collect_pairs
-from .groups import ParamGroup, as_groups, as_tensor, expert_group, scaled_learning_rates
-from .kernels.adamw import CompiledAdamW
+from .factors import Factor, collect_pairs
+from .gates import GateHold
+from .groups import ParamGroup, as_groups, as_tensor, expert_group_name, scaled_learning_rates
+from .guard import await_step, stepped
+from .kernels.adamw import CppAdamW
 from .kernels.cpp import Kernels, load_kernels
 from .options import DEFAULTS, PairOptions, check_options
-from .sharding.sharded import ShardedPreconditioner
+from .sharding.exchange import ShardedPreconditioner
 from .sharding.zero import GROUP_KEY, Storage, find_storage, is_stage_3
 from .step_statistics import StepStatistics
 
@@ -42,6 +44,15 @@ def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
     return step
 
 
+class _Located(NamedTuple):
+    """Where the parameters are, and what steps them there. `holder` tells whether they have moved since."""
+
+    holder: Hashable
+    storage: Storage
+    preconditioner: ShardedPreconditioner
+    update: CppAdamW | None
+
+
 class _GateRiemannian(torch.optim.Optimizer):
     """What both optimizers share. Stands before torch's class in the method resolution order.
 
@@ -51,25 +62,25 @@ class _GateRiemannian(torch.optim.Optimizer):
 
     _base: type[torch.optim.Optimizer]
     _fused_dtypes: frozenset[torch.dtype]  # for which torch's fused kernel is asked for
+    _update_type: type[CppAdamW] | None = None
     statistics: StepStatistics | None = None  # set by who wants to know what the next steps do
     compiled = False
     _kernels: Kernels | None = None
-    _update_type: type[CompiledAdamW] | None = None
-    _update: CompiledAdamW | None = None
 
     def _construct(self, params: Any, pair_options: PairOptions, compiled: bool, **torch_options: Any) -> None:
         groups, options = as_groups(params), asdict(pair_options)
         for group in groups or [{}]:
             check_options({**options, **group})
         self._forget_pairs(options)
-        self._compile(compiled)
+        self._use_kernels(compiled)
         tensors = [as_tensor(p) for group in groups for p in group["params"]]
         fused = all(p.device.type in ("cpu", "cuda") and p.dtype in self._fused_dtypes for p in tensors) or None
         super().__init__(groups, **torch_options, fused=fused)  # type: ignore[call-arg]
         self.defaults.update(options)
         self._collect()
+        await_step(self._factors or [], type(self).__name__)
 
-    def _compile(self, compiled: bool) -> None:
+    def _use_kernels(self, compiled: bool) -> None:
         if not isinstance(compiled, bool):
             raise ValueError(f"compiled={compiled!r} must be true or false.")
         self.compiled, self._kernels = compiled, load_kernels() if compiled else None
@@ -78,17 +89,18 @@ class _GateRiemannian(torch.optim.Optimizer):
         self._options = options
         self._known_groups: dict[int, ParamGroup] = {}
         self._members: dict[int, list[nn.Parameter]] = {}
-        self._factors: list[TaggedFactor] | None = None
+        self._factors: list[Factor] | None = None
         self._trained: list[bool] = []
-        self._located: tuple[Any, Storage, ShardedPreconditioner] | None = None
+        self._located: _Located | None = None
+        self._gates = GateHold(self)
 
     # -- parameter groups ---------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """As torch's, but some parameters get groups of their own.
 
-        Routers in a group whose `gate_lr_scale` is not 1: a group with that scale. Experts that are spread over ranks
-        (`ep_size > 1`): one group per process group with the keys "moe" and "name", as DeepSpeed wants them.
+        Routers in a group whose `gate_lr_scale` is not 1: a group with that scale. Experts that are spread over
+        processes (`ep_size > 1`): one group per process group with the keys "moe" and "name", as DeepSpeed wants them.
         """
         (given,) = as_groups([param_group])
         given = {**self._options, **given}
@@ -97,7 +109,7 @@ class _GateRiemannian(torch.optim.Optimizer):
         parts: dict[tuple[bool, str], list[Any]] = {(False, ""): []}
         for p in given["params"]:
             is_router = splits_routers and (tag_of(as_tensor(p)) or (None, None))[1] == "router"
-            shared_by = "" if "moe" in given else expert_group(as_tensor(p))
+            shared_by = "" if "moe" in given else expert_group_name(as_tensor(p))
             parts.setdefault((is_router, shared_by), []).append(p)
         for (is_router, shared_by), members in parts.items():
             if members or not given["params"]:
@@ -110,14 +122,11 @@ class _GateRiemannian(torch.optim.Optimizer):
         self._factors = None
 
     def _collect(self) -> None:
-        """Finds the pairs and tells their layers the gate scaling."""
+        """Finds the pairs, and holds their layers at this optimizer's gate settings."""
         self._factors = collect_pairs(self._members)
         self._trained = self._requires_grad()
         self._located = None
-        for factor in self._factors:
-            gate, group = factor.pair.gate, self._known_groups[factor.group]
-            if factor.role == "A" and gate is not None:
-                gate.gate_scaling, gate.scale_input_grad = group["gate_scaling"], group["scale_input_grad"]
+        self._gates.take(self._factors, self._known_groups)
 
     def _requires_grad(self) -> list[bool]:
         return [p.requires_grad for params in self._members.values() for p in params]
@@ -130,7 +139,7 @@ class _GateRiemannian(torch.optim.Optimizer):
         super().__setstate__(state)
         if not hasattr(self, "_options"):
             self._forget_pairs(dict(DEFAULTS))
-            self._compile(self.compiled)
+            self._use_kernels(self.compiled)
         for index, group in enumerate(self.param_groups):
             for name, value in {**self._options, "lr_scale": 1.0, GROUP_KEY: index}.items():
                 group.setdefault(name, value)
@@ -149,66 +158,69 @@ class _GateRiemannian(torch.optim.Optimizer):
         Raises:
             ValueError: a closure under ZeRO, a sparse gradient, half a pair, `compiled` without effect.
         """
-        taken_over = self._located is not None and self._located[1].sharded
+        taken_over = self._located is not None and self._located.storage.sharded
         if self._factors is None or (not taken_over and self._trained != self._requires_grad()):
             self._collect()  # groups were added, or parameters frozen or thawed (which ZeRO does not follow)
-        storage, preconditioner = self._locate()
+        located = self._locate()
         loss = None
         if closure is not None:
-            if storage is not None and storage.sharded:
+            if located is not None and located.storage.sharded:
                 raise ValueError(
                     "a closure cannot be evaluated inside a ZeRO step, whose gradients are reduced before it: call "
                     "engine.backward(loss) and engine.step() without a closure."
                 )
             with torch.enable_grad():
                 loss = closure()
-        watched = self.statistics if storage is not None else None
         with torch.no_grad(), scaled_learning_rates(self.param_groups), ExitStack() as until_stepped:
-            if storage is not None and preconditioner is not None:
-                units = storage.units(self.param_groups)
-                preconditioner.watch = None
-                if watched is not None:
-                    watched.begin(self._factors or [], preconditioner, storage, units)
-                if self._update is None or watched is not None:  # what is watched are the preconditioned gradients
-                    preconditioner(units, self._damping, self._divisor)
-                else:
-                    self._update.begin()
-                    stepped = preconditioner(units, self._damping, self._divisor, self._update)
-                    until_stepped.enter_context(self._update.finished(stepped))
-                if watched is not None:
-                    watched.after_preconditioning()
+            if located is not None:
+                self._precondition(located, until_stepped)
             _unhooked(self._base.step)(self)
-        if watched is not None:
-            watched.end()
+        if located is not None and self.statistics is not None:
+            self.statistics.end()
         return loss
 
-    def _damping(self, factor: int) -> float:
-        assert self._factors is not None
-        return self._known_groups[self._factors[factor].group]["damping"]
+    def _precondition(self, located: _Located, until_stepped: ExitStack) -> None:
+        """Preconditions what this call steps, or steps it; then torch's step must run before `until_stepped` closes."""
+        _, storage, preconditioner, update = located
+        units, watched = storage.units(self.param_groups), self.statistics
+        preconditioner.watch = None
+        if watched is not None:  # what is watched are preconditioned gradients, which `update` does not write
+            watched.begin(preconditioner, storage, units)
+            preconditioner(units)
+            watched.after_preconditioning()
+        elif update is not None:
+            update.begin(self)
+            until_stepped.enter_context(update.finished(preconditioner(units, update)))
+        else:
+            preconditioner(units)
 
-    def _divisor(self, factor: int) -> float:
-        assert self._factors is not None
-        tagged = self._factors[factor]
-        return tagged.pair.scaling**2 if self._known_groups[tagged.group]["include_scaling"] else 1.0
-
-    def _locate(self) -> tuple[Storage | None, ShardedPreconditioner | None]:
-        """Where the parameters are now: DeepSpeed takes them over after the optimizer was built."""
-        assert self._factors is not None
-        if not self._factors:
-            return None, None
-        first = self._factors[0]
-        held = self._known_groups[first.group]["params"]
-        holder = (is_stage_3(first.param) or [id(p) for p in held[:1]], len(self._known_groups))
-        if self._located is None or self._located[0] != holder:
+    def _locate(self) -> _Located | None:
+        """Where the parameters are now: DeepSpeed takes them over after the optimizer was built. None: no pairs."""
+        factors, groups = self._factors, self._known_groups
+        assert factors is not None
+        if not factors:
+            return None
+        first = factors[0].param
+        held = groups[factors[0].group]["params"]
+        holder = (is_stage_3(first) or tuple(id(p) for p in held[:1]), len(groups))
+        if self._located is None or self._located.holder != holder:
             trained = [(p, index) for index, ps in self._members.items() for p in ps if p.requires_grad]
-            storage = find_storage([p for p, _ in trained], [index for _, index in trained], self._known_groups)
+            storage = find_storage([p for p, _ in trained], [index for _, index in trained], groups)
             position = {id(p): i for i, (p, _) in enumerate(trained)}
-            placements = [storage.placement(position[id(f.param)]) for f in self._factors]
-            factors = [f.placed(placement) for f, placement in zip(self._factors, placements, strict=True)]
-            preconditioner = ShardedPreconditioner(factors, storage.flat, first.param.device, self._kernels)
-            self._located = (holder, storage, preconditioner)
-            self._update = self._update_type(self, storage) if self._kernels and self._update_type else None
-        return self._located[1:]
+            preconditioner = ShardedPreconditioner(
+                factors,
+                [storage.placement(position[id(f.param)]) for f in factors],
+                storage.flat,
+                # Functions of the groups alone: what referred to the optimizer would outlive its last other reference.
+                damping=lambda i: groups[factors[i].group]["damping"],
+                divisor=lambda i: factors[i].pair.scaling ** 2 if groups[factors[i].group]["include_scaling"] else 1.0,
+                comm_device=first.device,
+                kernels=self._kernels,
+            )
+            update = self._update_type(storage.held) if self._kernels and self._update_type else None
+            self._located = _Located(holder, storage, preconditioner, update)
+            stepped(factors)
+        return self._located
 
 
 class GateRiemannianAdamW(_GateRiemannian, torch.optim.AdamW):
@@ -222,28 +234,24 @@ class GateRiemannianAdamW(_GateRiemannian, torch.optim.AdamW):
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. The paper uses lr 1e-5.
         damping: d in (G + d I)^-1, raised to eps_fp32 * trace(G) where that is larger.
         gate_scaling: factor on the gradient that reaches an expert's factors, given its gate g: "none" (g), "sqrt"
-            (sqrt(g), the paper's choice) or "full" (1).
+            (sqrt(g), the paper's choice) or "full" (1). Set in the layers as long as this optimizer lives.
         scale_input_grad: put the same factor on the gradient into the layer's input, as the published code does.
         gate_lr_scale: factor on the routers' learning rate (paper: 1e-3). Each group's routers become a group of their
             own with the key `lr_scale`, applied inside the step, whatever a scheduler writes into `lr`.
-
         include_scaling: divide both inverses by s^2, as the metric of s B A demands: the step of s B A then no longer
             depends on how it is split between s and the factors. False, as published, ignores s.
-
-
-        compiled: have kernels built by GCC do the work on pairs, in one pass with AdamW's (`optimizer.kernels.cpp`):
-            float32 on CPUs, CPU offload included; ranks 1, 2, 4, 8, 16; torch does other ranks. Gradients are not
-            overwritten.
+        compiled: have C++ kernels do the work on pairs, in one pass with AdamW's (`optimizer.kernels.cpp`): float32 on
+            CPUs, CPU offload included; ranks 1, 2, 4, 8, 16; torch does other ranks. Gradients are not overwritten.
 
     The five before the last can be set per parameter group.
 
     Raises:
-        ValueError: no pairs, half a pair, an option out of range, `compiled` without a compiler; at `step()`: see
-            there.
+        ValueError: no pairs, half a pair, an option out of range, a layer that another living optimizer holds at
+            another gate scaling, `compiled` without a compiler; at `step()`: see there.
     """
 
     _base = torch.optim.AdamW
-    _update_type = CompiledAdamW
+    _update_type = CppAdamW
     _fused_dtypes = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
     def __init__(
@@ -282,8 +290,8 @@ class GateRiemannianSGD(_GateRiemannian, torch.optim.SGD):
         compiled: as there, but the update itself stays torch's.
 
     Raises:
-        ValueError: no pairs, half a pair, an option out of range, `compiled` without a compiler; at `step()`: see
-            there.
+        ValueError: no pairs, half a pair, an option out of range, a layer that another living optimizer holds at
+            another gate scaling, `compiled` without a compiler; at `step()`: see there.
     """
 
     _base = torch.optim.SGD

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .factors import TaggedFactor
-from .groups import expert_group
+from .factors import Factor
+from .groups import expert_group_name
 from .preconditioner import condition_numbers
-from .sharding.sharded import ShardedPreconditioner
+from .sharding.exchange import ShardedPreconditioner
 from .sharding.zero import Storage
 
 
 class StepStatistics:
-    """Squared norms over all factors of pairs, of the part that counts for this rank: sums over ranks are the whole's.
+    """Squared norms over all factors of pairs, of this process's part: sums over processes are the whole's.
 
     An optimizer whose `statistics` is such an object calls it three times per call of `step()`; the sums go on over
     several calls (one per parameter group, or sub-group of ZeRO-3). Everything stays on the device. The weights before
-    the step are kept until it is done: 4 bytes per element that the rank owns, for the moment.
+    the step are kept until it is done: 4 bytes per element that the process owns, for the moment.
 
     Attributes:
         raw, preconditioned: of the gradients before and after preconditioning. weight: before the step.
-        update: of the weights' change. condition: the largest `monitoring.formulas.condition_numbers` of this rank.
+        update: of the weights' change. condition: the largest `preconditioner.condition_numbers` of this process.
             0-dim tensors; None before the first step.
     """
 
@@ -37,7 +37,6 @@ class StepStatistics:
     @torch.no_grad()
     def begin(
         self,
-        factors: Sequence[TaggedFactor],
         preconditioner: ShardedPreconditioner,
         storage: Storage,
         units: set[Hashable],
@@ -45,12 +44,11 @@ class StepStatistics:
         """Before the gradients of `units` are preconditioned."""
         self._old = {unit: storage.flat(unit)[0].clone() for unit in sorted(units, key=str)}
         self._new = {unit: storage.flat(unit)[0] for unit in self._old}
-        # Equal shares: what several ranks hold alike counts once in their sum.
+        # Equal shares: what several processes hold alike counts once in their sum.
         self._slices: dict[float, list[tuple[Hashable, slice]]] = {}
-        for tagged, factor in zip(factors, preconditioner.factors, strict=True):
-            place = factor.placement
+        for factor, place in zip(preconditioner.factors, preconditioner.places, strict=True):
             if place.unit in units and place.start < place.stop:
-                share = 1.0 if storage.sharded else 1 / _copies(tagged)
+                share = 1.0 if storage.sharded else 1 / _copies(factor)
                 where = slice(place.local_offset, place.local_offset + place.stop - place.start)
                 self._slices.setdefault(share, []).append((place.unit, where))
         self._grads = {unit: grad for unit in self._old if (grad := storage.flat(unit)[1]) is not None}
@@ -85,9 +83,9 @@ class StepStatistics:
         return total
 
 
-def _copies(factor: TaggedFactor) -> int:
-    """Ranks that hold this factor, where nothing is partitioned."""
+def _copies(factor: Factor) -> int:
+    """Processes that hold this factor, where nothing is partitioned."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
-    ep_size = int(expert_group(factor.param).removeprefix("ep_size_") or 1)
+    ep_size = int(expert_group_name(factor.param).removeprefix("ep_size_") or 1)
     return dist.get_world_size() // ep_size

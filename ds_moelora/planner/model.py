@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-import json
+import importlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
+from transformers import CONFIG_MAPPING, CONFIG_NAME, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto as auto
 
 from ..tuner import MoELoRAConfig, MoELoRAModel
-from ..tuner.layer import MoELoRALayer, in_out_features
+from ..tuner.layer import MoELoRALayer
+from ..tuner.start.base_weight import in_out_features
 
 # The name of a repeated block, at the beginning of those of its modules: up to the first number.
 BLOCK = re.compile(r".*?\.\d+\.")
+# Model type -> name of a class, or several.
+MODELS: tuple[Mapping[str, Any], ...] = (
+    auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    auto.MODEL_MAPPING_NAMES,
+)
+# Of a config that anybody may have written; every layer is built.
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -109,59 +122,117 @@ def describe_model(config: str | Path | Any, target_modules: str | Sequence[str]
     name = str(config) if isinstance(config, str | Path) else type(config).__name__
     config = _read_config(config) if isinstance(config, str | Path) else config
     model = _build(config, name)
+    words, head = _embedding(model, "get_input_embeddings"), _embedding(model, "get_output_embeddings")
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    heads, hidden = getattr(text, "num_attention_heads", 1), getattr(text, "hidden_size", 0)
+    hidden = _size(text, "hidden_size") or (words.shape[1] if words is not None else 0)
     if not hidden:
         raise ValueError(f"{name}: the config says nothing of hidden_size, which the planner needs.")
+    heads = _size(text, "num_attention_heads")
+    head_size = _size(text, "head_dim") or hidden // (heads or 1)
     sizes = [p.numel() for p in model.parameters()]
     found = {n: shape for n, m in model.named_modules() if n and (shape := in_out_features(m)) is not None}
-    adapted = _adapted_names(model, target_modules)
+    if not found:
+        raise ValueError(f"{name}: {type(model).__name__} has no linear module that could be adapted.")
+    adapted = _adapted_names(model, target_modules, name)
     return ModelShape(
         name=name,
         hidden_size=hidden,
         num_blocks=len({block.group() for n in found if (block := BLOCK.match(n))}) or 1,
-        vocab_size=text.vocab_size if model.get_output_embeddings() is not None else 0,
-        attention_width=heads * (getattr(text, "head_dim", None) or hidden // heads),
+        vocab_size=head.shape[0] if head is not None else 0,
+        # Some models give every layer its own number of heads, and no common one.
+        attention_width=heads * head_size if heads else hidden,
         base_parameters=sum(sizes),
         largest_parameter=max(sizes),
         linears=tuple(Linear(n, *shape, n in adapted) for n, shape in found.items()),
     )
 
 
-def _read_config(path: str | Path) -> Any:
-    from transformers import AutoConfig
+def _size(config: Any, name: str) -> int:
+    """A positive integer of a config; 0 where it has none, several, or raises because layers differ."""
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # transformers has a class of its own for it, which older versions lack
+        return 0
+    return value if isinstance(value, int) and value > 0 else 0
 
+
+def _embedding(model: Any, getter: str) -> torch.Tensor | None:
+    """The weight of the input or output embeddings; None where the model has none, or several."""
+    try:
+        weight = getattr(getattr(model, getter)(), "weight", None)
+    except (NotImplementedError, AttributeError):
+        return None
+    return weight if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None
+
+
+def _read_config(path: str | Path) -> Any:
     path = Path(path)
-    file = path / "config.json" if path.is_dir() else path
+    file = path / CONFIG_NAME if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{file} is not there; pass a model's config.json, or the folder that holds it.")
     try:
-        values = json.loads(file.read_text())
-        return AutoConfig.for_model(**values)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{file} is not the config of a transformers model: {' '.join(str(error).split())}") from error
+        values, _ = PreTrainedConfig.get_config_dict(file)
+        many = [key for key, n in values.items() if "layers" in key and isinstance(n, int) and n > MOST_LAYERS]
+        if many:
+            raise ValueError(f"{many[0]}={values[many[0]]} is more than {MOST_LAYERS}.")
+        if values.get("model_type") not in CONFIG_MAPPING:
+            raise ValueError(f"transformers knows no model_type {values.get('model_type')!r}.")
+        return CONFIG_MAPPING[values["model_type"]].from_dict(values)
+    except Exception as error:  # what the file holds decides which kind
+        raise ValueError(f"{file} is not the config of a transformers model: {_short(error)}") from error
 
 
 def _build(config: Any, name: str) -> Any:
-    import transformers
-
-    classes = [getattr(transformers, n, None) for n in getattr(config, "architectures", None) or []]
-    auto = (transformers.AutoModelForCausalLM, transformers.AutoModel)
-    error: Exception | None = None
-    with torch.device("meta"):
-        for known in filter(None, classes):
-            return known(config)
-        for known in auto:
-            try:
-                return known.from_config(config)
-            except ValueError as e:
-                error = e
-    raise ValueError(f"{name}: transformers has no model for this config: {error}")
+    first: Exception | None = None
+    for model_class in dict.fromkeys(_model_classes(config)):
+        try:
+            with torch.device("meta"):
+                return model_class(config)
+        except Exception as error:  # what the model's code does with a config that it cannot use
+            first = first or ValueError(
+                f"{name}: {model_class.__name__} cannot be built: {type(error).__name__}: {_short(error)}"
+            )
+    raise first or ValueError(f"{name}: transformers has no model for {type(config).__name__}.")
 
 
-def _adapted_names(model: nn.Module, target_modules: str | Sequence[str]) -> set[str]:
+def _model_classes(config: Any) -> Iterator[type[nn.Module]]:
+    """What `architectures` names; else models for the config, those that generate text first."""
+    names = [str(name) for name in getattr(config, "architectures", None) or []]
+    if not names:
+        found = [mapping.get(config.model_type, ()) for mapping in MODELS]
+        names = [name for entry in found for name in ([entry] if isinstance(entry, str) else entry)]
+    known = [getattr(transformers, name, None) for name in names]
+    models = [c for c in known if isinstance(c, type) and issubclass(c, PreTrainedModel)]
+    yield from models
+    if models and getattr(config, "architectures", None):
+        return
+    # Parts of larger models, and models of other tasks.
+    try:
+        module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    except ImportError:
+        return
+    own = [
+        c
+        for c in vars(module).values()
+        if isinstance(c, type) and issubclass(c, PreTrainedModel) and c.config_class is type(config)
+        if not c.__name__.endswith("PreTrainedModel")  # the base class of the others
+    ]
+    yield from sorted(own, key=lambda c: ("ForConditionalGeneration" not in c.__name__, len(c.__name__)))
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) < 300 else text[:300] + " ..."
+
+
+def _adapted_names(model: nn.Module, target_modules: str | Sequence[str], name: str) -> set[str]:
     """Names of the modules that the tuner itself replaces, found with the smallest possible experts."""
     targets: Any = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = MoELoRAConfig(r=1, num_experts=1, top_k=1, target_modules=targets)
-    tuner = MoELoRAModel(model, {"default": config}, "default")
+    try:
+        tuner = MoELoRAModel(model, {"default": config}, "default")
+    except ValueError:
+        raise
+    except Exception as error:  # of PEFT's questions to a model of an unusual kind
+        raise ValueError(f"{name}: {type(model).__name__} cannot be adapted: {_short(error)}") from error
     return {n.removeprefix("model.") for n, m in tuner.named_modules() if isinstance(m, MoELoRALayer)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from ..expert_parallel.exchange import bytes_moved, share_needing
+from ..expert_parallel.dispatch import bytes_moved, share_needing
 from .hardware import Group
 from .model import ModelShape
 from .workload import Choice, Workload

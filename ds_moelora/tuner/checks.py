@@ -13,7 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from torch import Tensor, nn
 
 from .config import MoELoRAConfig
-from .layer import MoELoRALayer, in_out_features
+from .layer import MoELoRALayer
+from .start.base_weight import in_out_features
 
 _OURS = ".moelora_experts."
 # Their fused kernels read the weights of these modules and never call them.

@@ -9,14 +9,20 @@ from numbers import Integral, Real
 from typing import Any
 
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.peft_types import PeftType
 
-from ..expert_parallel.spec import COMPUTES, DISPATCHES, check_ep_size
+from ..expert_parallel.spec import DISPATCHES, check_ep_size
+from ..mixture.choice import COMPUTES
 from ..mixture.goat import VARIANTS, goat_scaling
 
 PEFT_TYPE = "MOELORA"
 # How a run spreads and computes the experts; the adapter is the same, so its file says nothing of it.
-RUN_FIELDS = ("ep_size", "ep_dispatch", "ep_bucket_layers", "expert_compute", "svd_cache_dir")
+RUN_FIELDS = ("ep_size", "ep_dispatch", "expert_compute", "svd_cache_dir")
 SCALINGS = ("alpha", "rslora", "goat")
+# A configuration may come from a file that anybody wrote: these bounds hold before anything is counted or allocated.
+MOST_EXPERTS, MOST_RANK, MOST_ENTRIES = 4096, 16384, 10_000
+MOST = {"r": MOST_RANK, "num_experts": MOST_EXPERTS, "top_k": MOST_EXPERTS, "ep_size": MOST_EXPERTS}
 # Fields that give single layers another value, and the field whose value it is.
 PATTERNS = {
     "rank_pattern": "r",
@@ -61,12 +67,9 @@ class MoELoRAConfig(PeftConfig):
             modules whose r, lora_alpha, num_experts or top_k differs (`tuner.patterns`).
         ep_size: ranks that share the experts; divides num_experts and the world size. 1: every rank has all of them.
         ep_dispatch: with ep_size > 1: "weights" moves experts to tokens, "tokens" moves tokens to experts, "auto" takes
-            what is faster on the first training batch.
-        ep_bucket_layers: with ep_size > 1, where weights move: so many consecutive layers, >= 1, share one all-gather
-            and one reduce-scatter; their gathered experts are in memory together.
-        expert_compute: "dense" computes all experts in one product, "grouped" the chosen ones alone, "compiled" is
-            dense with what lies between its products compiled by torch.compile; "auto" is one of the first two, by
-            size, with ep_size > 1 by trial.
+            what moves fewer bytes with 2,048 tokens per process (`expert_parallel.dispatch`).
+        expert_compute: "dense" computes all experts in one product, "grouped" the chosen ones alone; "auto" is one of
+            them, by size (`mixture.choice`).
         modules_to_save: modules to train and save whole, beside the adapter (e.g. a new classification head).
         layers_to_transform: index or indices of the layers to adapt; needs `target_modules` as a list.
         layers_pattern: name of the list of layers, e.g. "layers" or "h"; needs `layers_to_transform`.
@@ -129,12 +132,7 @@ class MoELoRAConfig(PeftConfig):
     ep_dispatch: str = field(
         default="auto", metadata={"help": "With ep_size > 1: move 'weights', 'tokens', or 'auto'. Not saved."}
     )
-    ep_bucket_layers: int = field(
-        default=1, metadata={"help": "With ep_size > 1: layers whose experts are gathered together. Not saved."}
-    )
-    expert_compute: str = field(
-        default="auto", metadata={"help": "'auto', 'dense', 'grouped' or 'compiled'. Not saved."}
-    )
+    expert_compute: str = field(default="auto", metadata={"help": "'auto', 'dense' or 'grouped'. Not saved."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules to train and save whole, beside the adapter."}
     )
@@ -146,8 +144,13 @@ class MoELoRAConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
+        if not hasattr(BaseTuner, "_remove_adapter_name_from_key"):
+            raise ImportError("This version of PEFT is too old for MoELoRAConfig: pip install 'peft>=0.21'.")
         super().__post_init__()
-        self.peft_type = PEFT_TYPE
+        self.peft_type = PeftType(PEFT_TYPE)  # `patches.add_peft_type` makes it a member
+        for name in ("base_model_name_or_path", "revision"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name}={_shown(getattr(self, name))} must be a name, or None.")
         _check_int("r", self.r, "Pass the rank of one expert, e.g. 4.")
         _check_int("num_experts", self.num_experts, "Pass how many experts each module gets, e.g. 8.")
         _check_int("top_k", self.top_k, "Pass how many experts a token uses, e.g. 2.")
@@ -163,7 +166,7 @@ class MoELoRAConfig(PeftConfig):
         )
         if self.scaling not in SCALINGS:
             raise ValueError(
-                f"scaling={self.scaling!r} is unknown; use 'alpha' (lora_alpha / r), 'rslora' "
+                f"scaling={_shown(self.scaling)} is unknown; use 'alpha' (lora_alpha / r), 'rslora' "
                 "(lora_alpha / sqrt(r)) or 'goat' (sqrt(3 eta in / r))."
             )
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in VARIANTS:
@@ -179,7 +182,6 @@ class MoELoRAConfig(PeftConfig):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}.")
         self._check_routing()
-        _check_int("ep_bucket_layers", self.ep_bucket_layers, "1: every layer's experts are gathered by themselves.")
         self._check_effect()
         self._check_targets()
 
@@ -213,6 +215,8 @@ class MoELoRAConfig(PeftConfig):
                 raise ValueError(
                     f"{pattern}={table!r} must be a dict {{name or regular expression: {name}}}, e.g. {{'q_proj': 4}}."
                 )
+            if len(table) > MOST_ENTRIES:
+                raise ValueError(f"{pattern} has {len(table)} entries; use at most {MOST_ENTRIES}.")
             for key, value in table.items():
                 _check_expression(pattern, key)
                 if name == "lora_alpha":
@@ -229,9 +233,6 @@ class MoELoRAConfig(PeftConfig):
             ("rho", svd_only, svd_start),
             ("svd_cache_dir", svd_only, svd_start),
             ("ep_dispatch", self.ep_size > 1, "ep_size > 1"),
-            ("ep_bucket_layers", self.ep_size > 1, "ep_size > 1"),
-            # "tokens" moves no experts.
-            ("ep_bucket_layers", self.ep_dispatch != "tokens", "ep_dispatch='weights' or 'auto'"),
         ):
             default = type(self).__dataclass_fields__[name].default
             if not has_effect and getattr(self, name) != default:
@@ -241,6 +242,8 @@ class MoELoRAConfig(PeftConfig):
                 )
 
     def _check_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "layers_to_transform"):
+            self._check_entries(name, int if name == "layers_to_transform" else str)
         # Like PEFT's LoraConfig: sets make the lookup of every module's name cheap.
         if self.target_modules is not None and not isinstance(self.target_modules, str):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
@@ -262,6 +265,16 @@ class MoELoRAConfig(PeftConfig):
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform; pass both."
             )
+
+    def _check_entries(self, name: str, kind: type) -> None:
+        value = getattr(self, name)
+        what = "numbers of layers" if kind is int else "names"
+        if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
+            return
+        if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(entry, kind) for entry in value):
+            raise ValueError(f"{name}={_shown(value)} must be a list of {what}.")
+        if len(value) > MOST_ENTRIES:
+            raise ValueError(f"{name} has {len(value)} entries; use at most {MOST_ENTRIES}.")
 
     @property
     def from_svd(self) -> bool:
@@ -287,17 +300,31 @@ class MoELoRAConfig(PeftConfig):
 def _check_expression(pattern: str, key: Any) -> None:
     try:
         re.compile(key)
-    except (TypeError, re.error) as error:
+    except (TypeError, re.error, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"{pattern}: {key!r} is not a regular expression ({error}); use the end of a module's name, e.g. 'q_proj'."
+            f"{pattern}: {_shown(key)} is not a regular expression ({error}); use the end of a module's name, e.g. "
+            "'q_proj'."
         ) from error
 
 
 def _check_int(name: str, value: Any, remedy: str) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer >= 1. {remedy}")
+        raise ValueError(f"{name}={_shown(value)} must be an integer >= 1. {remedy}")
+    most = MOST.get(PATTERNS.get(name.partition("[")[0], name))
+    if most is not None and value > most:
+        raise ValueError(f"{name}={_shown(value)} must be at most {most}. {remedy}")
 
 
 def _check_real(name: str, value: Any, bound: str, ok: Any, remedy: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not ok(value):
-        raise ValueError(f"{name}={value!r} must be {bound}. {remedy}")
+    try:
+        good = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value) and ok(value)
+    except OverflowError:  # an integer beyond the largest float
+        good = False
+    if not good:
+        raise ValueError(f"{name}={_shown(value)} must be {bound}. {remedy}")
+
+
+def _shown(value: Any) -> str:
+    """For messages: a file may hold anything of any length."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..expert_parallel.spec import FACTORS, INITIAL_FACTORS, ExpertShard, ShardSpec, build_shard, check_ep_size
-from ..mixture.choice import choose_compute
-from ..mixture.compute import ExpertCompute
+from ..expert_parallel.spec import FACTORS, INITIAL_FACTORS, ShardSpec, build_shard, check_ep_size
+from ..mixture.choice import choose_products
 from ..mixture.initial_values import draw_uniform_
-from ..mixture.moe_lora import moe_lora
-from ..mixture.routed import routed_moe_lora
+from ..mixture.mixture import Mixed, mix
+from ..mixture.operands import Operands, RoutingRule
 from ..mixture.routing import route
 from ..pairs import GateSettings, LoraPair, tag_pair
 from .config import MoELoRAConfig
@@ -22,6 +21,9 @@ from .router import Router, has_no_hooks
 from .shared_expert import SharedExpert
 from .start.base_weight import HASH_SHAPE
 from .start.residual import Residual
+
+if TYPE_CHECKING:
+    from ..expert_parallel.shard import ShardedExperts
 
 
 class MoELoRAExperts(nn.Module):
@@ -92,7 +94,7 @@ class MoELoRAExperts(nn.Module):
         self.register_load_state_dict_post_hook(_tag_after_load)
         self.tag()
 
-    def experts_shard(self) -> ExpertShard:
+    def experts_shard(self) -> ShardedExperts:
         """The module that holds this rank's experts; only with `is_sharded`."""
         return self.get_submodule("shard")  # type: ignore[return-value]
 
@@ -168,10 +170,6 @@ class MoELoRAExperts(nn.Module):
         """Before the base layer runs, with `is_sharded`: starts the communication that can run beside it."""
         self.experts_shard().prefetch(x)
 
-    def compute(self, dtype: torch.dtype) -> ExpertCompute:
-        """How products in this dtype are done."""
-        return choose_compute(self.expert_compute, self.num_experts, self.top_k, self.rank, dtype)
-
     def see_input_of_base(self) -> bool:
         """Whether the experts' input is the base layer's, so that one buffer can take the gradients of both."""
         return not self.is_sharded and not (self.training and self.dropout.p > 0)
@@ -184,7 +182,7 @@ class MoELoRAExperts(nn.Module):
         Args:
             x: (..., I). base_out: (..., O).
             inplace: `base_out` belongs to the caller alone and may be overwritten.
-            base_weight: see `mixture.moe_lora`; only where `see_input_of_base()`.
+            base_weight: see `mixture.mix`; only where `see_input_of_base()`.
 
         Returns:
             (..., O) in the dtype of `base_out`.
@@ -227,35 +225,35 @@ class MoELoRAExperts(nn.Module):
     def _mix_with_router(
         self, x: Tensor, base_out: Tensor, inplace: bool, base_weight: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return routed_moe_lora(
-            base_out,
-            x,
-            self.router.weight,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            self.top_k,
-            self.top_p,
-            self.router.temperature,
-            self.pair.gate,
-            inplace,
-            self.compute(base_out.dtype),
-            base_weight,
-        )
+        rule = RoutingRule(self.top_k, self.top_p, self.router.temperature)
+        y, logits, chosen = self._mix_here(x, base_out, inplace, base_weight, router=self.router.weight, rule=rule)
+        assert logits is not None
+        assert chosen is not None
+        return y, logits, chosen
 
     def _mix_after_router(
         self, router_x: Tensor, x: Tensor, base_out: Tensor, inplace: bool, base_weight: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits = self.router(router_x)
         gates, chosen = route(logits, self.top_k, self.top_p)
-        s, gate = self.scaling, self.pair.gate
         if self.is_sharded:
-            y = self.experts_shard().mix(base_out, x, gates, chosen, s, gate, inplace)
+            options = {"scaling": self.scaling, "settings": self.pair.gate or GateSettings()}
+            y = self.experts_shard().mix(x, gates, base_out, inplace, **options)
         else:
-            A, B = self.lora_A, self.lora_B
-            compute = self.compute(base_out.dtype)
-            y = moe_lora(base_out, x, gates, chosen, A, B, s, gate, inplace, compute, base_weight)
+            y = self._mix_here(x, base_out, inplace, base_weight, gates=gates).y
         return y, logits, chosen
+
+    def _mix_here(self, x: Tensor, base_out: Tensor, inplace: bool, base_weight: Tensor | None, **gates: Any) -> Mixed:
+        products = choose_products(self.expert_compute, self.num_experts, self.top_k, self.rank, base_out.dtype)
+        operands = Operands(
+            x=x,
+            lora_A=self.lora_A,
+            lora_B=self.lora_B,
+            scaling=self.scaling,
+            settings=self.pair.gate or GateSettings(),
+            **gates,
+        )
+        return mix(operands, base_out, inplace=inplace, base_weight=base_weight, products=products)
 
     def extra_repr(self) -> str:
         top_p = "" if self.top_p is None else f", top_p={self.top_p:g}"
@@ -295,7 +293,6 @@ def _shard_spec(in_features: int, out_features: int, config: MoELoRAConfig, laye
         out_features=out_features,
         rank=config.r,
         dispatch=config.ep_dispatch,
-        bucket_layers=config.ep_bucket_layers,
         compute=config.expert_compute,
         keeps_start=config.from_svd,
     )

@@ -16,24 +16,10 @@ from ..mixture.goat import mean_product
 from .config import MoELoRAConfig
 from .experts import MoELoRAExperts
 from .router import has_no_hooks
+from .start.base_weight import in_out_features
 from .start.residual import check_ready, correct, unfold
 
 _MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def in_out_features(module: nn.Module) -> tuple[int, int] | None:
-    """(in_features, out_features) of a module that can be adapted, else None.
-
-    Taken from the module's attributes: under ZeRO-3 a weight's shape is (0,) and its real one in `ds_shape`.
-    """
-    if isinstance(module, Conv1D):
-        shape = getattr(module.weight, "ds_shape", module.weight.shape)
-        return getattr(module, "nx", shape[0]), getattr(module, "nf", shape[1])
-    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
-        sizes = tuple(getattr(module, name, None) for name in names)
-        if all(isinstance(size, int) and size > 0 for size in sizes):
-            return sizes  # type: ignore[return-value]
-    return None
 
 
 class MoELoRALayer(nn.Module, BaseTunerLayer):

@@ -1,66 +1,66 @@
-"""What preparing a model needs to know of the other processes, without knowing DeepSpeed: who is there, and where
-partitioned weights can be had whole.
+"""What the processes that prepare, load or save one model do together; each function also holds for one process alone.
 
-`OneProcess` is what holds without DeepSpeed. `tuner.distributed_processes` has the other implementation, and
-`plugin.register` puts it here by `register_ranks`.
+All processes call a function, or none does.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Iterable
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
-
-class Ranks(Protocol):
-    """The processes that prepare the same model together; all of them call every method but `is_partitioned`."""
-
-    rank: int
-    size: int
-
-    def is_partitioned(self, param: Tensor) -> bool:
-        """Whether this process has a part of the parameter only (ZeRO-3, `zero.Init`)."""
-
-    def whole(self, params: Iterable[Tensor], modify: bool = False) -> contextlib.AbstractContextManager[object]:
-        """Inside, parameters are whole. With `modify`, what rank 0 writes into them is everybody's afterwards."""
-
-    def agree(self, error: Exception | None) -> None:
-        """Returns if no rank has an error; raises the first rank's on every rank."""
-
-    def broadcast(self, tensors: list[Tensor], owner: int) -> None:
-        """Fills the tensors, in place, with those of rank `owner`."""
+from ..optimizer.sharding.zero import is_partitioned
 
 
-class OneProcess:
-    """`Ranks` for a process that is alone, or does not know of others."""
+def this_process() -> tuple[int, int]:
+    """(number of this process, number of processes); (0, 1) without a process group."""
+    connected = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if connected else (0, 1)
 
-    rank, size = 0, 1
 
-    def is_partitioned(self, param: Tensor) -> bool:
-        return False
+def gathered(params: Iterable[Tensor], modify: bool = False) -> contextlib.AbstractContextManager[object]:
+    """Inside, partitioned parameters (ZeRO-3, `zero.Init`) are whole.
 
-    def whole(self, params: Iterable[Tensor], modify: bool = False) -> contextlib.AbstractContextManager[object]:
+    Args:
+        modify: what process 0 writes into them is everybody's afterwards.
+    """
+    partitioned = [param for param in params if is_partitioned(param)]
+    if not partitioned:
         return contextlib.nullcontext()
+    import deepspeed  # it partitioned them, so it is there; elsewhere it may not be
 
-    def agree(self, error: Exception | None) -> None:
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modify else None)
+
+
+def raise_together(error: Exception | None) -> None:
+    """Returns if no process has an error.
+
+    Raises:
+        ValueError: on every process, with the number of the first that has an error, and its message.
+    """
+    _, size = this_process()
+    if size == 1:
         if error is not None:
             raise error
-
-    def broadcast(self, tensors: list[Tensor], owner: int) -> None:
-        """Nobody else is there."""
-
-
-_find: Callable[[], Ranks] = OneProcess
-
-
-def register_ranks(find: Callable[[], Ranks]) -> None:
-    """Sets who says which processes there are."""
-    global _find
-    _find = find
+        return
+    messages: list[str | None] = [None] * size
+    dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
+    for process, message in enumerate(messages):
+        if message is not None:
+            raise ValueError(f"rank {process}: {message}") from error
 
 
-def ranks() -> Ranks:
-    """The processes that are there now."""
-    return _find()
+def broadcast(tensors: Iterable[Tensor], owner: int) -> None:
+    """Fills the tensors, in place, with those of process `owner`."""
+    if this_process()[1] == 1:
+        return
+    # NCCL moves tensors on its own device alone; gloo all of them through the CPU.
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
+    for tensor in tensors:
+        there = tensor if device is None else tensor.to(device)
+        dist.broadcast(there, owner)
+        if there is not tensor:
+            tensor.copy_(there)

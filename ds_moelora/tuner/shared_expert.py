@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..mixture.initial_values import draw_uniform_
-from ..mixture.moe_lora import moe_lora
+from ..mixture.mixture import mix
+from ..mixture.operands import Operands
 from ..pairs import LoraPair, tag_pair
 
 
@@ -46,17 +47,8 @@ class SharedExpert(nn.Module):
         tag_pair(self.pair, self.lora_A, self.lora_B)
 
     def forward(self, x: Tensor, base_out: Tensor, inplace: bool, base_weight: Tensor | None = None) -> Tensor:
-        """(T, I), (T, O) -> (T, O); `inplace`: `base_out` may be overwritten; `base_weight`: see `mixture.moe_lora`."""
+        """(T, I), (T, O) -> (T, O); `inplace`: `base_out` may be overwritten; `base_weight`: see `mixture.mix`."""
         gates = torch.ones(len(x), 1, dtype=torch.promote_types(base_out.dtype, torch.float32), device=x.device)
         # No gate settings: a gate of 1 has the same factor under every gate scaling.
-        return moe_lora(
-            base_out,
-            x,
-            gates,
-            gates.bool(),
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            inplace=inplace,
-            base_weight=base_weight,
-        )
+        operands = Operands(x=x, lora_A=self.lora_A, lora_B=self.lora_B, scaling=self.scaling, gates=gates)
+        return mix(operands, base_out, inplace=inplace, base_weight=base_weight).y

@@ -14,7 +14,7 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
+from ds_moelora.redaction import redact_words, remember
 from launch.checks.errors import UsageError, UserError
 from launch.checks.flags import (
     TASKS,
@@ -62,7 +63,7 @@ class _Parser(TrlParser):
 
 
 def parse_arguments(argv: Sequence[str], demo_defaults: dict[str, Any]) -> Arguments:
-    """Reads the command line and the recipe that it names.
+    """Reads the command line of `launch/train.py` and the recipe that it names.
 
     Args:
         argv: arguments without the program's name.
@@ -71,32 +72,14 @@ def parse_arguments(argv: Sequence[str], demo_defaults: dict[str, Any]) -> Argum
     Raises:
         UsageError: an unknown flag or recipe key, a value of the wrong kind, or half a choice (model without data).
     """
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    recipe = _read_recipe(argv)
-    chosen = {name: _peek(argv, recipe, name) for name in ("task", "model_name_or_path", "dataset_name")}
+    recipe, words = _read_recipe(argv)
+    chosen = {name: _peek(words, recipe, name) for name in ("task", "model_name_or_path", "dataset_name")}
     task = chosen["task"] or "causal-lm"
     if task not in TASKS:
         raise UsageError(f"--task {task} is unknown; choose one of: {', '.join(TASKS)}.")
     demo = _wants_demo(task, chosen)
-
-    training_class = TRAINING_CLASSES[task]
-    parser = _Parser(
-        (RunArguments, AdapterArguments, ScoringArguments, training_class), prog="launch/train.py", allow_abbrev=False
-    )
-    known = {action.dest for action in parser._actions} - {"help"} | {"config"}
-    _refuse_unknown(recipe, known, "recipe key")
-    if demo:
-        parser.set_defaults_with_config(**demo_defaults)
-    try:
-        # The recipe first: of two values the command line's, the later one, wins.
-        words = [*_as_words(recipe, parser), *_without_config(argv)]
-        *parsed, rest = parser.parse_args_into_dataclasses(args=words, return_remaining_strings=True)
-    except UserError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from error
-    _refuse_unknown([word.split("=")[0].lstrip("-") for word in rest], known, "argument", rest)
-    return Arguments(*parsed, demo=demo)
+    classes = (RunArguments, AdapterArguments, ScoringArguments, TRAINING_CLASSES[task])
+    return Arguments(*_parse(classes, words, recipe, "launch/train.py", demo_defaults if demo else {}), demo=demo)
 
 
 def read_flags(
@@ -118,22 +101,27 @@ def read_flags(
     Raises:
         UsageError: an unknown flag or recipe key, or a value of the wrong kind.
     """
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    recipe = translate(_read_recipe(argv))
-    if "--config" in argv:
-        position = argv.index("--config")
-        argv = argv[:position] + argv[position + 2 :]
+    recipe, words = _read_recipe(argv)
+    return _parse(classes, words, translate(recipe), program, {})
+
+
+def _parse(
+    classes: tuple[type, ...], words: list[str], recipe: dict[str, Any], program: str, defaults: dict[str, Any]
+) -> tuple[Any, ...]:
     parser = _Parser(classes, prog=program, allow_abbrev=False)
-    known = {action.dest for action in parser._actions} - {"help"}
+    known = {action.dest for action in parser._actions} - {"help"} | {"config"}
     _refuse_unknown(recipe, known, "recipe key")
+    if defaults:
+        parser.set_defaults_with_config(**defaults)
     try:
-        parser.set_defaults_with_config(**recipe)
-        *parsed, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+        # The recipe first: of two values the command line's, the later one, wins.
+        given = [*_as_words(recipe, parser), *words]
+        *parsed, rest = parser.parse_args_into_dataclasses(args=given, return_remaining_strings=True)
     except UserError:
         raise
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
-    _refuse_unknown([word.split("=")[0].lstrip("-") for word in rest], known | {"config"}, "argument", rest)
+    _refuse_unknown([word.split("=")[0].lstrip("-") for word in rest], known, "argument")
     return tuple(parsed)
 
 
@@ -170,29 +158,25 @@ def _peek(argv: Sequence[str], recipe: dict[str, Any], name: str) -> str | None:
     return None if recipe.get(name) is None else str(recipe[name])
 
 
-def _read_recipe(argv: Sequence[str]) -> dict[str, Any]:
-    """The mapping in the file after `--config`; empty without one."""
-    if "--config" not in argv:
-        return {}
-    position = list(argv).index("--config") + 1
-    if position == len(argv):
+def _read_recipe(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The mapping in the file that `--config` names, empty without one, and the other words."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" not in words:
+        return {}, words
+    position = words.index("--config")
+    if position + 1 == len(words):
         raise UsageError("--config needs the path of a YAML file.")
-    path = Path(argv[position])
+    path = Path(words[position + 1])
     if not os.path.isfile(path):  # not path.is_file(), which raises for a name that is too long for a path
         raise UserError(f"--config {path}: there is no such file (working directory: {Path.cwd()}).")
     try:
-        recipe = yaml.safe_load(path.read_text())
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not text, or no such day as 2001-02-30
         raise UserError(f"--config {path} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path} holds {type(recipe).__name__}; write one `flag: value` per line.")
-    return recipe
-
-
-def _without_config(argv: Sequence[str]) -> list[str]:
-    """The command line without `--config` and its file."""
-    position = list(argv).index("--config") if "--config" in argv else len(argv)
-    return [*argv[:position], *argv[position + 2 :]]
+    remember(recipe)
+    return recipe, [*words[:position], *words[position + 2 :]]
 
 
 def _as_words(recipe: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
@@ -215,10 +199,8 @@ def _as_words(recipe: dict[str, Any], parser: argparse.ArgumentParser) -> list[s
     return words
 
 
-def _refuse_unknown(names: Any, known: set[str], what: str, unless_empty: Sequence[str] | None = None) -> None:
+def _refuse_unknown(names: Iterable[Any], known: set[str], what: str) -> None:
     """Raises for the first name that no flag has, with the flags that look like it."""
-    if unless_empty is not None and not unless_empty:
-        return
     for name in map(str, names):
         if name.replace("-", "_") in known:
             continue
@@ -228,5 +210,5 @@ def _refuse_unknown(names: Any, known: set[str], what: str, unless_empty: Sequen
 
 
 def command_line() -> str:
-    """The command as typed, for the summary."""
-    return " ".join(sys.argv)
+    """The command as typed, for the summary, without secrets."""
+    return redact_words(sys.argv)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +43,7 @@ RULES: dict[str, Rule] = {
     "save_total_limit": AT_LEAST_1,
     "ddp_timeout": ABOVE_0,
 }
+CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 CHOICES = {
     "lr_scheduler_type": SchedulerType,
     "save_strategy": SaveStrategy,
@@ -66,7 +69,21 @@ def check_bounds(training: Any) -> None:
         value, known = getattr(training, name), [choice.value for choice in choices]
         if value is not None and getattr(value, "value", value) not in known:
             raise UserError(f"--{name} {value} is unknown; choose one of: {', '.join(known)}.")
+    for name in ("accelerator_config", "lr_scheduler_kwargs", *CHECKPOINTING):
+        _check_object(name, getattr(training, name, None))
     _check_reports(training.report_to)
+
+
+def _check_object(name: str, value: Any) -> None:
+    """A flag that takes JSON; transformers would read it when processes wait for each other already."""
+    if not isinstance(value, str) or (name == "accelerator_config" and os.path.isfile(value)):
+        return
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--{name} {value} is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"--{name} {value} is no JSON object {{...}}.")
 
 
 def _check_reports(report_to: Any) -> None:

@@ -7,6 +7,7 @@ once torch.distributed is open they end by themselves, as soon as `launch.cluste
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -22,8 +23,10 @@ GRACE_SECONDS = 2.0
 MASTER_PORT = "29500"
 
 
-# Called with the error of a rank that is about to end with it; `launch.cluster.watchdog` tells the other ranks.
-before_end: list[Callable[[BaseException], None]] = []
+# Called with the error of a rank that is about to end with it; `launch.cluster.watchdog` tells the other ranks. What
+# is returned, if anything, is shown instead of that error.
+before_end: list[Callable[[Exception], Exception | None]] = []
+_training = False
 
 
 class UserError(ValueError):
@@ -60,6 +63,12 @@ def local_rank() -> int:
     return 0
 
 
+def say(text: str) -> None:
+    """One line that everybody should read, printed by one process."""
+    if process_rank()[0] == 0:
+        print(text, flush=True)
+
+
 def adopt_rank() -> None:
     """Puts what another launcher said into torch's variables, where rank 0's address is known.
 
@@ -82,27 +91,58 @@ def adopt_rank() -> None:
         )
 
 
+def training_begins() -> None:
+    """From here on an error that nobody foresaw keeps its traceback: a long run cannot be repeated to get it."""
+    global _training
+    _training = True
+
+
 def describe(error: BaseException, debug: bool) -> str:
-    """The text shown for an error: one message if it is the user's to mend, else the traceback too."""
+    """The text shown for an error: one line; the traceback too where `debug` asks or in training; no secrets."""
+    from ds_moelora.redaction import redact_text  # not above: launch/multinode.sh starts without the package
+
+    return redact_text(_describe(error, debug))
+
+
+def _describe(error: BaseException, debug: bool) -> str:
     prefix = f"[rank {process_rank()[0]}] "
-    if isinstance(error, UserError):
-        message = f"{prefix}error: {' '.join(str(error).split())}"  # one line, whatever library the reason is from
-        return f"{traceback.format_exc()}{message}" if debug else message
-    # Not foreseen: whoever looks into it needs the traceback, and may not be able to repeat a long run to get it.
-    return f"{prefix}{traceback.format_exc()}{prefix}error: {type(error).__name__}: {error}"
+    foreseen = isinstance(error, UserError)
+    message = " ".join(str(error).split())  # one line, whatever library the reason is from
+    if not foreseen:
+        message = f"{type(error).__name__}: {message}"
+        if not (debug or _training):
+            message += " (--show_traceback shows where)"
+    if debug or (_training and not foreseen):
+        return f"{prefix}{traceback.format_exc()}{prefix}error: {message}"
+    return f"{prefix}error: {message}"
 
 
 def run_guarded(main: Callable[[], None], debug: bool) -> None:
     """Calls `main`; an exception becomes a message on stderr and the end of this process."""
     try:
+        keep_secrets()
         main()
     except Exception as error:  # the one place where every failure of a rank ends up
         for announce in before_end:
-            announce(error)
+            error = announce(error) or error
         # One write: print's second one, of the line's end, may come after another rank's message.
         sys.stderr.write(f"{describe(error, debug)}\n")
         sys.stderr.flush()
         _end(EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR)
+
+
+def keep_secrets() -> None:
+    """Takes note of the secrets in environment and command line, and keeps them out of all that is logged."""
+    from ds_moelora.redaction import redact_text, remember, remember_words
+
+    remember(os.environ)
+    remember_words(sys.argv)
+
+    class Record(logging.LogRecord):
+        def getMessage(self) -> str:  # noqa: N802  (logging's name)
+            return redact_text(super().getMessage())
+
+    logging.setLogRecordFactory(Record)
 
 
 def _end(code: int) -> None:

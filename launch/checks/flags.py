@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
+
+from ds_moelora.redaction import redact
 
 TASKS = ("causal-lm", "sequence-classification", "image-classification", "image-text-to-text")
 AUTO = "auto"  # --resume_from_checkpoint: the newest complete one, if there is one
@@ -38,6 +41,7 @@ class DataArguments:
     )
     model_name_or_path: str | None = flag(None, "Model: a folder or a hub id. Without model and dataset: the demo.")
     revision: str = flag("main", "Branch, tag or commit of a model from the hub.")
+    attn_implementation: str | None = flag(None, "The model's attention: eager, sdpa, flash_attention_2, ...")
     dataset_name: list[str] = field(
         default_factory=list,
         metadata={
@@ -106,6 +110,9 @@ class RunArguments(DataArguments):
         False, "Resume from files that hold Python objects, whose code is run. Only for checkpoints of your own."
     )
 
+    # The adapter that training goes on with (`launch.training.modeling.start_adapter`).
+    start_adapter: str | None = field(default=None, init=False)
+
     def __post_init__(self) -> None:
         if isinstance(self.dataset_name, str):  # a recipe need not write a list of one
             self.dataset_name = [self.dataset_name]
@@ -145,8 +152,7 @@ class AdapterArguments:
     top_k_pattern: str | None = _pattern("top_k")
     ep_size: int = flag(1, "Ranks that share the experts; divides num_experts and the number of ranks. ZeRO 1 or 2.")
     ep_dispatch: str = flag("auto", "With --ep_size > 1: move weights, tokens, or auto.")
-    ep_bucket_layers: int = flag(1, "With --ep_size > 1: layers whose experts are gathered together.")
-    expert_compute: str = flag("auto", "auto, dense, grouped (chosen experts alone) or compiled (by torch.compile).")
+    expert_compute: str = flag("auto", "auto, dense or grouped (chosen experts alone).")
     modules_to_save: list[str] = field(
         default_factory=list, metadata={"help": "Modules trained and saved in full beside the adapter."}
     )
@@ -199,6 +205,26 @@ class _Deferred:
         self.optim = self.optim or DEFAULT_OPTIM
         super().__post_init__()
 
+    def to_dict(self) -> dict[str, Any]:
+        """What TensorBoard and other integrations write down: transformers hides a flag's token, not a nested one."""
+        return redact(super().to_dict())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle of the arguments holds: no secret, and no object that may hold one."""
+        plain = {k: v for k, v in self.__dict__.items() if k not in ("hf_deepspeed_config", "deepspeed_plugin")}
+        return redact(plain)
+
+    def __copy__(self) -> Any:
+        """Copies within the process keep everything."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = object.__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
 
 @dataclass
 class CausalConfig(_Deferred, SFTConfig):
@@ -228,6 +254,9 @@ class HeadConfig(_Deferred, TrainingArguments):
     logging_steps: float = flag(10, "Log every so many steps.")
     bf16: bool | None = flag(None, "bf16 training. Default: where an accelerator supports it.")
     trust_remote_code: bool = flag(False, "Run code that a model's repository brings. Off unless you trust it.")
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON: what `from_pretrained` gets besides."}
+    )
 
     def __post_init__(self) -> None:
         """Left to `start()`."""

@@ -17,18 +17,26 @@ from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from ds_moelora.expert_parallel.spec import check_ep_size
 from ds_moelora.pairs import GATE_SCALINGS
 from launch.checkpoint.resume import check_output_dir
-from launch.checks.arguments import Arguments
+from launch.checks.arguments import Arguments, non_defaults
 from launch.checks.bounds import check_bounds
 from launch.checks.deepspeed_config import check_deepspeed_config
-from launch.checks.errors import UserError, process_rank
+from launch.checks.effects import check_effects
+from launch.checks.errors import UserError, process_rank, say
 from launch.checks.extensions import check_build_lock
-from launch.checks.flags import LANGUAGE, RunArguments
+from launch.checks.flags import LANGUAGE, DataArguments, RunArguments
 from launch.checks.trusted import check_trusted
 from launch.data.answering import wants_answers
 from launch.data.data_checks import check_data
 
 # The keys that transformers fills in; "auto" anywhere else would reach the optimizer as a string.
 AUTO_KEYS = ("lr", "betas", "eps", "weight_decay")
+FILLED_IN = {
+    "learning_rate": "lr",
+    "weight_decay": "weight_decay",
+    "adam_epsilon": "eps",
+    "adam_beta1": "betas",
+    "adam_beta2": "betas",
+}
 TASK_FLAGS = {
     "prompt_template": ("causal-lm",),
     "streaming": ("causal-lm",),
@@ -107,7 +115,21 @@ def check_optimizer(arguments: Arguments) -> str:
         raise UserError(f'{path}: "optimizer" must be an object with a "type", such as "GateRiemannianAdamW".')
     _check_optimizer_block(path, block)
     check_deepspeed_config(path, config, arguments)
+    _name_idle_flags(path, config, arguments.training)
     return block["type"]
+
+
+def _name_idle_flags(path: str, config: dict[str, Any], training: Any) -> None:
+    """Flags whose place in the DeepSpeed config is missing, or taken by something else, do nothing."""
+    params = config["optimizer"].get("params", {})
+    idle = {flag: f'has no optimizer.params "{key}"' for flag, key in FILLED_IN.items() if key not in params}
+    if "gradient_clipping" not in config:
+        idle["max_grad_norm"] = 'has no "gradient_clipping"'
+    if "scheduler" in config:
+        idle |= dict.fromkeys(("lr_scheduler_type", "lr_scheduler_kwargs"), "has a scheduler of its own")
+    given = non_defaults(training)
+    for flag in idle.keys() & given.keys():
+        say(f"--{flag} {given[flag]} is not used: {path} {idle[flag]}.")
 
 
 def _check_optimizer_block(path: str, block: dict[str, Any]) -> None:
@@ -179,15 +201,15 @@ def check_numbers(arguments: Arguments) -> None:
         raise UserError("--score answers (or --answer_pattern) needs --eval_dataset_name, or --eval_fraction.")
 
 
-def check_task(arguments: Arguments) -> None:
+def check_task(run: DataArguments) -> None:
     """Refuses flags that mean nothing to the task.
 
     Raises:
         UserError: naming the flag and the tasks it is for.
     """
-    run = arguments.run
     for name, tasks in TASK_FLAGS.items():
-        if run.task not in tasks and getattr(run, name) != getattr(RunArguments, name):
+        default = getattr(RunArguments, name)
+        if run.task not in tasks and getattr(run, name, default) != default:
             raise UserError(f"--{name} has no effect with --task {run.task}; it is for {' and '.join(tasks)}.")
 
 
@@ -240,9 +262,10 @@ def preflight(arguments: Arguments) -> str:
     check_build_lock()
     check_numbers(arguments)
     check_bounds(arguments.training)
-    check_task(arguments)
+    check_task(arguments.run)
     check_data(arguments)
     check_loss(arguments)
+    check_effects(arguments)
     name = check_optimizer(arguments)
     check_expert_parallel(arguments)
     check_output_dir(arguments)

@@ -34,7 +34,7 @@ SSH_REMEDIES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Job:
     """A run on several hosts.
 
     Args:
@@ -78,26 +78,26 @@ class Plan:
         return ["ssh", *self.ssh_words, "--", host, shlex.join(words)]
 
 
-def find_problems(plan: Plan) -> list[str]:
+def find_problems(job: Job) -> list[str]:
     """All that is wrong, one `host: what; what to do` each; empty if the run can start."""
-    here = remote.facts(_question(plan))
-    first, *others = plan.hosts
-    with _asked(plan, first, listen=plan.master_port) as answer:
+    here = remote.facts(_question(job))
+    first, *others = job.hosts
+    with _asked(job, first, listen=job.master_port) as answer:
         listens = isinstance(answer, dict) and "listen_error" not in answer
-        connect = [plan.master_addr, plan.master_port] if listens else None
+        connect = [job.master_addr, job.master_port] if listens else None
         with ThreadPoolExecutor(max_workers=32) as pool:
             answers = {
                 first: answer,
-                **dict(zip(others, pool.map(lambda h: _ask(plan, h, connect), others), strict=True)),
+                **dict(zip(others, pool.map(lambda h: _ask(job, h, connect), others), strict=True)),
             }
     problems = []
     for host, found in answers.items():
-        wrong = [found] if isinstance(found, str) else judge(plan, host, found, here)
+        wrong = [found] if isinstance(found, str) else judge(job, host, found, here)
         problems += [f"{host}: {text}" for text in wrong]
-    return problems + _same_names(plan, answers)
+    return problems + _same_names(job, answers)
 
 
-def judge(plan: Plan, host: str, found: dict[str, Any], here: dict[str, Any]) -> list[str]:
+def judge(job: Job, host: str, found: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """What is wrong with one host's answer, compared with the launching machine's."""
     problems = [
         f"{package} {found['versions'][package]}, but {version} here; install the same version on every host"
@@ -105,27 +105,27 @@ def judge(plan: Plan, host: str, found: dict[str, Any], here: dict[str, Any]) ->
         if found["versions"][package] != version and package != "ds_moelora"
     ]
     mine, theirs = here["versions"]["ds_moelora"], found["versions"]["ds_moelora"]
-    if theirs != mine and plan.root not in found["missing"]:
-        problems.append(f"ds_moelora in {plan.root} is {theirs}, but {mine} here; bring the copies to one state")
+    if theirs != mine and job.root not in found["missing"]:
+        problems.append(f"ds_moelora in {job.root} is {theirs}, but {mine} here; bring the copies to one state")
     problems += [f"{path} is not there; a shared file system, or a copy at the same path" for path in found["missing"]]
     if "listen_error" in found:
         problems.append(
-            f"port {plan.master_port} cannot be used: {found['listen_error']}; choose another by --master_port, or end "
+            f"port {job.master_port} cannot be used: {found['listen_error']}; choose another by --master_port, or end "
             "what holds it"
         )
     if found["connect_error"]:
         problems.append(
-            f"no connection to the master, {plan.master_addr} port {plan.master_port}: {found['connect_error']}; open "
+            f"no connection to the master, {job.master_addr} port {job.master_port}: {found['connect_error']}; open "
             "the firewall between the hosts, or name an address of the first host that all reach by --master_addr"
         )
-    if 0 < found["devices"] < plan.hosts[host]:
-        problems.append(f"slots={plan.hosts[host]}, but it has {found['devices']} GPUs; correct the host file")
-    return problems + _judge_interface(plan, found)
+    if 0 < found["devices"] < job.hosts[host]:
+        problems.append(f"slots={job.hosts[host]}, but it has {found['devices']} GPUs; correct the host file")
+    return problems + _judge_interface(job, found)
 
 
-def _judge_interface(plan: Plan, found: dict[str, Any]) -> list[str]:
+def _judge_interface(job: Job, found: dict[str, Any]) -> list[str]:
     """gloo, which connects ranks on CPUs, listens on one interface: the named one, or the one of the host's name."""
-    interface = plan.env.get("GLOO_SOCKET_IFNAME")
+    interface = job.env.get("GLOO_SOCKET_IFNAME")
     if interface is not None:
         absent = [name for name in interface.split(",") if name not in found["interfaces"]]
         return [
@@ -133,7 +133,7 @@ def _judge_interface(plan: Plan, found: dict[str, Any]) -> list[str]:
             for name in absent
         ]
     address = found["address"]
-    if found["devices"] == 0 and len(plan.hosts) > 1 and (address is None or address.startswith("127.")):
+    if found["devices"] == 0 and len(job.hosts) > 1 and (address is None or address.startswith("127.")):
         what = "cannot be resolved" if address is None else f"is {address}"
         return [
             f"its own name {found['hostname']} {what} there, where other hosts cannot reach gloo; set "
@@ -142,7 +142,7 @@ def _judge_interface(plan: Plan, found: dict[str, Any]) -> list[str]:
     return []
 
 
-def _same_names(plan: Plan, answers: dict[str, Any]) -> list[str]:
+def _same_names(job: Job, answers: dict[str, Any]) -> list[str]:
     """DeepSpeed's MPI discovery counts local ranks by host name; and two names may be one machine."""
     seen: dict[str, str] = {}
     problems = []
@@ -158,24 +158,24 @@ def _same_names(plan: Plan, answers: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _question(plan: Plan, connect: list[Any] | None = None, listen: int | None = None) -> dict[str, Any]:
+def _question(job: Job, connect: list[Any] | None = None, listen: int | None = None) -> dict[str, Any]:
     return {
-        "root": plan.root,
-        "paths": [*dict.fromkeys((plan.root, plan.cwd, plan.script))],
-        "python_path": [path for path in plan.env.get("PYTHONPATH", "").split(":") if path],
+        "root": job.root,
+        "paths": [*dict.fromkeys((job.root, job.cwd, job.script))],
+        "python_path": [path for path in job.env.get("PYTHONPATH", "").split(":") if path],
         "connect": connect,
         "listen": listen,
     }
 
 
 @contextmanager
-def _asked(plan: Plan, host: str, connect: list[Any] | None = None, listen: int | None = None) -> Iterator[Any]:
+def _asked(job: Job, host: str, connect: list[Any] | None = None, listen: int | None = None) -> Iterator[Any]:
     """A host's answer, or what is wrong instead; a port that it was asked to hold is held until the end."""
     source = base64.b64encode(Path(remote.__file__).read_bytes()).decode()
-    words = [plan.python, "-c", "import base64,sys;exec(base64.b64decode(sys.argv[1]))", source]
-    words += ["probe", remote.encode(_question(plan, connect, listen))]
+    words = [job.python, "-c", "import base64,sys;exec(base64.b64decode(sys.argv[1]))", source]
+    words += ["probe", remote.encode(_question(job, connect, listen))]
     process = subprocess.Popen(
-        plan.ssh(host, words),
+        job.ssh(host, words),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -188,7 +188,7 @@ def _asked(plan: Plan, host: str, connect: list[Any] | None = None, listen: int 
         # A login shell may greet before the answer comes.
         lines = (line for line in process.stdout or () if line.startswith(remote.MARK))
         line = next(lines, None)
-        yield json.loads(line[len(remote.MARK) :]) if line else _failure(plan, host, process)
+        yield json.loads(line[len(remote.MARK) :]) if line else _failure(job, host, process)
     finally:
         limit.cancel()
         try:
@@ -198,19 +198,19 @@ def _asked(plan: Plan, host: str, connect: list[Any] | None = None, listen: int 
             process.communicate()
 
 
-def _ask(plan: Plan, host: str, connect: list[Any] | None) -> Any:
-    with _asked(plan, host, connect) as answer:
+def _ask(job: Job, host: str, connect: list[Any] | None) -> Any:
+    with _asked(job, host, connect) as answer:
         return answer
 
 
-def _failure(plan: Plan, host: str, process: subprocess.Popen[str]) -> str:
+def _failure(job: Job, host: str, process: subprocess.Popen[str]) -> str:
     """Why there is no answer, and what to do."""
     code, said = process.wait(), " ".join((process.stderr.read() if process.stderr else "").split())[-600:]
     if code == -signal.SIGKILL:
         return f"no answer within {ANSWER_SECONDS} s; it hangs, perhaps on a file system that is away. {said}"
     if code in (126, 127):
-        return f"{plan.python} cannot be run there ({said}); install the same environment, or name another by --python"
+        return f"{job.python} cannot be run there ({said}); install the same environment, or name another by --python"
     if code != 255:
-        return f"{plan.python} ended with code {code} there: {said}"
+        return f"{job.python} ended with code {code} there: {said}"
     remedy = next((text.format(host=host) for words, text in SSH_REMEDIES.items() if words in said), "")
     return f"ssh: {said} {remedy}"

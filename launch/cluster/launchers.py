@@ -1,4 +1,4 @@
-"""How each launcher starts the ranks of a `Plan`. No shell line is built from what the user wrote.
+"""How each launcher starts the ranks of a `Job`. No shell line is built from what the user wrote.
 
 launcher    started here                               on each host
 pdsh        deepspeed --hostfile --launcher pdsh       deepspeed.launcher.launch, and per rank `remote.py exec`
@@ -25,7 +25,7 @@ from typing import NoReturn
 
 from launch.checks.errors import UserError
 from launch.cluster import remote
-from launch.cluster.host_checks import Plan
+from launch.cluster.host_checks import Job
 
 LAUNCHERS = ("pdsh", "ssh", "torchrun", "openmpi", "mpirun", "no_ssh")
 REMOTE = str(Path(remote.__file__).resolve())
@@ -33,8 +33,8 @@ REMOTE = str(Path(remote.__file__).resolve())
 EXPORTED_BY_DEEPSPEED = ("PYTHON", "MLFLOW", "MV2", "UCX", "NCCL")
 
 
-def start(plan: Plan, node_rank: int | None, launcher_args: list[str]) -> int:
-    """Runs the plan with its launcher until all ranks have ended.
+def start(job: Job, node_rank: int | None, launcher_args: list[str]) -> int:
+    """Runs the job with its launcher until all ranks have ended.
 
     Args:
         node_rank: with no_ssh: which of the hosts this one is.
@@ -46,116 +46,116 @@ def start(plan: Plan, node_rank: int | None, launcher_args: list[str]) -> int:
     Raises:
         UserError: the interpreter's path cannot go through pdsh.
     """
-    if plan.launcher not in ("ssh", "torchrun"):
-        _become(plan, node_rank, launcher_args)
-    return _serve_nodes(plan, launcher_args)
+    if job.launcher not in ("ssh", "torchrun"):
+        _become(job, node_rank, launcher_args)
+    return _serve_nodes(job, launcher_args)
 
 
-def _become(plan: Plan, node_rank: int | None, launcher_args: list[str]) -> NoReturn:
+def _become(job: Job, node_rank: int | None, launcher_args: list[str]) -> NoReturn:
     """Replaces this process by the launcher."""
-    if plan.launcher == "no_ssh":
-        remote.enter({"env": plan.env, "cwd": plan.cwd})
-        command = no_ssh_command(plan, node_rank)
+    if job.launcher == "no_ssh":
+        remote.enter({"env": job.env, "cwd": job.cwd})
+        command = no_ssh_command(job, node_rank)
     else:
         # The ranks get their variables from the payload, .deepspeed_env's among them.
         for name in [name for name in os.environ if name.startswith(EXPORTED_BY_DEEPSPEED)]:
             del os.environ[name]
         os.environ["DS_ENV_FILE"] = "none"
-        make = {"pdsh": pdsh_command, "openmpi": openmpi_command, "mpirun": mpirun_command}[plan.launcher]
-        command = make(plan, launcher_args)
-    if plan.launcher == "pdsh":
-        os.environ["PDSH_SSH_ARGS_APPEND"] = " ".join(plan.ssh_words)
+        make = {"pdsh": pdsh_command, "openmpi": openmpi_command, "mpirun": mpirun_command}[job.launcher]
+        command = make(job, launcher_args)
+    if job.launcher == "pdsh":
+        os.environ["PDSH_SSH_ARGS_APPEND"] = " ".join(job.ssh_words)
         os.chdir("/")  # DeepSpeed writes `cd` and the working directory into a shell line, unquoted
     sys.stdout.flush()
     os.execvp(command[0], command)
 
 
-def pdsh_command(plan: Plan, launcher_args: list[str]) -> list[str]:
+def pdsh_command(job: Job, launcher_args: list[str]) -> list[str]:
     """`deepspeed --launcher pdsh`. DeepSpeed joins its words with spaces and pdsh hands them to the hosts' shells.
 
     Raises:
         UserError: the interpreter's path cannot go this way.
     """
-    if shlex.quote(plan.python) != plan.python:
+    if shlex.quote(job.python) != job.python:
         raise UserError(
-            f"{plan.python} has characters that DeepSpeed's pdsh launcher does not quote; use --launcher ssh, or an "
+            f"{job.python} has characters that DeepSpeed's pdsh launcher does not quote; use --launcher ssh, or an "
             "environment at another path."
         )
     return [
-        *_deepspeed(plan), "--launcher", "pdsh", *_joined("--launcher_args", launcher_args), "--no_local_rank",
-        shlex.quote(REMOTE), "exec", _payload(plan),
+        *_deepspeed(job), "--launcher", "pdsh", *_joined("--launcher_args", launcher_args), "--no_local_rank",
+        shlex.quote(REMOTE), "exec", _payload(job),
     ]  # fmt: skip
 
 
-def openmpi_command(plan: Plan, launcher_args: list[str]) -> list[str]:
+def openmpi_command(job: Job, launcher_args: list[str]) -> list[str]:
     """`deepspeed --launcher openmpi`, which would otherwise look for an interface called eth0."""
-    arguments = [*_mpi_arguments(plan), *launcher_args]
+    arguments = [*_mpi_arguments(job), *launcher_args]
     if "btl_tcp_if_include" not in arguments:
-        arguments += ["--mca", "btl_tcp_if_include", plan.env.get("GLOO_SOCKET_IFNAME", "lo")]
-    return [*_deepspeed(plan), "--launcher", "openmpi", *_joined("--launcher_args", arguments), REMOTE, "exec",
-            _payload(plan)]  # fmt: skip
+        arguments += ["--mca", "btl_tcp_if_include", job.env.get("GLOO_SOCKET_IFNAME", "lo")]
+    return [*_deepspeed(job), "--launcher", "openmpi", *_joined("--launcher_args", arguments), REMOTE, "exec",
+            _payload(job)]  # fmt: skip
 
 
-def mpirun_command(plan: Plan, launcher_args: list[str]) -> list[str]:
+def mpirun_command(job: Job, launcher_args: list[str]) -> list[str]:
     """Plain `mpirun`."""
-    ranks = str(sum(plan.hosts.values()))
-    return ["mpirun", "-np", ranks, "--hostfile", plan.hostfile, *_mpi_arguments(plan), *launcher_args,
-            plan.python, "-u", REMOTE, "exec", _payload(plan)]  # fmt: skip
+    ranks = str(sum(job.hosts.values()))
+    return ["mpirun", "-np", ranks, "--hostfile", job.hostfile, *_mpi_arguments(job), *launcher_args,
+            job.python, "-u", REMOTE, "exec", _payload(job)]  # fmt: skip
 
 
-def no_ssh_command(plan: Plan, node_rank: int | None) -> list[str]:
+def no_ssh_command(job: Job, node_rank: int | None) -> list[str]:
     """`deepspeed --no_ssh` for this host's ranks."""
-    return [*_deepspeed(plan), "--no_ssh", "--node_rank", str(node_rank), "--no_local_rank", *plan.command]
+    return [*_deepspeed(job), "--no_ssh", "--node_rank", str(node_rank), "--no_local_rank", *job.command]
 
 
-def node_command(plan: Plan, node_rank: int, launcher_args: list[str]) -> list[str]:
+def node_command(job: Job, node_rank: int, launcher_args: list[str]) -> list[str]:
     """What starts one host's ranks, run there by `remote.py serve`."""
-    slots = list(plan.hosts.values())
-    if plan.launcher == "torchrun":
+    slots = list(job.hosts.values())
+    if job.launcher == "torchrun":
         return [
-            plan.python, "-m", "torch.distributed.run", "--nnodes", str(len(slots)), "--node_rank", str(node_rank),
-            "--nproc_per_node", str(slots[node_rank]), "--master_addr", plan.master_addr,
-            "--master_port", str(plan.master_port), *launcher_args, *plan.command,
+            job.python, "-m", "torch.distributed.run", "--nnodes", str(len(slots)), "--node_rank", str(node_rank),
+            "--nproc_per_node", str(slots[node_rank]), "--master_addr", job.master_addr,
+            "--master_port", str(job.master_port), *launcher_args, *job.command,
         ]  # fmt: skip
     # What `deepspeed --no_ssh` starts in its turn; it needs no host file there.
-    world = {host: list(range(count)) for host, count in plan.hosts.items()}
+    world = {host: list(range(count)) for host, count in job.hosts.items()}
     encoded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
     return [
-        plan.python, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={encoded}", f"--node_rank={node_rank}",
-        f"--master_addr={plan.master_addr}", f"--master_port={plan.master_port}", "--no_local_rank", *plan.command,
+        job.python, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={encoded}", f"--node_rank={node_rank}",
+        f"--master_addr={job.master_addr}", f"--master_port={job.master_port}", "--no_local_rank", *job.command,
     ]  # fmt: skip
 
 
-def _deepspeed(plan: Plan) -> list[str]:
+def _deepspeed(job: Job) -> list[str]:
     """The front end itself; every host has been reached and the master's address is settled."""
-    multi = [] if plan.launcher == "no_ssh" else ["--force_multi", "--no_ssh_check"]
-    return [plan.python, "-m", "deepspeed.launcher.runner", "--hostfile", plan.hostfile, *multi,
-            "--master_addr", plan.master_addr, "--master_port", str(plan.master_port)]  # fmt: skip
+    multi = [] if job.launcher == "no_ssh" else ["--force_multi", "--no_ssh_check"]
+    return [job.python, "-m", "deepspeed.launcher.runner", "--hostfile", job.hostfile, *multi,
+            "--master_addr", job.master_addr, "--master_port", str(job.master_port)]  # fmt: skip
 
 
-def _mpi_arguments(plan: Plan) -> list[str]:
+def _mpi_arguments(job: Job) -> list[str]:
     """Ranks of one host in a row, cores left to torch, and ssh as it was checked."""
     return ["--map-by", "slot", "--bind-to", "none", "--mca", "plm_rsh_agent", "ssh",
-            "--mca", "plm_rsh_args", " ".join(plan.ssh_words)]  # fmt: skip
+            "--mca", "plm_rsh_args", " ".join(job.ssh_words)]  # fmt: skip
 
 
 def _joined(flag: str, words: list[str]) -> list[str]:
     return [f"{flag}={shlex.join(words)}"] if words else []
 
 
-def _payload(plan: Plan) -> str:
+def _payload(job: Job) -> str:
     """One rank's command. MASTER_ADDR and MASTER_PORT spare Open MPI's ranks DeepSpeed's search for them."""
-    master = {"MASTER_ADDR": plan.master_addr, "MASTER_PORT": str(plan.master_port)}
-    command = [plan.python, "-u", *plan.command]
-    return remote.encode({"cwd": plan.cwd, "env": {**plan.env, **master}, "command": command})
+    master = {"MASTER_ADDR": job.master_addr, "MASTER_PORT": str(job.master_port)}
+    command = [job.python, "-u", *job.command]
+    return remote.encode({"cwd": job.cwd, "env": {**job.env, **master}, "command": command})
 
 
-def _serve_nodes(plan: Plan, launcher_args: list[str]) -> int:
+def _serve_nodes(job: Job, launcher_args: list[str]) -> int:
     """One ssh per host. The first that fails ends all others; signals are handed on."""
     nodes: dict[str, subprocess.Popen[bytes]] = {}
-    for rank, host in enumerate(plan.hosts):
-        payload = {"cwd": plan.cwd, "env": plan.env, "command": node_command(plan, rank, launcher_args)}
-        command = plan.ssh(host, [plan.python, REMOTE, "serve", remote.encode(payload)])
+    for rank, host in enumerate(job.hosts):
+        payload = {"cwd": job.cwd, "env": job.env, "command": node_command(job, rank, launcher_args)}
+        command = job.ssh(host, [job.python, REMOTE, "serve", remote.encode(payload)])
         # A session of its own: Ctrl-C must not reach ssh before its host has been told.
         nodes[host] = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 

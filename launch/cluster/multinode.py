@@ -15,7 +15,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from launch.checks.errors import EXIT_ERROR, EXIT_USAGE, UsageError, UserError
-from launch.cluster.host_checks import Plan, find_problems
+from launch.cluster.host_checks import Job, find_problems
 from launch.cluster.hosts import check_name, read_hostfile
 from launch.cluster.launchers import LAUNCHERS, start
 
@@ -23,7 +23,7 @@ from launch.cluster.launchers import LAUNCHERS, start
 # can be read in the hosts' process lists.
 PREFIXES = ("DEEPSPEED_", "DS_", "GLOO_", "HF_", "LD_LIBRARY_PATH", "MKL_", "NCCL_", "OMP_", "PYTHON", "TOKENIZERS_",
             "TORCH_", "TRANSFORMERS_", "UCX_", "XDG_CACHE_HOME")  # fmt: skip
-SECRET = re.compile("TOKEN$|SECRET|PASSWORD|KEY")
+SECRET = re.compile("TOKENS?(?![A-Z])|SECRET|PASS|PWD|KEY|CREDENTIAL", re.IGNORECASE)
 NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 PROGRAMS = {"pdsh": "pdsh", "openmpi": "openmpi-bin", "mpirun": "openmpi-bin"}
 
@@ -54,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_plan(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Plan, argparse.Namespace]:
+def make_job(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Job, argparse.Namespace]:
     """Reads flags, host file and variables.
 
     Raises:
@@ -77,7 +77,7 @@ def make_plan(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Plan, ar
     keys = "accept-new" if options.accept_new_host_keys else "yes"
     ssh_options = ["-oBatchMode=yes", f"-oConnectTimeout={options.connect_timeout}", f"-oStrictHostKeyChecking={keys}",
                    "-oServerAliveInterval=5", "-oServerAliveCountMax=6"]  # fmt: skip
-    plan = Plan(
+    job = Job(
         hosts=hosts,
         hostfile=str(Path(options.hostfile).resolve()),
         python=options.python,
@@ -90,7 +90,7 @@ def make_plan(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Plan, ar
         ssh_port=options.ssh_port,
         launcher=options.launcher,
     )
-    return plan, options
+    return job, options
 
 
 def exported(environ: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
@@ -134,17 +134,17 @@ def _check_numbers(options: argparse.Namespace, num_hosts: int) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks, then starts; returns the exit code."""
     try:
-        plan, options = make_plan(sys.argv[1:] if argv is None else argv, os.environ)
+        job, options = make_job(sys.argv[1:] if argv is None else argv, os.environ)
         # By hand nobody is reached by ssh; every host finds out about itself when it starts.
-        problems = [] if plan.launcher == "no_ssh" else find_problems(plan)
+        problems = [] if job.launcher == "no_ssh" else find_problems(job)
         for problem in problems:
             print(f"multinode: {problem}.", file=sys.stderr)
         if problems:
             print(f"multinode: {len(problems)} to put right; nothing was started.", file=sys.stderr)
             return EXIT_ERROR
-        ranks = sum(plan.hosts.values())
-        print(f"multinode: {len(plan.hosts)} hosts, {ranks} ranks, {plan.launcher}: nothing found amiss.", flush=True)
-        return 0 if options.check_only else start(plan, options.node_rank, options.launcher_args)
+        ranks = sum(job.hosts.values())
+        print(f"multinode: {len(job.hosts)} hosts, {ranks} ranks, {job.launcher}: nothing found amiss.", flush=True)
+        return 0 if options.check_only else start(job, options.node_rank, options.launcher_args)
     except UserError as error:
         print(f"multinode: error: {error}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR

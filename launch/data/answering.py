@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from ds_moelora.tuner import sharded_experts
 from launch.checks.errors import UserError
 from launch.checks.flags import ScoringArguments
 from launch.data.metrics import AnswerRule
+from launch.training.fit import position_limit
 
 
 @contextlib.contextmanager
@@ -39,8 +41,11 @@ def _ready_to_answer(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def prompt_text(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
-    """A prompt (text or chat messages) as text, and whether the tokenizer still has to add its special tokens to it.
+Worded = tuple[str, bool]  # a prompt's text, and whether the tokenizer still has to add its special tokens to it
+
+
+def word_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, tools: str | None = None) -> Worded:
+    """A prompt (text or chat messages; `tools` as JSON) as text.
 
     Raises:
         UserError: messages, and a tokenizer without chat template.
@@ -49,13 +54,14 @@ def prompt_text(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, b
         return prompt, True
     if not tokenizer.chat_template:
         raise UserError("the prompt is a conversation, and this tokenizer has no chat template.")
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False), False
+    described = json.loads(tools) if tools else None
+    return tokenizer.apply_chat_template(prompt, tools=described, add_generation_prompt=True, tokenize=False), False
 
 
 def write_answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Any],
+    prompts: Sequence[Worded],
     batch_size: int = 8,
     description: str | None = None,
     **options: Any,
@@ -66,14 +72,18 @@ def write_answers(
     of its batch; prompts of similar length share a batch.
 
     Args:
-        prompts: text or chat messages, in any order; the answers come in the same.
+        prompts: as `word_prompt` words them, in any order; the answers come in the same.
         description: title of a progress bar; None: no bar.
         options: for `model.generate`; greedy decoding unless they say otherwise.
+
+    Raises:
+        UserError: a prompt and its answer are longer than the model's table of positions.
     """
-    texts = [prompt_text(prompt, tokenizer) for prompt in prompts]
+    texts = list(prompts)
     if len({special for _, special in texts}) > 1:
         raise UserError("prompts are either all text or all chat messages.")
     order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]), reverse=True)
+    positions = position_limit(model)
     options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, "use_cache": True, **options}
     answers = [""] * len(texts)
     bar = tqdm(total=len(texts), desc=description, unit="prompt", disable=description is None)
@@ -88,6 +98,12 @@ def write_answers(
                 add_special_tokens=texts[batch[0]][1],
             )
             encoded = {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
+            length = encoded["input_ids"].shape[1] + options.get("max_new_tokens", 0)
+            if positions is not None and length > positions:
+                raise UserError(
+                    f"a prompt of {encoded['input_ids'].shape[1]} tokens and --max_new_tokens "
+                    f"{options['max_new_tokens']} need {length} positions; this model has {positions}. Shorten one."
+                )
             written = model.generate(**encoded, eos_token_id=end_tokens(model, tokenizer), **options)
             new = tokenizer.batch_decode(written[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
             for i, text in zip(batch, new, strict=True):
@@ -106,7 +122,7 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int
 def write_answers_on_all_ranks(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Any],
+    prompts: Sequence[Worded],
     args: TrainingArguments,
     **options: Any,
 ) -> list[str]:
@@ -125,7 +141,7 @@ class AnswerScores(TrainerCallback):
     """Adds `eval_exact_match` and `eval_answered` to every evaluation of a trainer (`AnswerRule.scores`).
 
     Args:
-        trainer: whose `log` gets them, too. rows: with `prompt` and `completion`, as `launch.data.formats` makes them.
+        trainer: whose `log` gets them, too. rows: with `prompt` and `completion`, as `launch.data.causal` makes them.
         scoring: which part of an answer counts, and how long it may be.
     """
 
@@ -133,6 +149,8 @@ class AnswerScores(TrainerCallback):
         self.trainer, self.scoring = trainer, scoring
         self.rule = answer_rule(scoring)
         self.prompts = list(rows["prompt"])
+        tools = rows["tools"] if "tools" in rows.column_names else [None] * len(self.prompts)
+        self.asked = list(zip(self.prompts, tools, strict=True))
         self.wanted = [text if isinstance(text, str) else text[-1]["content"] for text in rows["completion"]]
         self.given: list[str] = []
 
@@ -147,7 +165,7 @@ class AnswerScores(TrainerCallback):
         self.given = write_answers_on_all_ranks(
             kwargs["model"],
             self.trainer.processing_class,
-            self.prompts,
+            [word_prompt(prompt, self.trainer.processing_class, tools) for prompt, tools in self.asked],
             args,
             batch_size=args.per_device_eval_batch_size,
             description="Answers",

@@ -6,57 +6,36 @@ import re
 from typing import Any
 
 from datasets import Image, List
-from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
-from launch.checks.arguments import Arguments
 from launch.checks.errors import UserError
 from launch.checks.flags import DataArguments
-from launch.data.causal_formats import causal_rows
-from launch.data.columns import Rows, choose_column, refuse_missing
+from launch.data.causal import causal_rows
+from launch.data.values import Rows, choose_column, missing
 
 IMAGE_COLUMNS = ("image", "images", "picture")
 # LLaVA's data marks the place of a picture in the text; the chat template puts it before the text.
 PLACEHOLDER = "<image>"
 
 
-def load_processor(arguments: Arguments) -> ProcessorMixin:
-    """The model's processor: image processor, tokenizer with a padding token, and chat template.
-
-    Raises:
-        UserError: none there, or not one of pictures and text.
-    """
-    run = arguments.run
-    try:
-        processor = AutoProcessor.from_pretrained(
-            run.model_name_or_path, revision=run.revision, trust_remote_code=arguments.training.trust_remote_code
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"--model_name_or_path {run.model_name_or_path}: no processor: {error}") from error
-    if not isinstance(processor, ProcessorMixin):
-        raise UserError(
-            f"--model_name_or_path {run.model_name_or_path} has a {type(processor).__name__}, not a processor of "
-            "pictures and text. For a model of text alone use --task causal-lm."
-        )
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    return processor
-
-
-def image_text_rows(rows: Rows, run: DataArguments, flag: str, has_chat_template: bool) -> Rows:
+def image_text_rows(rows: Rows, run: DataArguments, flag: str, tokenizer: Any, whole: bool = False) -> Rows:
     """`rows` as prompt and completion (chat messages) with `images`, the list of the pictures of the row.
 
     Raises:
         UserError: no column with pictures, a row without one, or what `causal_rows` refuses.
     """
     column = choose_column(rows, run.image_column, IMAGE_COLUMNS, "--image_column", flag)
-    feature = rows.features[column]
+    feature = (rows.features or {}).get(column)
     several = isinstance(feature, List) and isinstance(feature.feature, Image)
     if not several and not isinstance(feature, Image):
-        raise UserError(f"{flag}: column {column!r} holds {feature}, not pictures. Choose with --image_column.")
+        raise UserError(f"{flag}: column {column!r} holds no pictures. Choose with --image_column.")
     # As stored: a picture that goes through `map` decoded is compressed again.
     stored = Image(decode=False)
-    rows = refuse_missing(rows.cast_column(column, List(stored) if several else stored), (column,), flag)
-    made = causal_rows(rows, run, flag, has_chat_template, keep=column, as_chat=True)
+    rows = rows.cast_column(column, List(stored) if several else stored)
+    for number, value in enumerate(rows[column]):
+        if missing(value):
+            raise UserError(f"{flag}: row {number} (counted from 0) has no picture. Fill or remove this row.")
+    made = causal_rows(rows, run, flag, tokenizer, keep=column, as_chat=True, whole=whole)
     made = made.map(
         lambda row: {
             "prompt": [_without_placeholder(message) for message in row["prompt"]],

@@ -5,52 +5,44 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from datasets import Dataset, Image
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
+from datasets import Dataset, Image, Value
+from transformers import BaseImageProcessor, PreTrainedModel
 
-from launch.checks.arguments import Arguments
 from launch.checks.errors import UserError
 from launch.checks.flags import DataArguments
-from launch.data.formats import LABEL_COLUMNS, choose_column
+from launch.data.classification import LABEL_COLUMNS, class_names, label_of
+from launch.data.values import LeftOut, choose_column, read_batch
 
 IMAGE_COLUMNS = ("image", "img", "picture")
+LABELS_OF_PICTURES = (*LABEL_COLUMNS, "fine_label")
 # What models for image classification call their last layer.
 HEADS = ("classifier", "head", "fc", "score")
 
 
-def load_image_processor(arguments: Arguments) -> BaseImageProcessor:
-    """What turns a picture into the model's input (size, mean and deviation of its pretraining).
+def labelled_images(rows: Dataset, run: DataArguments, flag: str, regression: bool = False) -> Dataset:
+    """`rows` as `image` and `label`: a class's name, or a number.
 
     Raises:
-        UserError: the model's folder or repository has none.
-    """
-    run = arguments.run
-    try:
-        return AutoImageProcessor.from_pretrained(
-            run.model_name_or_path, revision=run.revision, trust_remote_code=arguments.training.trust_remote_code
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"--model_name_or_path {run.model_name_or_path}: no image processor: {error}") from error
-
-
-def labelled_images(rows: Dataset, run: DataArguments, flag: str) -> Dataset:
-    """`rows` as `image` and `label`, the label still as stored.
-
-    Raises:
-        UserError: no column with pictures, no label column, or a picture that is missing.
+        UserError: no column with pictures, no label column, or a row that lacks one of them.
     """
     image = choose_column(rows, run.image_column, IMAGE_COLUMNS, "--image_column", flag)
-    label = choose_column(rows, run.label_column, (*LABEL_COLUMNS, "fine_label"), "--label_column", flag)
+    label = choose_column(rows, run.label_column, LABELS_OF_PICTURES, "--label_column", flag)
     if image == label:
         raise UserError(f"{flag}: --image_column and --label_column name the same column, {image!r}.")
-    if not isinstance(rows.features[image], Image):
-        raise UserError(f"{flag}: column {image!r} holds {rows.features[image]}, not pictures. Choose --image_column.")
-    stored = rows.select_columns([image, label]).cast_column(image, Image(decode=False))
-    for number, row in enumerate(stored):
-        if row[image] is None or row[label] is None:
-            raise UserError(f"{flag}: row {number} (counted from 0) has no picture or no label; remove it.")
-    kept = rows.select_columns([image, label])
-    return kept.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
+    if not isinstance((rows.features or {}).get(image), Image):
+        raise UserError(f"{flag}: column {image!r} holds no pictures. Choose with --image_column.")
+    names, left_out, labels = class_names(rows, label), LeftOut(flag, streaming=False), []
+    # As stored: a picture is decoded when it is used.
+    for number, values in enumerate(rows.cast_column(image, Image(decode=False))):
+        where, row = next(read_batch({name: [value] for name, value in values.items()}, [number], flag))
+        if row[image] is None:
+            raise UserError(f"{where} has no picture; remove it.")
+        left_out.add_columns(row, (image, label))
+        labels.append(label_of(row, label, where, names, regression))
+    left_out.say()
+    kept = rows.select_columns([image])
+    kept = kept if image == "image" else kept.rename_column(image, "image")
+    return kept.add_column("label", labels, feature=Value("float32" if regression else "string"))
 
 
 def as_inputs(rows: Dataset, processor: BaseImageProcessor) -> Dataset:

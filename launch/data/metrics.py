@@ -1,7 +1,7 @@
 """Scores: of answers against references, of classes against labels, of numbers against numbers, of tokens.
 
-Plain formulas on NumPy arrays and text, the same in training (`launch/train.py`) and afterwards (`launch/evaluate.py`).
-Not scikit-learn: these are a few lines each, for which everybody who trains would have to install it.
+The same in training (`launch/train.py`) and afterwards (`launch/evaluate.py`). Scores of classes and numbers are
+scikit-learn's and SciPy's.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
 import numpy as np
+from scipy import stats
+from sklearn import metrics as sklearn
 from transformers import EvalPrediction
 
 from launch.checks.errors import UserError
@@ -95,58 +97,40 @@ class AnswerRule:
 
 
 def classification_scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, F1 and Matthews' correlation, from the confusion matrix C (rows: labels).
+    """Accuracy, F1 and Matthews' correlation, as scikit-learn defines them.
 
-    accuracy = tr C / n; F1 of a class = 2 C_ii / (row sum + column sum), 0 where that is 0 / 0. `f1` is that of class 1
-    (MRPC's and QQP's, whose class 1 is the positive one), given for two classes only; `f1_macro` the mean over classes
-    that occur. `matthews` is R_K = (n tr C - sum_i r_i c_i) / sqrt((n^2 - sum c_i^2) (n^2 - sum r_i^2)), 0 for 0 / 0;
-    for two classes that is Matthews' phi (CoLA's).
+    `f1` is that of class 1 (MRPC's and QQP's, whose class 1 is the positive one), given for two classes only;
+    `f1_macro` the mean over classes that occur. 0 / 0 is 0.
 
     Args:
         predicted, labels: (n,) class ids, n >= 1.
 
-    Source: Wang et al., "GLUE" (arXiv 1804.07461), table 1; R_K: Gorodkin, Comput. Biol. Chem. 28 (2004), 367-374.
+    Source: Wang et al., "GLUE" (arXiv 1804.07461), table 1.
     """
-    size = int(max(predicted.max(), labels.max())) + 1
-    confusion = np.zeros((size, size))
-    np.add.at(confusion, (labels, predicted), 1)
-    rows, columns, n = confusion.sum(1), confusion.sum(0), confusion.sum()
-    occurring = (rows + columns) > 0
-    f1 = np.divide(2 * np.diag(confusion), rows + columns, out=np.zeros(size), where=occurring)
-    spread = (n * n - (columns * columns).sum()) * (n * n - (rows * rows).sum())
-    matthews = (n * np.trace(confusion) - rows @ columns) / math.sqrt(spread) if spread else 0.0
-    scores = {"accuracy": np.trace(confusion) / n, "f1_macro": f1[occurring].mean(), "matthews": matthews}
-    if size <= 2:
-        scores["f1"] = f1[-1] if size == 2 else 0.0
+    scores = {
+        "accuracy": sklearn.accuracy_score(labels, predicted),
+        "f1_macro": sklearn.f1_score(labels, predicted, average="macro", zero_division=0),
+        # Of one class alone there is no correlation, and scikit-learn warns instead of saying so.
+        "matthews": sklearn.matthews_corrcoef(labels, predicted) if len({*labels, *predicted}) > 1 else 0.0,
+    }
+    if max(predicted.max(), labels.max()) <= 1:
+        scores["f1"] = sklearn.f1_score(labels == 1, predicted == 1, zero_division=0)
     return {name: float(value) for name, value in scores.items()}
 
 
 def regression_scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Pearson's correlation, Spearman's (Pearson's of ranks, equal values sharing their mean rank), mean squared error.
-
-    Correlations are NaN where either side is constant, for then there are none.
+    """Pearson's and Spearman's correlation (NaN where either side is constant), mean squared error.
 
     Args:
         predicted, labels: (n,) numbers.
     """
     predicted, labels = predicted.astype(np.float64), labels.astype(np.float64)
+    constant = np.ptp(predicted) == 0 or np.ptp(labels) == 0
     return {
-        "pearson": _pearson(predicted, labels),
-        "spearman": _pearson(_ranks(predicted), _ranks(labels)),
-        "mse": float(np.mean((predicted - labels) ** 2)),
+        "pearson": math.nan if constant else float(stats.pearsonr(predicted, labels).statistic),
+        "spearman": math.nan if constant else float(stats.spearmanr(predicted, labels).statistic),
+        "mse": float(sklearn.mean_squared_error(labels, predicted)),
     }
-
-
-def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    x, y = x - x.mean(), y - y.mean()
-    scale = math.sqrt((x @ x) * (y @ y))
-    return float(x @ y) / scale if scale else math.nan
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """1 for the smallest; equal values share the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def head_scores(prediction: EvalPrediction) -> dict[str, float]:
@@ -183,7 +167,7 @@ def token_scores(nll: float, right: float, tokens: float) -> dict[str, float]:
         tokens: how many there are.
 
     Raises:
-        UserError: none.
+        UserError: no tokens.
     """
     if not tokens:
         raise UserError("no row of the evaluation data has an answer within --max_length tokens; raise it.")

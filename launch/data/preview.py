@@ -22,7 +22,6 @@ if __package__ in (None, ""):
 
 import datasets
 import torch
-from peft import get_peft_model
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
@@ -30,11 +29,12 @@ from transformers import Trainer
 
 from launch.checks import preflight as checks
 from launch.checks.arguments import Arguments, parse_arguments
+from launch.checks.effects import check_effects
 from launch.checks.errors import run_guarded
-from launch.data.sources import load_data
 from launch.demo import defaults as demo
-from launch.train import load_processor, quieten
-from launch.training import modeling, report, trainers
+from launch.train import quieten
+from launch.training import report, trainers
+from launch.training.prepared import prepare
 
 TRAINED, READ = "bold green", "blue"
 # Without colour: what is trained stands between these.
@@ -61,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The run's own folder may exist already, and stays as it is.
         arguments.training.output_dir, arguments.training.report_to = folder, "none"
         checks.check_numbers(arguments)
-        checks.check_task(arguments)
+        checks.check_task(arguments.run)
         checks.check_data(arguments)
+        check_effects(arguments)
         show(arguments, console, options.rows, color)
 
 
@@ -90,15 +91,11 @@ def build(arguments: Arguments) -> Trainer:
     training = arguments.training
     training.deepspeed, training.gradient_checkpointing, training.eval_strategy = None, False, "no"
     arguments.run.eval_dataset_name = None
-    config = modeling.adapter_config(arguments.adapter, arguments.run.task)
-    if arguments.demo:
-        arguments.run.model_name_or_path = str(demo.base_model())
-    processor = load_processor(arguments)
-    train, _, model_options = load_data(arguments, processor)
+    training.activation_checkpointing = False
+    made, model = prepare(arguments)
     training.start()
     training.use_cpu = True
-    model = get_peft_model(modeling.build_on_meta(arguments, model_options), config)
-    return trainers.build_trainer(arguments, _stay_on_meta(model), processor, train, None, [])
+    return trainers.build_trainer(arguments, _stay_on_meta(model), made.processor, made.train, None, [])
 
 
 def _stay_on_meta(model: torch.nn.Module) -> torch.nn.Module:

@@ -1,30 +1,26 @@
-"""Reading data files and telling their layout.
+"""Finding a data set (a file, a folder, the hub) and its splits.
 
-`load_rows` gives a `datasets.Dataset`, or a stream; `launch.data.formats` brings its rows into the shape that a task's
-trainer expects, and `launch.data.sources` mixes several data sets.
+`load_rows` gives a `datasets.Dataset`, or a stream; `launch.data.causal` and its siblings bring its rows into the shape
+that a task's trainer expects, and `launch.data.sources` mixes several data sets.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import DatasetDict, IterableDataset, IterableDatasetDict
 
 from launch.checks.errors import UserError
 from launch.checks.flags import RunArguments
-from launch.data.columns import Rows
+from launch.data.files import READERS, read_files, user_error
+from launch.data.values import Rows
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-# A text file's rows are its paragraphs: lines would lack what stands before them.
-OPTIONS = {"text": {"sample_by": "paragraph"}}
+SUFFIXES = (*READERS, ".parquet")
 ON_DISK = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
-Splits = DatasetDict | IterableDatasetDict
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-NULL_FIRST = re.compile(rb"(\xef\xbb\xbf)?\s*\[?\s*null\b")
-HEAD_BYTES = 1 << 16
 EVAL_SPLITS = ("validation", "test", "dev", "train")
 
 
@@ -51,98 +47,75 @@ def load_rows(
     Raises:
         UserError: nothing there, unreadable, no such split, or no rows.
     """
-    found = _load(name, flag, config, pictures, streaming)
+    found = _splits(name, flag, config, pictures, streaming)
     if split is None:
         split = next((s for s in EVAL_SPLITS if s in found), None)
     if split not in found:
         raise UserError(f"{flag} {name} has no split {split!r}; it has: {', '.join(map(str, found))}.")
-    rows = found[split]
-    if next(iter(rows), None) is None:
+    try:
+        rows = found[split]
+        if isinstance(rows, list):
+            rows = read_files(rows, flag, streaming)
+        first = next(iter(rows), None)
+    except Exception as error:
+        raise user_error(error, f"{flag} {name}") from error
+    if first is None:
         raise UserError(f"{flag} {name}: split {split!r} is empty.")
     return rows if limit is None else rows.take(limit)
 
 
-def _load(name: str, flag: str, config: str | None, pictures: bool, streaming: bool) -> Splits:
-    """Every split of a dataset, wherever it is."""
+def _splits(name: str, flag: str, config: str | None, pictures: bool, streaming: bool) -> dict[str, Any]:
+    """Every split of a dataset, wherever it is: its rows, or the files that they are in."""
     path = Path(name).expanduser()
     # Not path.is_file(), which raises for a name that is too long for a path.
-    if os.path.isfile(path):
-        return _load_files({"train": [path]}, flag, name, streaming)
-    if os.path.isdir(path):
-        return _load_folder(path, flag, pictures, streaming)
-    if path.suffix in BUILDERS or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise UserError(f"{flag} {name}: there is no such file or folder (working directory: {Path.cwd()}).")
+    is_file, is_folder = os.path.isfile(path), os.path.isdir(path)
+    if config is not None and (is_file or is_folder):
+        raise UserError(f"--dataset_config {config} has no effect: {name} is a local data set, not one from the hub.")
     try:
+        if is_file:
+            return _split_files({"train": [path]}, flag, name, streaming)
+        if is_folder:
+            return _split_folder(path, flag, pictures, streaming)
+        if path.suffix in SUFFIXES or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+            raise UserError(f"{flag} {name}: there is no such file or folder (working directory: {Path.cwd()}).")
         return datasets.load_dataset(name, config, streaming=streaming)
-    except Exception as error:  # the hub client's exceptions have no common base narrower than this
-        raise UserError(
-            f"{flag} {name} is no local file or folder, and could not be loaded from the hub: "
-            f"{type(error).__name__}: {_first_line(error)}"
-        ) from error
+    except Exception as error:  # the exceptions of datasets and of the hub's client have no common base
+        what = f"{flag} {name}" if is_file or is_folder else f"{flag} {name} is no local file or folder, and"
+        raise user_error(error, what) from error
 
 
-def _load_folder(folder: Path, flag: str, pictures: bool, streaming: bool) -> Splits:
+def _split_folder(folder: Path, flag: str, pictures: bool, streaming: bool) -> dict[str, Any]:
     """Data files of a folder; a file belongs to the split in its name (`boolq.test.jsonl`), else to train."""
     if any((folder / name).is_file() for name in ON_DISK):
-        return _load_from_disk(folder, flag, streaming)
-    files = sorted(p for p in folder.rglob("*") if p.suffix in BUILDERS and p.is_file())
+        found = datasets.load_from_disk(str(folder))
+        splits = found if isinstance(found, DatasetDict) else DatasetDict(train=found)
+        if not streaming:
+            return splits
+        return IterableDatasetDict({name: rows.to_iterable_dataset() for name, rows in splits.items()})
     if pictures and any(p.suffix.lower() in PICTURES for p in folder.rglob("*")):
-        try:
-            return datasets.load_dataset("imagefolder", data_dir=str(folder.absolute()), streaming=streaming)
-        except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-            raise UserError(f"{flag} {folder} holds no pictures that can be read: {_first_line(error)}") from error
+        return datasets.load_dataset("imagefolder", data_dir=str(folder.absolute()), streaming=streaming)
+    files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file())
     if not files:
-        raise UserError(f"{flag} {folder}: the folder has no {', '.join(BUILDERS)} file.")
-    splits: dict[str, list[Path]] = {}
+        raise UserError(f"{flag} {folder}: the folder has no {', '.join(SUFFIXES)} file.")
+    by_split: dict[str, list[Path]] = {}
     for file in files:
         words = file.stem.replace("-", ".").replace("_", ".").split(".")
-        split = next((s for s in EVAL_SPLITS if s in words), "train")
-        splits.setdefault(split, []).append(file)
-    return _load_files(splits, flag, str(folder), streaming)
+        by_split.setdefault(next((s for s in EVAL_SPLITS if s in words), "train"), []).append(file)
+    return _split_files(by_split, flag, str(folder), streaming)
 
 
-def _load_from_disk(folder: Path, flag: str, streaming: bool) -> Splits:
-    """What `Dataset.save_to_disk` (one split, taken for train) or `DatasetDict.save_to_disk` has written."""
-    try:
-        found = datasets.load_from_disk(str(folder))
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        raise UserError(f"{flag} {folder} could not be read: {_first_line(error)}") from error
-    splits = found if isinstance(found, DatasetDict) else DatasetDict(train=found)
-    if not streaming:
-        return splits
-    return IterableDatasetDict({name: rows.to_iterable_dataset() for name, rows in splits.items()})
-
-
-def _load_files(splits: dict[str, list[Path]], flag: str, name: str, streaming: bool) -> Splits:
-    files = [file for group in splits.values() for file in group]
-    kinds = {BUILDERS.get(file.suffix) for file in files}
-    if None in kinds:
-        unknown = next(file for file in files if file.suffix not in BUILDERS)
-        raise UserError(f"{flag} {unknown}: {unknown.suffix or 'no suffix'} is not read; use {', '.join(BUILDERS)}.")
-    if len(kinds) > 1:
-        raise UserError(f"{flag} {name} mixes kinds of files ({', '.join(sorted(map(str, kinds)))}); keep one kind.")
-    for file in files:
-        if file.stat().st_size == 0:
-            raise UserError(f"{flag} {file} is empty.")
-        if BUILDERS[file.suffix] == "json":
-            _refuse_null_rows(file, flag)
-    kind = str(kinds.pop())
-    paths = {split: [str(file.absolute()) for file in group] for split, group in splits.items()}
-    try:
-        return datasets.load_dataset(kind, data_files=paths, streaming=streaming, **OPTIONS.get(kind, {}))
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        raise UserError(f"{flag} {name} could not be read: {_first_line(error.__cause__ or error)}") from error
-
-
-def _refuse_null_rows(file: Path, flag: str) -> None:
-    """pyarrow 26 crashes (SIGSEGV, so that nothing could be said) where the first row that it is given is null."""
-    with file.open("rb") as lines:
-        if NULL_FIRST.match(lines.read(HEAD_BYTES)):
-            raise UserError(f"{flag} {file}: its first row is null; remove it.")
-        lines.seek(0)
-        for number, line in enumerate(lines, 1) if file.suffix == ".jsonl" else ():
-            if line.strip() == b"null":
-                raise UserError(f"{flag} {file}: line {number} is null; remove it.")
+def _split_files(by_split: dict[str, list[Path]], flag: str, name: str, streaming: bool) -> dict[str, Any]:
+    files = [file for group in by_split.values() for file in group]
+    suffixes = {".jsonl" if file.suffix == ".json" else file.suffix for file in files}
+    unknown = next((file for file in files if file.suffix not in SUFFIXES), None)
+    if unknown is not None:
+        raise UserError(f"{flag} {unknown}: {unknown.suffix or 'no suffix'} is not read; use {', '.join(SUFFIXES)}.")
+    if len(suffixes) > 1:
+        raise UserError(f"{flag} {name} mixes kinds of files ({', '.join(sorted(suffixes))}); keep one kind.")
+    if suffixes != {".parquet"}:
+        return by_split
+    paths = {split: [str(file.absolute()) for file in group] for split, group in by_split.items()}
+    return datasets.load_dataset("parquet", data_files=paths, streaming=streaming)
 
 
 def load_splits(run: RunArguments, seed: int, number: int = 0) -> tuple[Rows, Rows | None]:
@@ -178,8 +151,3 @@ def load_evaluation(run: RunArguments) -> Rows | None:
         run.max_eval_samples,
         pictures=run.task.startswith("image-"),
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,4 +1,8 @@
-"""The rows that a run trains and evaluates on: every data set read and converted alone, then mixed."""
+"""The rows that a run trains and evaluates on: every data set read and converted alone, then mixed.
+
+TRL's dataset mixtures (`get_dataset`) concatenate what `load_dataset` reads; they have neither weights nor layouts.
+Mixing is `datasets`' concatenate and interleave.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets, interleave_datasets
+from datasets import Dataset, concatenate_datasets, interleave_datasets
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from launch.checks.arguments import Arguments
-from launch.checks.errors import UserError
+from launch.checks.errors import UserError, say
 from launch.checks.flags import LANGUAGE, RunArguments
-from launch.data import formats, images
-from launch.data.columns import Rows
+from launch.data import causal, classification, images
 from launch.data.image_text import image_text_rows
 from launch.data.rows import load_evaluation, load_splits
+from launch.data.values import Rows
 from launch.demo import defaults as demo
 
 
@@ -31,19 +35,25 @@ def load_data(
     if arguments.demo:
         return demo.dataset(seed), None, {}
     if run.task in LANGUAGE:
-        # --chat_template_path gives the tokenizer its template later, in the trainer.
-        chat = bool(processor.chat_template or arguments.training.chat_template_path)
-        kind = formats.causal_rows if run.task == "causal-lm" else image_text_rows
-        convert = partial(kind, has_chat_template=chat)
+        kind = causal.causal_rows if run.task == "causal-lm" else image_text_rows
+        whole = getattr(arguments.training, "completion_only_loss", None) is False
+        convert = partial(kind, tokenizer=processor, whole=whole)
     else:
-        convert = images.labelled_images if run.task == "image-classification" else formats.classification_texts
+        kind = images.labelled_images if run.task == "image-classification" else classification.classification_texts
+        convert = partial(kind, regression=run.regression)
 
-    parts, held_out = [], []
+    parts, held_out, names, worded = [], [], None, False
     for number, name in enumerate(run.dataset_name):
         train, aside = load_splits(run, seed, number)
+        if run.task not in LANGUAGE and number == 0:
+            usual = images.LABELS_OF_PICTURES if run.task == "image-classification" else classification.LABEL_COLUMNS
+            names = classification.class_names(train, run.label_column, usual)
+        worded |= run.task in LANGUAGE and causal.layout_of(train, run, f"--dataset_name {name}")[0] == "instruction"
         parts.append(convert(train, run, flag=f"--dataset_name {name}"))
         if aside is not None:
             held_out.append(convert(aside, run, flag=f"--dataset_name {name}"))
+    if run.prompt_template != RunArguments.prompt_template and not worded:
+        say(f"--prompt_template {run.prompt_template} is not used: no data set has instruction rows.")
     flag = f"--dataset_name {' '.join(run.dataset_name)}"
     train = mix(parts, run, seed)
     evaluation = load_evaluation(run)
@@ -57,14 +67,13 @@ def load_data(
         return train, evaluation, {}
 
     if run.regression:
-        evaluation = evaluation and formats.number_targets(evaluation, flag_of_evaluation)
-        return formats.number_targets(train, flag), evaluation, formats.REGRESSION
-    names = formats.label_names(train, flag)
-    train = formats.number_labels(train, names, flag)
+        targets = partial(Dataset.rename_column, original_column_name="label", new_column_name="labels")
+        return targets(train), evaluation and targets(evaluation), classification.REGRESSION
+    names = classification.label_names(train, flag, names)
+    train = classification.number_labels(train, names, flag)
     if evaluation is not None:
-        evaluation = formats.number_labels(evaluation, names, flag_of_evaluation)
-    ids = dict(enumerate(names))
-    return train, evaluation, {"num_labels": len(names), "id2label": ids, "label2id": {n: i for i, n in ids.items()}}
+        evaluation = classification.number_labels(evaluation, names, flag_of_evaluation)
+    return train, evaluation, classification.class_options(names)
 
 
 def mix(parts: list[Rows], run: RunArguments, seed: int) -> Rows:
@@ -78,42 +87,17 @@ def mix(parts: list[Rows], run: RunArguments, seed: int) -> Rows:
     """
     if len(parts) == 1:
         return parts[0]
-    _refuse_different(parts)
-    parts = [_with_plain_strings(part) for part in parts]
-    total = sum(run.dataset_weights)
-    try:
-        if not run.dataset_weights:
-            return concatenate_datasets(parts)
-        return interleave_datasets(
-            parts,
-            probabilities=[weight / total for weight in run.dataset_weights],
-            seed=seed,
-            stopping_strategy=run.dataset_stopping,
-        )
-    except ValueError as error:
-        raise UserError(f"--dataset_name {' '.join(run.dataset_name)} cannot be mixed: {error}") from error
-
-
-def _refuse_different(parts: list[Rows]) -> None:
-    """Data sets of text and of chat messages have no common columns; the first row of each tells them apart."""
-    kinds = [{name: isinstance(value, str) for name, value in next(iter(part)).items()} for part in parts]
-    if any(kind != kinds[0] for kind in kinds):
+    if any(part.features != parts[0].features for part in parts):
         raise UserError(
             "--dataset_name: chat messages and plain text (or texts and pairs of texts) cannot be mixed. Beside "
             "messages use --prompt_template chat for instruction rows; for classification the same columns in all."
         )
-
-
-def _with_plain_strings(rows: Rows) -> Rows:
-    """`rows` whose text has one type: readers of different files disagree about the width of its offsets."""
-    if rows.features is None:
-        return rows
-    return rows.cast(Features({name: _plain(feature) for name, feature in rows.features.items()}))
-
-
-def _plain(feature: Any) -> Any:
-    if isinstance(feature, dict):
-        return {name: _plain(part) for name, part in feature.items()}
-    if isinstance(feature, List | LargeList):
-        return List(_plain(feature.feature))
-    return Value("string") if feature == Value("large_string") else feature
+    if not run.dataset_weights:
+        return concatenate_datasets(parts)
+    total = sum(run.dataset_weights)
+    return interleave_datasets(
+        parts,
+        probabilities=[weight / total for weight in run.dataset_weights],
+        seed=seed,
+        stopping_strategy=run.dataset_stopping,
+    )

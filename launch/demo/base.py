@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
@@ -40,23 +41,42 @@ def cache_folder() -> Path:
 
 
 def base_model() -> Path:
-    """Folder with the base model and its tokenizer; builds it if this machine does not have it yet.
+    """Folder with the base model and its tokenizer; builds it if this machine does not have it, or not as a whole.
 
     Raises:
         UserError: the process that builds it has not finished in half an hour.
     """
     folder = cache_folder()
-    if folder.is_dir():
-        return folder
     if local_rank() == 0:
-        _build(folder)
+        if not is_whole(folder):
+            _build(folder)
         return folder
     deadline = time.monotonic() + WAIT_SECONDS
-    while not folder.is_dir():
+    while not is_whole(folder):
         if time.monotonic() > deadline:
             raise UserError(f"the demo's base model did not appear in {folder} within {WAIT_SECONDS:.0f} s.")
         time.sleep(0.5)
     return folder
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether config, tokenizer and weights are there and can be read; a cleaner or a full disk may have cut them."""
+    try:
+        LlamaConfig.from_pretrained(folder)
+        PreTrainedTokenizerFast.from_pretrained(folder)
+        with safe_open(folder / "model.safetensors", "pt") as weights:
+            return bool(weights.keys())
+    except Exception:  # whatever it is, the folder is only a cache
+        return False
+
+
+def describe_base(folder: str | Path) -> None:
+    """Writes what the base model will be, its config and tokenizer, to check a run on before the model is built."""
+    tokenizer = byte_tokenizer()
+    config = _config(tokenizer)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -80,20 +100,20 @@ def _build(folder: Path) -> None:
         model = _pretrain(tokenizer)
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        if not is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
         try:
             os.rename(temporary, folder)
         except OSError:
-            if not folder.is_dir():  # another run on this machine was faster: its folder is as good
+            if not is_whole(folder):  # another run on this machine was faster: its folder is as good
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     Console().print(f"The demo's base model is kept in {folder}")
 
 
-def _pretrain(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A plain loop rather than a Trainer, whose distributed set-up would make this rank wait for the others."""
-    set_seed(SEED)
-    config = LlamaConfig(
+def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=352,
@@ -107,7 +127,12 @@ def _pretrain(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         bos_token_id=None,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
     )
-    model = LlamaForCausalLM(config)
+
+
+def _pretrain(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A plain loop rather than a Trainer, whose distributed set-up would make this rank wait for the others."""
+    set_seed(SEED)
+    model = LlamaForCausalLM(_config(tokenizer))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )

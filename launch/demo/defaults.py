@@ -17,11 +17,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from launch.data.answering import write_answers_on_all_ranks
-from launch.demo.base import base_model
+from launch.data.answering import word_prompt, write_answers_on_all_ranks
+from launch.demo.base import base_model, describe_base
 from launch.demo.tasks import split_lines
 
-__all__ = ["DEFAULTS", "ExactMatch", "base_model", "dataset"]
+__all__ = ["DEFAULTS", "ExactMatch", "base_model", "dataset", "describe_base"]
 
 # Defaults of the flags while the demo runs; any of them can be given on the command line.
 DEFAULTS: dict[str, Any] = {
@@ -99,7 +99,7 @@ class ExactMatch(TrainerCallback):
         given = write_answers_on_all_ranks(
             model,
             self.tokenizer,
-            [prompt for _, prompt, _ in lines],
+            [word_prompt(prompt, self.tokenizer) for _, prompt, _ in lines],
             args,
             batch_size=EVALUATION_BATCH,
             description=title,

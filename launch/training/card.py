@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 from transformers import Trainer
 
+from ds_moelora.redaction import redact_text
 from ds_moelora.tuner import TrainingRecord
 from launch.checks.arguments import Arguments
 from launch.training.report import parameter_counts
@@ -30,8 +31,9 @@ def training_record(
     """
     run = arguments.run
     names = run.dataset_name if isinstance(run.dataset_name, list) else [run.dataset_name]
-    data = ["the launcher's embedded demo"] if arguments.demo else [str(name) for name in names]
-    held_out = str(run.eval_dataset_name or (f"{run.eval_fraction:.0%} of it" if run.eval_fraction else data[0]))
+    data = ["the launcher's embedded demo"] if arguments.demo else [redact_text(str(name)) for name in names]
+    held_out = run.eval_dataset_name or (f"{run.eval_fraction:.0%} of it" if run.eval_fraction else data[0])
+    held_out = redact_text(str(held_out))
     scores = {k.removeprefix("eval_"): v for k, v in eval_metrics.items() if not k.endswith(NOT_SCORES)}
     lines = ["## Training", "", f"Data: {', '.join(f'`{name}`' for name in data)}."]
     lines += ["", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in _procedure(trainer, optimizer).items())]

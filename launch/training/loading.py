@@ -15,14 +15,16 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
 from transformers.image_processing_base import IMAGE_PROCESSOR_NAME
 
 import ds_moelora  # noqa: F401  (so that PEFT knows the adapter)
 from launch.checks.errors import UserError
 from launch.checks.flags import SCORED_TASKS
-from launch.data.formats import REGRESSION
-from launch.training.modeling import AUTO_CLASSES, TASK_TYPES, complete_tokenizer
+from launch.data.classification import REGRESSION, class_options
+from launch.training import processors
+from launch.training.fit import check_weights
+from launch.training.modeling import AUTO_CLASSES, TASK_TYPES, pad_with
+from launch.training.processors import Processor
 from launch.training.report import SUMMARY_NAME
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,6 +51,7 @@ class Source:
     trust_remote_code: bool
     classes: list[str]
     regression: bool = False
+    attn_implementation: str | None = None
 
 
 def find_source(
@@ -59,6 +62,7 @@ def find_source(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     classes: list[str] | None = None,
+    attn_implementation: str | None = None,
 ) -> Source:
     """Completes what the flags left out by what was saved beside the adapter; loads no weights.
 
@@ -100,6 +104,7 @@ def find_source(
         trust_remote_code=trust_remote_code,
         classes=classes or [],
         regression=regression,
+        attn_implementation=attn_implementation,
     )
 
 
@@ -128,40 +133,33 @@ def _dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_processor(source: Source) -> PreTrainedTokenizerBase | BaseImageProcessor:
+def load_processor(source: Source) -> Processor:
     """The tokenizer (or what prepares pictures) that was saved with the adapter, otherwise the base model's.
 
     Raises:
         UserError: there is none.
     """
-    pictures = source.task == "image-classification"
-    name = IMAGE_PROCESSOR_NAME if pictures else "tokenizer_config.json"
+    name = IMAGE_PROCESSOR_NAME if source.task == "image-classification" else "tokenizer_config.json"
     own = source.adapter is not None and (Path(source.adapter) / name).is_file()
-    where = source.adapter if own else source.base
-    options = {} if own else {"revision": source.revision}
-    if pictures:
-        from transformers import AutoImageProcessor as Processor
-    else:
-        Processor = AutoTokenizer
-    try:
-        found = Processor.from_pretrained(where, trust_remote_code=source.trust_remote_code, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{where}: no {'image processor' if pictures else 'tokenizer'}: {error}") from error
-    return found if pictures else complete_tokenizer(found, source.task, str(where))
+    where, revision = (source.adapter, None) if own else (source.base, source.revision)
+    return processors.load_processor(str(where), source.task, source.trust_remote_code, revision)
 
 
-def load_for_inference(source: Source, processor: PreTrainedTokenizerBase | BaseImageProcessor) -> nn.Module:
+def load_for_inference(source: Source, processor: Processor) -> nn.Module:
     """The base model with its adapter, in eval mode, on the accelerator if there is one.
 
     Raises:
         UserError: the base model or the adapter cannot be loaded, or they do not fit each other.
     """
+    check_weights(source.base, "--model_name_or_path")
+    check_weights(source.adapter, "--adapter")
     options: dict[str, Any] = {}
-    if source.regression:
-        options = dict(REGRESSION)
-    elif source.classes:
-        ids = dict(enumerate(source.classes))
-        options = {"num_labels": len(ids), "id2label": ids, "label2id": {name: i for i, name in ids.items()}}
+    if source.regression or source.classes:
+        # The adapter brings its own head.
+        options = {"ignore_mismatched_sizes": source.adapter is not None}
+        options |= dict(REGRESSION) if source.regression else class_options(source.classes)
+    if source.attn_implementation is not None:
+        options["attn_implementation"] = source.attn_implementation
     try:
         model = AUTO_CLASSES[source.task].from_pretrained(
             source.base,
@@ -170,14 +168,13 @@ def load_for_inference(source: Source, processor: PreTrainedTokenizerBase | Base
             dtype=source.dtype,
             **options,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_name_or_path {source.base}: {error}") from error
-    if isinstance(processor, PreTrainedTokenizerBase) and model.config.pad_token_id is None:
-        model.config.pad_token_id = processor.pad_token_id
+    except Exception as error:  # damaged files raise what their format's library pleases
+        raise UserError(f"--model_name_or_path {source.base} cannot be loaded: {error}") from error
+    pad_with(model, processor)
     if source.adapter is not None:
         try:
             model = PeftModel.from_pretrained(model, source.adapter)
-        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: shapes that differ
+        except Exception as error:
             raise UserError(f"--adapter {source.adapter} does not fit {source.base}: {error}") from error
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from typing import Any
 
 import torch
-from peft import PeftModel, TaskType, get_peft_model
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -16,19 +18,18 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
 
 import ds_moelora
-from launch.checks.arguments import Arguments
-from launch.checks.errors import UserError
+from launch.checks.arguments import Arguments, non_defaults
+from launch.checks.errors import UserError, say
 from launch.checks.flags import AdapterArguments
 from launch.data.image_text import outside_text
 from launch.data.images import head_name
 from launch.training import quantization
+from launch.training.processors import tokenizer_of
 
 AUTO_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
@@ -45,33 +46,75 @@ TASK_TYPES = {
 }
 PATTERNS = ("rank_pattern", "alpha_pattern", "num_experts_pattern", "top_k_pattern")
 SHOWN_NAMES = 12
+# Of an adapter that is trained further: what is this run's own choice, not part of what was saved.
+OF_THE_RUN = (
+    *("lora_dropout", "router_aux_loss_coef", "router_z_loss_coef", "router_jitter", "ep_size", "ep_dispatch"),
+    *("ep_bucket_layers", "expert_compute", "svd_cache_dir"),
+)
+HEADED = ("Classification",)
+# PEFT trains these whole (`pre_classifier` of DistilBERT, too), and adapts a layer of one nevertheless.
+TEXT_HEADS = r"(.*\.)?\w*(classifier|score)(\..*)?"
+MASKED = ("ForMaskedLM",)
+SET_BY_FLAGS = {
+    "revision": "--revision",
+    "trust_remote_code": "--trust_remote_code",
+    "quantization_config": "--load_in_4bit",
+    "load_in_4bit": "--load_in_4bit",
+    "device_map": "the launcher: one device per process",
+    "num_labels": "the data's classes",
+    "state_dict": "the checkpoint",
+    "config": "--model_name_or_path",
+}
+# What `from_pretrained` takes that is no part of a model's config.
+FOR_LOADING = (
+    *("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "use_safetensors", "variant"),
+    *("subfolder", "cache_dir", "local_files_only", "token", "force_download", "proxies", "low_cpu_mem_usage"),
+    *("use_kernels", "key_mapping", "weights_only", "max_memory", "offload_folder"),
+)
 
 
-def load_tokenizer(arguments: Arguments) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token.
+def start_adapter(arguments: Arguments) -> Any:
+    """The configuration of the adapter that `--model_name_or_path` names, whose base takes its place; None: it is none.
 
     Raises:
-        UserError: no tokenizer there, or none that ends and pads sequences.
+        UserError: no adapter of this tuner, no base, or flags that would make another adapter of it.
     """
-    run = arguments.run
+    run, folder = arguments.run, arguments.run.model_name_or_path
+    if folder is None or not os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        return None
+    if os.path.isfile(os.path.join(folder, "config.json")):
+        return None  # a model with an adapter beside it
+    where = f"--model_name_or_path {folder} is an adapter"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            run.model_name_or_path, revision=run.revision, trust_remote_code=arguments.training.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_name_or_path {run.model_name_or_path}: no tokenizer: {error}") from error
-    return complete_tokenizer(tokenizer, run.task, str(run.model_name_or_path))
+        saved = PeftConfig.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"{where} whose adapter_config.json cannot be read: {error}") from error
+    if not isinstance(saved, ds_moelora.MoELoRAConfig):
+        raise UserError(f"{where} of another kind ({saved.peft_type}). Merge it into its base, and train on that.")
+    if not saved.base_model_name_or_path:
+        raise UserError(f"{where} that does not name its base model; write base_model_name_or_path into its config.")
+    for name, value in non_defaults(arguments.adapter).items():
+        if name in OF_THE_RUN:
+            setattr(saved, name, value)
+        elif _comparable(value) != _comparable(getattr(saved, name, None)):
+            raise UserError(
+                f"{where} with {name} {getattr(saved, name, None)}, and --{name} {value} would make another one. "
+                "Leave the flag out, or name a base model."
+            )
+    say(f"Training goes on with the adapter in {folder}, on its base {saved.base_model_name_or_path}.")
+    run.start_adapter, run.model_name_or_path = folder, saved.base_model_name_or_path
+    run.revision = saved.revision or run.revision
+    saved.inference_mode = False
+    return saved
 
 
-def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, task: str, name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer with a padding token; `name` is the model's, for messages."""
-    if task == "causal-lm" and tokenizer.eos_token is None:
-        raise UserError(f"the tokenizer of {name} has no end-of-sequence token; set eos_token in it.")
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise UserError(f"the tokenizer of {name} has no padding token; set pad_token in it.")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+def _comparable(value: Any) -> Any:
+    """A value as a configuration file has it: lists in any order, text for truth values and patterns."""
+    if isinstance(value, list | set | tuple):
+        return sorted(map(str, value)) if len(value) > 1 else str(next(iter(value), ""))
+    if isinstance(value, str) and value.startswith("{"):
+        return json.loads(value)
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def adapter_config(adapter: AdapterArguments, task: str) -> Any:
@@ -110,7 +153,6 @@ def adapter_config(adapter: AdapterArguments, task: str) -> Any:
             **{name: _read_pattern(name, getattr(adapter, name)) for name in PATTERNS},
             ep_size=adapter.ep_size,
             ep_dispatch=adapter.ep_dispatch,
-            ep_bucket_layers=adapter.ep_bucket_layers,
             expert_compute=adapter.expert_compute,
             modules_to_save=adapter.modules_to_save or None,
         )
@@ -133,20 +175,22 @@ def _read_pattern(flag: str, value: Any) -> Any:
         raise UserError(f"--{flag} {value} is not JSON ({error}); write e.g. '{{\"q_proj\": 4}}'.") from error
 
 
-def check_model(arguments: Arguments, config: Any, model_options: dict[str, Any]) -> None:
-    """Builds the model without weights and puts the adapter on it, so that a wrong target shows within a second.
+def check_model(arguments: Arguments, config: Any, skeleton: PreTrainedModel) -> PeftModel:
+    """Puts the adapter on the model without weights, so that a wrong target shows within a second.
 
     For pictures it completes `config` by the classification layer, or by the part of the model that stays frozen.
 
     Raises:
-        UserError: the model's config cannot be read, or the adapter does not fit the model.
+        UserError: the adapter does not fit the model.
     """
-    skeleton = build_on_meta(arguments, model_options)
+    run = arguments.run
     names = linear_names(skeleton)
-    if arguments.run.task == "image-classification":
+    if run.task == "image-classification":
         _train_head(config, head_name(skeleton))
-    elif arguments.run.task == "image-text-to-text" and not _is_pattern(arguments.adapter.target_modules):
+    elif run.task == "image-text-to-text" and not _is_pattern(arguments.adapter.target_modules):
         config.exclude_modules = outside_text(skeleton)
+    elif run.task == "sequence-classification" and config.target_modules == "all-linear":
+        config.exclude_modules = TEXT_HEADS
     modules = [name for name, _ in skeleton.named_modules()]
     for wish in arguments.adapter.modules_to_save:
         if not any(name == wish or name.endswith(f".{wish}") for name in modules):
@@ -154,13 +198,11 @@ def check_model(arguments: Arguments, config: Any, model_options: dict[str, Any]
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
             raise UserError(f"--modules_to_save {wish}: the model has no such module.{hint}")
     try:
-        get_peft_model(skeleton, config)
-    except (ValueError, NotImplementedError) as error:
+        return get_peft_model(skeleton, config)
+    except Exception as error:  # of whatever class: it is about this model and these targets
         shown = ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
-        raise UserError(
-            f"--target_modules {' '.join(arguments.adapter.target_modules)}: {error} "
-            f"Linear layers of this model are called: {shown}."
-        ) from error
+        targets = run.start_adapter or f"--target_modules {' '.join(arguments.adapter.target_modules)}"
+        raise UserError(f"{targets}: {error} Linear layers of this model are called: {shown}.") from error
 
 
 def _train_head(config: Any, head: str) -> None:
@@ -176,39 +218,113 @@ def linear_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def loading_options(arguments: Arguments) -> dict[str, Any]:
+    """What `--model_init_kwargs` and `--attn_implementation` give to `from_pretrained`.
+
+    Raises:
+        UserError: no JSON object, or a key that a flag sets.
+    """
+    given = arguments.training.model_init_kwargs or {}
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError as error:
+            raise UserError(f"--model_init_kwargs {given} is not JSON: {error}.") from error
+    if not isinstance(given, dict):
+        raise UserError(f"--model_init_kwargs {given} is no JSON object {{...}}.")
+    for name, flag in SET_BY_FLAGS.items():
+        if name in given:
+            raise UserError(f"--model_init_kwargs: {name} is set by {flag}.")
+    wish = arguments.run.attn_implementation
+    if wish is not None and given.get("attn_implementation", wish) != wish:
+        raise UserError(f"--attn_implementation {wish} and --model_init_kwargs disagree; keep one of them.")
+    return {**given, **({} if wish is None else {"attn_implementation": wish})}
+
+
 def build_on_meta(arguments: Arguments, model_options: dict[str, Any]) -> PreTrainedModel:
-    """The model without weights.
+    """The model without weights. Options for loading that the model's config does not know are checked, too.
 
     Raises:
         UserError: its config cannot be read, or is of no model for the task.
     """
     run, trust = arguments.run, arguments.training.trust_remote_code
+    options = loading_options(arguments)
     try:
-        config = AutoConfig.from_pretrained(
-            run.model_name_or_path, revision=run.revision, trust_remote_code=trust, **model_options
+        known = AutoConfig.from_pretrained(run.model_name_or_path, revision=run.revision, trust_remote_code=trust)
+        if run.task == "causal-lm" and any(name.endswith(MASKED) for name in known.architectures or ()):
+            raise UserError(
+                f"{known.architectures[0]} sees what comes after a token, which --task causal-lm has it predict."
+            )
+        if "num_labels" in model_options and known.num_labels != model_options["num_labels"]:
+            _new_head(known, model_options)
+        config, unknown = AutoConfig.from_pretrained(
+            run.model_name_or_path,
+            revision=run.revision,
+            trust_remote_code=trust,
+            return_unused_kwargs=True,
+            **{name: value for name, value in options.items() if name not in FOR_LOADING},
+            **{name: value for name, value in model_options.items() if name != "ignore_mismatched_sizes"},
         )
+        attention = {name: options[name] for name in ("attn_implementation",) if name in options}
         with torch.device("meta"):
-            return AUTO_CLASSES[run.task].from_config(config, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_name_or_path {run.model_name_or_path}: {error}") from error
+            skeleton = AUTO_CLASSES[run.task].from_config(config, trust_remote_code=trust, **attention)
+    except Exception as error:  # a config of another kind raises what its model pleases
+        raise UserError(f"--model_name_or_path {run.model_name_or_path}: {_first_lines(error)}") from error
+    strange = sorted(unknown.keys() - {"trust_remote_code", "revision"})
+    if strange:
+        raise UserError(f"--model_init_kwargs: {strange[0]} is neither in this model's config nor for loading it.")
+    return skeleton
+
+
+def _new_head(config: Any, model_options: dict[str, Any]) -> None:
+    """A head for other classes takes the place of the checkpoint's, whose rows it cannot use."""
+    model_options["ignore_mismatched_sizes"] = True
+    if any(name.endswith(HEADED) for name in config.architectures or ()):
+        say(
+            f"The model's head has {config.num_labels} outputs, and the data needs {model_options['num_labels']}: a "
+            "new head is trained."
+        )
+
+
+def _first_lines(error: Exception) -> str:
+    """An error without the list of all classes that transformers adds."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 400 else f"{text[:400]} ..."
 
 
 def load_model(arguments: Arguments, config: Any, model_options: dict[str, Any], processor: Any) -> PeftModel:
-    """The model with its weights and a fresh adapter. Call it after `training.start()`: ZeRO-3 shards while loading."""
+    """The model with its weights, and a fresh adapter or the one that training goes on with.
+
+    Call it after `training.start()`: ZeRO-3 shards while loading.
+
+    Raises:
+        UserError: weights that cannot be read, or that do not fit.
+    """
     run, training = arguments.run, arguments.training
     # In fp32 unless mixed precision was asked for: a checkpoint's own bf16 would train the adapter in bf16 unasked.
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    model = AUTO_CLASSES[run.task].from_pretrained(
-        run.model_name_or_path,
-        revision=run.revision,
-        trust_remote_code=training.trust_remote_code,
-        dtype=dtype,
-        **model_options,
-        **quantization.loading_options(run.load_in_4bit, dtype),
-    )
-    if isinstance(processor, PreTrainedTokenizerBase) and model.config.pad_token_id is None:
-        model.config.pad_token_id = processor.pad_token_id
-    model = get_peft_model(model, config)
+    options = {"dtype": dtype, **loading_options(arguments), **model_options}
+    options |= quantization.loading_options(run.load_in_4bit, dtype)
+    try:
+        model = AUTO_CLASSES[run.task].from_pretrained(
+            run.model_name_or_path, revision=run.revision, trust_remote_code=training.trust_remote_code, **options
+        )
+        pad_with(model, processor)
+        if run.start_adapter is None:
+            model = get_peft_model(model, config)
+        else:
+            model = PeftModel.from_pretrained(model, run.start_adapter, is_trainable=True, config=config)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        what = run.model_name_or_path if run.start_adapter is None else f"{run.model_name_or_path}, {run.start_adapter}"
+        raise UserError(f"--model_name_or_path {what} cannot be loaded: {_first_lines(error)}") from error
     if run.load_in_4bit:
         quantization.settle(model)
     return model
+
+
+def pad_with(model: PreTrainedModel, processor: Any) -> None:
+    """Tells a model that has no padding token which one the tokenizer pads with."""
+    tokenizer = tokenizer_of(processor)
+    config = model.config.get_text_config()
+    if tokenizer is not None and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id

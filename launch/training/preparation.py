@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import SFTTrainer
 
 from launch.checks.errors import UserError
-from launch.data.columns import Rows
+from launch.data.values import Rows
 
 # Half a document each: enough for any attention pattern, little enough for any model.
 PROBE_LENGTH = 16
@@ -118,7 +118,7 @@ def _counted(count: Truncation, rows: Rows, before: bool) -> Rows:
     for batch in rows.with_format("arrow").iter(1000):
         lengths = pc.list_value_length(batch["input_ids"])
         longer = 0 if count.max_length is None else pc.sum(pc.greater(lengths, count.max_length)).as_py()
-        _add(count, len(lengths), pc.sum(lengths).as_py(), longer, before)
+        _add(count, len(lengths), pc.sum(lengths).as_py() or 0, longer or 0, before)
     return rows
 
 

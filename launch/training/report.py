@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 from transformers import Trainer
 
+from ds_moelora.redaction import redact
 from launch.checks.arguments import command_line
 from launch.training.preparation import Truncation
 
@@ -77,8 +78,8 @@ def summarize(
 
 
 def write_summary(summary: dict[str, Any], output_dir: str) -> Path:
-    """Writes `train_summary.json`."""
-    return write_text(Path(output_dir) / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
+    """Writes `train_summary.json`, without secrets."""
+    return write_text(Path(output_dir) / SUMMARY_NAME, json.dumps(redact(summary), indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -112,4 +113,4 @@ def print_summary(summary: dict[str, Any], path: Path) -> None:
     if summary["tensorboard"]:
         table.add_row("loss curves", summary["tensorboard"])
     table.add_row("this summary", str(path))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # paths may hold square brackets

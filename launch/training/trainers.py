@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from ds_moelora import data_only, load_elastic, save_elastic
 from ds_moelora.checkpoint.elastic import topology_changes, why_not_elastic
@@ -34,9 +35,9 @@ from launch.checks.arguments import Arguments
 from launch.checks.errors import UserError
 from launch.checks.flags import LANGUAGE
 from launch.data import images
-from launch.data.columns import Rows
 from launch.data.evaluation import RowScores, TokenScores
 from launch.data.metrics import head_scores
+from launch.data.values import Rows
 from launch.training.preparation import CountingTrainer, PackingGuard, Truncation
 
 ELASTIC = "elastic"  # folder of a checkpoint
@@ -62,8 +63,14 @@ class GatheringTrainer(AtomicTrainer):
             self.stopping.see(loss)
         return loss
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        loader = super()._get_dataloader(*args, **kwargs)
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        # Rows that are evaluated are never dropped, whatever training does with its last batch.
+        drop = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop and is_training
+        try:
+            loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop
         loader.worker_init_fn = partial(ignore_signals, loader.worker_init_fn)
         return loader
 
@@ -79,10 +86,16 @@ class GatheringTrainer(AtomicTrainer):
         model = self.accelerator.unwrap_model(self.model)
         if state_dict is None or not sharded_experts(model):
             super()._save(output_dir, state_dict)
+            self._remove_arguments(output_dir)
             return
         with without_experts():
             super()._save(output_dir, state_dict)
+            self._remove_arguments(output_dir)
         append_experts(model, output_dir if output_dir is not None else self.args.output_dir)
+
+    def _remove_arguments(self, output_dir: str | None) -> None:
+        """transformers pickles its arguments beside the weights; nothing reads them, and nobody should have them."""
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's card with the adapter's part (`ds_moelora.tuner.files.card`), not those of transformers and TRL."""
@@ -166,10 +179,13 @@ class HeadTrainer(RowScores, GatheringTrainer):
 
 
 class OptimizerGuard(TrainerCallback):
-    """Stops the run if the engine trains with another optimizer than the one that was asked for.
+    """Says which class runs, if DeepSpeed has its own for the name in the config ("AdamW": FusedAdam or CPUAdam).
+
+    That another optimizer runs in place of one of the package's is refused by the engine itself
+    (`ds_moelora.optimizer.guard`).
 
     Args:
-        wanted: the `type` in the DeepSpeed config.
+        wanted: the `type` in the DeepSpeed config, or `--optim`.
     """
 
     def __init__(self, wanted: str) -> None:
@@ -180,14 +196,11 @@ class OptimizerGuard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         engine = self.trainer.deepspeed if self.trainer is not None else None
-        if engine is None or getattr(torch.optim, self.wanted, None) is None:
-            return  # DeepSpeed's own names (adamw, lamb) stand for whichever of its implementations fits the device
-        running = type(engine.basic_optimizer).__name__
-        if running != self.wanted:
-            raise UserError(
-                f"the DeepSpeed config asks for {self.wanted}, but the engine runs {running}. With offload_optimizer, "
-                'add "zero_force_ds_cpu_optimizer": false to the DeepSpeed config.'
-            )
+        if engine is None or not self.trainer.is_world_process_zero():
+            return
+        running = type(engine.basic_optimizer)
+        if running.__name__ != self.wanted:
+            print(f"Optimizer: {self.wanted} is {running.__module__}.{running.__name__} here.", flush=True)
 
 
 def tokenize_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, Truncation]:
@@ -240,16 +253,18 @@ def build_trainer(
 def _language_trainer(
     train: Rows, evaluation: Dataset | None, callbacks: list[TrainerCallback], args: Any, **common: Any
 ) -> Trainer:
-    args.completion_only_loss = True
-    if args.packing:
+    if args.completion_only_loss is None:
+        args.completion_only_loss = True
+    if args.packing or args.padding_free:
         callbacks.append(PackingGuard())
     if isinstance(train, IterableDataset):
         # Every rank reads the stream and keeps its share. Otherwise one would read, and put batches of different
         # lengths into one tensor to send them to the others.
         args.accelerator_config.dispatch_batches = False
     trainer = MixtureSFTTrainer(train_dataset=train, eval_dataset=evaluation, callbacks=callbacks, args=args, **common)
-    if next(iter(trainer.train_dataset), None) is None:
-        raise UserError(f"no training row has an answer within --max_length {args.max_length} tokens; raise it.")
+    for what, rows in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
+        if rows is not None and next(iter(rows), None) is None:
+            raise UserError(f"no {what} row has an answer within --max_length {args.max_length} tokens; raise it.")
     return trainer
 
 

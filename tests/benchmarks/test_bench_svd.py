@@ -1,4 +1,4 @@
-"""The benchmark's figures on a tiny weight: every algorithm is there, and as accurate as the documentation says."""
+"""The benchmark's figures on a tiny weight: both algorithms are there, and as accurate as the documentation says."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ def test_rows_of_one_layer() -> None:
     for spectrum in ("flat", "decaying"):
         rows = bench_svd.layer_rows((48, 40), spectrum, repeats=1)
         assert [(row["variant"], row["algorithm"]) for row in rows] == [
-            (variant, algorithm)
-            for variant, algorithms in bench_svd.VARIANTS.items()
-            for algorithm in ("full fp32", *algorithms)
+            (variant, algorithm) for variant in bench_svd.VARIANTS for algorithm in ("full fp32", "gram")
         ]
         for row in rows:
             bound = 1e-2 if row["algorithm"] == "full fp32" else 1e-9

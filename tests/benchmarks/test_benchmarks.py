@@ -56,15 +56,13 @@ def test_the_gpu_script_runs_on_a_cpu(tmp_path, capsys) -> None:
     from benchmarks import bench_gpu
 
     path = tmp_path / "gpu.csv"
-    with torch.compiler.set_stance("force_eager"):  # tests/mixture/test_compiled.py compiles
-        bench_gpu.main(["--device", "cpu", "--tiny", "--output", str(path)])
-    assert capsys.readouterr().out.count("from float64") == 3 * 2 + 1
+    bench_gpu.main(["--device", "cpu", "--tiny", "--output", str(path)])
+    assert capsys.readouterr().out.count("from float64") == 2 * 2 + 1
     rows = read_rows(path)
     assert {row["contender"] for row in rows} >= {
         "base",
         "peft",
         "dense",
-        "compiled",
         "fused AdamW",
         "GateRiemannianAdamW",
     }

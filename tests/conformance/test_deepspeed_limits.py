@@ -7,6 +7,7 @@ When one of these tests fails, DeepSpeed has mended something: move the setting 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -33,6 +34,36 @@ def test_fp16_offload_with_fp32_accumulation_never_recovers_from_an_overflow(kin
     assert all(run_on_ranks(2, run_engine, config=config)[0]["skipped"]) == OVERFLOW_STAYS
     del config["data_types"]
     assert not all(run_on_ranks(2, run_engine, config=config)[0]["skipped"])
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("supported", [True, False])
+def test_fp16_where_the_accelerator_knows_it_and_where_not(kind: str, supported: bool) -> None:
+    """DeepSpeed's CPU accelerator knows fp16 on CPUs with AVX-512-FP16 alone (not on AMD's)."""
+    run = functools.partial(run_on_ranks, 2, run_engine, config=engine_config(1, kind, precision="fp16"), steps=4)
+    if supported and not GATHER_FAILS:
+        skipped = run(fp16=True)[0]["skipped"]
+        assert skipped[0]  # the loss scale of 2**18 overflows, and is halved until it does not
+        assert not skipped[-1]
+    else:
+        with pytest.raises(AssertionError, match=GATHER_ERROR if supported else "Type fp16 is not supported"):
+            run(fp16=supported)
+
+
+def own_answer(config: dict[str, Any]) -> tuple[bool, str]:
+    """On every rank: what the accelerator of this machine says of fp16, and what becomes of an engine."""
+    from deepspeed.accelerator import get_accelerator
+
+    try:
+        run_engine(config, steps=1, fp16=None)
+    except ValueError as error:
+        return bool(get_accelerator().is_fp16_supported()), str(error)
+    return bool(get_accelerator().is_fp16_supported()), "trained"
+
+
+def test_fp16_on_this_machine() -> None:
+    for supported, outcome in run_on_ranks(1, own_answer, config=engine_config(1, "AdamW", precision="fp16")):
+        assert outcome == ("trained" if supported else "Type fp16 is not supported on your device.")
 
 
 @pytest.mark.parametrize("kind", BOTH)

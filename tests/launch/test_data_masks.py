@@ -10,8 +10,9 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 
 from launch.checks.arguments import Arguments, parse_arguments
-from launch.data import formats
+from launch.data.causal import causal_rows
 from launch.training import modeling, trainers
+from launch.training.processors import processor_of_run
 from tests.support.launch_support import CHAT_TEMPLATE, tiny_model
 
 ALPACA = [
@@ -44,8 +45,8 @@ def arguments(tmp_path: Path) -> Arguments:
 
 def batch_of(arguments: Arguments, rows: list[dict[str, Any]]) -> tuple[Any, Any, Dataset]:
     """The batch that the trainer would train on, the tokenizer and the rows as prompt and completion."""
-    tokenizer = modeling.load_tokenizer(arguments)
-    pairs = formats.causal_rows(Dataset.from_list(rows), arguments.run, "--dataset_name d", True)
+    tokenizer = processor_of_run(arguments)
+    pairs = causal_rows(Dataset.from_list(rows), arguments.run, "--dataset_name d", tokenizer)
     config = modeling.adapter_config(arguments.adapter, "causal-lm")
     model = modeling.load_model(arguments, config, {}, tokenizer)
     trainer = trainers.build_trainer(arguments, model, tokenizer, pairs, None, [])

@@ -17,10 +17,11 @@ from launch.checks.errors import UserError
 from launch.checks.flags import RunArguments
 from launch.checks.preflight import preflight
 from launch.data import sources
-from launch.data.causal_formats import causal_rows
+from launch.data.causal import causal_rows
 from launch.data.rows import load_rows
 from launch.training import modeling, trainers
-from tests.support.launch_support import CHAT_TEMPLATE, tiny_model, write_jsonl
+from launch.training.processors import processor_of_run
+from tests.support.launch_support import CHAT_TEMPLATE, chat_tokenizer, tiny_model, values, write_jsonl
 
 TURNS = [("system", "s"), ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
 MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
@@ -47,7 +48,7 @@ def parse(model: Path, tmp_path: Path) -> Iterator[Any]:
 def converted(rows: list[dict[str, Any]], **run: Any) -> list[dict[str, Any]]:
     """The rows as read at once; those of a stream must be the same."""
     made, streamed = (
-        list(causal_rows(data, RunArguments(**run), "data", has_chat_template=True))
+        list(causal_rows(data, RunArguments(**run), "data", chat_tokenizer()))
         for data in (Dataset.from_list(rows), IterableDataset.from_generator(lambda: iter(rows)))
     )
     assert made == streamed
@@ -85,8 +86,8 @@ def test_column_flags() -> None:
 
 def test_a_streams_missing_value_is_found_when_it_is_read() -> None:
     rows = [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": None}]
-    stream = causal_rows(IterableDataset.from_generator(lambda: iter(rows)), RunArguments(), "data", False)
-    with pytest.raises(UserError, match=r"'completion' is empty in row 1 \(counted from 0\)"):
+    stream = causal_rows(IterableDataset.from_generator(lambda: iter(rows)), RunArguments(), "data")
+    with pytest.raises(UserError, match=r"data: row 1 \(counted from 0\): column 'completion' is empty"):
         list(stream)
 
 
@@ -94,7 +95,7 @@ def test_a_streams_missing_value_is_found_when_it_is_read() -> None:
 def test_text_files_and_folders_on_disk(tmp_path: Path, streaming: bool) -> None:
     (tmp_path / "notes.txt").write_text("one\ntwo\n\nthree\n")
     text = load_rows(str(tmp_path / "notes.txt"), "--dataset_name", "train", streaming=streaming)
-    assert [row["text"].strip() for row in text] == ["one\ntwo", "three"]
+    assert [row["text"] for row in values(text)] == ["one\ntwo", "three\n"]
     rows = Dataset.from_list([{"prompt": "p", "completion": "c"}] * 3)
     rows.save_to_disk(tmp_path / "one")
     DatasetDict(train=rows, test=rows.take(2)).save_to_disk(tmp_path / "both")
@@ -150,7 +151,7 @@ def test_evaluation_rows_are_set_aside_before_rows_are_drawn_twice(tmp_path: Pat
              for n, size in enumerate((40, 8))]  # fmt: skip
     arguments = parse(files, "--eval_fraction", "0.25", "--dataset_weights", "1", "1", "--dataset_stopping",
                       "all_exhausted")  # fmt: skip
-    train, evaluation, _ = sources.load_data(arguments, modeling.load_tokenizer(arguments))
+    train, evaluation, _ = sources.load_data(arguments, processor_of_run(arguments))
     left, right = drawn(train), drawn(evaluation)
     assert len(right) == 12
     assert len(left) > len(set(left)) == 36
@@ -162,7 +163,7 @@ def test_text_and_messages_cannot_be_mixed(tmp_path: Path, parse: Any) -> None:
     files[1].write_text("text")
     arguments = parse(files)
     with pytest.raises(UserError, match="chat messages and plain text"):
-        sources.load_data(arguments, modeling.load_tokenizer(arguments))
+        sources.load_data(arguments, processor_of_run(arguments))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_settings_that_cannot_be(flags: list[str], message: str, parse: Any) -> 
 
 def trainer_of(arguments: Arguments) -> Any:
     arguments.training.start()
-    tokenizer = modeling.load_tokenizer(arguments)
+    tokenizer = processor_of_run(arguments)
     train, _, _ = sources.load_data(arguments, tokenizer)
     config = modeling.adapter_config(arguments.adapter, arguments.run.task)
     return trainers.build_trainer(

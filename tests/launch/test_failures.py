@@ -1,6 +1,6 @@
 """One training run that is stopped in every way there is, restarted each time, and ends as if nothing had happened.
 
-Each attempt is the real launcher with two ranks, goes on from the newest complete checkpoint of the one before
+Each attempt is the launcher with two ranks, goes on from the newest complete checkpoint of the one before
 (`--resume_from_checkpoint auto`), and meets another fault. `pytest tests/launch/test_failures.py -s` prints the table
 of docs/failures.md.
 """
@@ -27,6 +27,7 @@ from tests.support.failures import (
     FAULTY,
     STEPS,
     TRAIN,
+    ForkedRun,
     Run,
     Setting,
     check_end,
@@ -40,7 +41,7 @@ from tests.support.failures import (
 
 pytestmark = pytest.mark.dist
 
-LIMIT = 60.0  # seconds from a fault until every process is gone
+LIMIT = 300.0  # seconds from a fault until every process is gone: a hang, whatever the machine
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +58,10 @@ def by_itself(run: Run, step: int) -> float:
     return time.monotonic()
 
 
-def terminate(victim: Callable[[Run], int]) -> Callable[[Run, int], float]:
+def signalled(victim: Callable[[Run], int], number: int = signal.SIGTERM) -> Callable[[Run, int], float]:
     def act(run: Run, step: int) -> float:
         wait_for_step(run, step - 1)
-        os.kill(victim(run), signal.SIGTERM)
+        os.kill(victim(run), number)
         return time.monotonic()
 
     return act
@@ -82,6 +83,7 @@ class Failure:
         says: rank -> what it must have said.
         at: the step; None: three or four after the last checkpoint.
         more: arguments.
+        by_command: started by the command `deepspeed`, whose part in the end is tested too.
     """
 
     name: str
@@ -92,20 +94,29 @@ class Failure:
     ends_well: bool | None = False  # None: the launcher ends with an error though its ranks do not
     at: int | None = None
     more: tuple[str, ...] = ()
+    by_command: bool = False
 
     def start(self, setting: Setting, output_dir: Path, step: int) -> Run:
         arguments = [*setting.arguments, *BATCH, *self.more, "--output_dir", str(output_dir)]
         script = TRAIN if self.fault is None else FAULTY
         environment = {} if self.fault is None else {"FAULT": f"{self.fault}:{step}"}
         log = output_dir.with_name(f"{self.name.replace(' ', '-')}.log")
-        return Run(deepspeed_command(arguments, script=script), log, environment)
+        if self.by_command:
+            return Run(deepspeed_command(arguments, script=script), log, environment)
+        return ForkedRun(arguments, log, environment, script=script)
 
 
 LOST = r"rank {} \(\S+, pid \d+\) was lost: its connection closed\."
 FAILURES = [
-    Failure("rank 1 killed in forward", "forward:1", by_itself, {"0": LOST.format(1)}),
+    Failure("rank 1 killed in forward", "forward:1", by_itself, {"0": LOST.format(1)}, by_command=True),
     Failure("rank 0 killed in the optimizer's all-reduce", "all-reduce:0", by_itself, {"1": LOST.format(0)}),
-    Failure("rank 1 killed while saving", "saving:1", by_itself, {"0": LOST.format(1)}),
+    Failure(
+        "rank 1 stopped",
+        None,
+        signalled(lambda run: run.rank(1), signal.SIGSTOP),
+        {"0": r"rank 1 \(\S+, pid \d+\) has given no sign of life for \d+ s: .*; it had completed .*step \d+"},
+        more=("--ddp_timeout", "40"),
+    ),
     Failure("rank 0 killed before the manifest", "manifest:0", by_itself, {"1": LOST.format(0)}),
     Failure(
         "rank 1 raises",
@@ -122,15 +133,16 @@ FAILURES = [
         by_itself,
         dict.fromkeys("01", r"not finite for 3 steps in a row.*rank 1 since step \d+.*checkpoint-\d+ is from before"),
     ),
-    Failure("SIGTERM to rank 1", None, terminate(lambda run: run.rank(1)), {}, saves=True, ends_well=True),
+    Failure("SIGTERM to rank 1", None, signalled(lambda run: run.rank(1)), {}, saves=True, ends_well=True),
     Failure(  # it signals the data loaders' workers, too
         "SIGTERM to DeepSpeed's launcher",
         None,
-        terminate(helper_of),
+        signalled(helper_of),
         {},
         saves=True,
         ends_well=None,
         more=("--dataloader_num_workers", "1"),
+        by_command=True,
     ),
     # The next attempt finds the last step done already, and must not do another.
     Failure("rank 1 killed before the final adapter is saved", "end:1", by_itself, {"0": LOST.format(1)}, at=STEPS),
@@ -151,18 +163,17 @@ def check_end_of_attempt(failure: Failure, run: Run, code: int) -> str:
     return f"[rank {rank}] error: {said[rank]}"
 
 
-@pytest.mark.timeout(1800)  # eleven launches: two minutes on a quiet machine with two cores, many more on a busy one
 def test_every_failure_and_the_run_goes_on(
     setting: Setting, tmp_path: Path, report: Callable[[str, str], None]
 ) -> None:
     output_dir = tmp_path / "run"
     reached = 0
     for failure in FAILURES:
-        saving = failure.fault in ("saving:1", "manifest:0")  # only a step that is saved will do
+        saving = failure.fault == "manifest:0"  # only a step that is saved will do
         step = failure.at or reached + (4 if saving else 3)
         run = failure.start(setting, output_dir, step)
         since = failure.act(run, step)
-        code = run.finish(timeout=LIMIT + 60)
+        code = run.finish(timeout=LIMIT)
         seconds = time.monotonic() - since
         message = check_end_of_attempt(failure, run, code)
         assert seconds < LIMIT, f"{failure.name}: {seconds:.0f} s"
@@ -170,7 +181,7 @@ def test_every_failure_and_the_run_goes_on(
         assert reached > before, failure.name
         report("failures", f"| {failure.name} | {seconds:.1f} s | {code} | {message} | {before} -> {reached}: equal |")
     arguments = [*setting.arguments, *BATCH, "--output_dir", str(output_dir)]
-    run = Run(deepspeed_command(arguments), tmp_path / "last.log")
+    run = ForkedRun(arguments, tmp_path / "last.log")
     assert run.finish() == 0, run.output[-4000:]
     check_end(setting, output_dir)
 
@@ -197,7 +208,7 @@ def test_full_disk(setting: Setting, small_disk: Path, tmp_path: Path, report: C
     free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
     filler.write_bytes(b"\0" * (free - (100 << 10)))  # a checkpoint has some 300 kB
     arguments = [*setting.arguments, *BATCH, "--output_dir", str(output_dir), "--save_total_limit", "1"]
-    run = Run(deepspeed_command(arguments), tmp_path / "full.log")
+    run = ForkedRun(arguments, tmp_path / "full.log")
     since = by_itself(run, 4)
     assert run.finish() != 0
     seconds = time.monotonic() - since
@@ -210,7 +221,7 @@ def test_full_disk(setting: Setting, small_disk: Path, tmp_path: Path, report: C
     assert [path.name for path in checkpoints(output_dir)] == ["checkpoint-2"]
     check_checkpoint(output_dir / "checkpoint-2")
     filler.unlink()
-    run = Run(deepspeed_command(arguments), tmp_path / "again.log")
+    run = ForkedRun(arguments, tmp_path / "again.log")
     assert run.finish() == 0, run.output[-4000:]
     check_end(setting, output_dir)
     assert [path.name for path in checkpoints(output_dir)] == [f"checkpoint-{STEPS}"]
@@ -225,7 +236,7 @@ def test_going_on_with_another_number_of_ranks(setting: Setting, tmp_path: Path,
     output_dir = tmp_path / "run"
     shutil.copytree(setting.reference / "checkpoint-16", output_dir / "checkpoint-16")
     arguments = [*setting.arguments, "--per_device_train_batch_size", batch, "--output_dir", str(output_dir)]
-    run = Run(deepspeed_command(arguments, ranks), tmp_path / "run.log")
+    run = ForkedRun(arguments, tmp_path / "run.log", ranks=ranks)
     assert run.finish() == 0, run.output[-4000:]
     assert f"the topology has changed, world_size 2 -> {ranks}" in run.output
     # fp32 sums in another order, over eight steps of AdamW.

@@ -16,10 +16,10 @@ import pytest
 from tests.support.failures import (
     BATCH,
     TRAIN,
+    ForkedRun,
     Run,
     Setting,
     check_end,
-    deepspeed_command,
     errors_in,
     undisturbed_run,
     wait_for_step,
@@ -28,7 +28,7 @@ from tests.support.failures import (
 pytestmark = pytest.mark.dist
 
 LOST_RANK_SECONDS = 12
-LIMIT = 60.0  # seconds until every process is gone
+LIMIT = 300.0  # seconds from a fault until every process is gone: a hang, whatever the machine
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_a_host_drops_off(
         said = errors_in(run.output).get(str(number), "")
         lost = rf"rank {1 - number} \(\S+, pid \d+\) was lost: no sign of its host for {LOST_RANK_SECONDS} s"
         assert re.search(lost, said), run.output[-4000:]
-    run = Run(deepspeed_command(arguments), tmp_path / "again.log")
+    run = ForkedRun(arguments, tmp_path / "again.log")
     assert run.finish() == 0, run.output[-4000:]
     check_end(setting, output_dir)
     message = errors_in(runs[0].output)["0"]

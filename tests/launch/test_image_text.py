@@ -20,7 +20,8 @@ from launch.checks.flags import RunArguments
 from launch.checks.preflight import check_data, check_task
 from launch.data import image_text, sources
 from launch.training import modeling, trainers
-from tests.support.launch_support import tiny_model
+from launch.training.processors import processor_of_run
+from tests.support.launch_support import chat_tokenizer, tiny_model
 from tests.support.vision_language import tiny_llava, write_questions
 
 SQUARE = Picture.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
@@ -42,7 +43,7 @@ def test_every_layout_becomes_chat_with_pictures() -> None:
          RunArguments(prompt_format="{{ q }}", completion_format="{{ a }}"), 1),
         (rows_of([SQUARE], False, conversations=[talk]), RunArguments(), 2),
     ):  # fmt: skip
-        made = image_text.image_text_rows(rows, run, "data", True)
+        made = image_text.image_text_rows(rows, run, "data", chat_tokenizer())
         assert set(made.column_names) == {"prompt", "completion", "images"}
         assert len(made) == count
         assert made[0]["prompt"] == [{"role": "user", "content": "What?"}]
@@ -53,12 +54,12 @@ def test_every_layout_becomes_chat_with_pictures() -> None:
 
 def test_rows_that_do_not_fit() -> None:
     rows = rows_of([SQUARE, None], False, prompt=["a", "b"], completion=["c", "d"])
-    with pytest.raises(UserError, match="'image' is empty in 1 of 2 rows, the first of them row 1"):
-        image_text.image_text_rows(rows, RunArguments(), "data", True)
-    with pytest.raises(UserError, match=r"column 'prompt' holds Value.* not pictures"):
-        image_text.image_text_rows(rows, RunArguments(image_column="prompt"), "data", True)
+    with pytest.raises(UserError, match=r"row 1 \(counted from 0\) has no picture"):
+        image_text.image_text_rows(rows, RunArguments(), "data", chat_tokenizer())
+    with pytest.raises(UserError, match="column 'prompt' holds no pictures"):
+        image_text.image_text_rows(rows, RunArguments(image_column="prompt"), "data", chat_tokenizer())
     with pytest.raises(UserError, match="chat template"):
-        image_text.image_text_rows(rows.take(1), RunArguments(), "data", False)
+        image_text.image_text_rows(rows.take(1), RunArguments(), "data", None)
 
 
 def test_formats_name_what_is_wrong() -> None:
@@ -71,7 +72,7 @@ def test_formats_name_what_is_wrong() -> None:
         (RunArguments(prompt_format="{{ q }}", completion_format="{% if not q %}a{% endif %}"), "makes nothing of a"),
     ):
         with pytest.raises(UserError, match=message):
-            image_text.image_text_rows(rows, run, "data", True)
+            image_text.image_text_rows(rows, run, "data", chat_tokenizer())
 
 
 def parse(model: Path, data: Path, *flags: str) -> Any:
@@ -90,8 +91,8 @@ def parse(model: Path, data: Path, *flags: str) -> Any:
 def test_the_language_model_alone_is_adapted(tmp_path: Path, targets: list[str], vision: bool) -> None:
     parsed = parse(tiny_llava(tmp_path / "model"), tmp_path, "--target_modules", *targets)
     config = modeling.adapter_config(parsed.adapter, parsed.run.task)
-    modeling.check_model(parsed, config, {})
-    model = modeling.load_model(parsed, config, {}, image_text.load_processor(parsed))
+    modeling.check_model(parsed, config, modeling.build_on_meta(parsed, {}))
+    model = modeling.load_model(parsed, config, {}, processor_of_run(parsed))
     adapted = {name for name, _ in model.named_parameters() if "lora_B" in name}
     assert any("language_model" in name for name in adapted)
     assert any("vision_tower" in name for name in adapted) == vision
@@ -101,7 +102,7 @@ def test_the_language_model_alone_is_adapted(tmp_path: Path, targets: list[str],
 def test_the_batch_trains_the_answer_alone(tmp_path: Path) -> None:
     model, data = tiny_llava(tmp_path / "model"), write_questions(tmp_path / "rows.parquet", 4)
     parsed = parse(model, data, "--output_dir", str(tmp_path / "out"))
-    processor = image_text.load_processor(parsed)
+    processor = processor_of_run(parsed)
     rows, _, _ = sources.load_data(parsed, processor)
     parsed.training.start()
     config = modeling.adapter_config(parsed.adapter, parsed.run.task)
@@ -123,9 +124,9 @@ def test_what_is_for_text_alone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--packing is not for --task image-text-to-text"):
         check_data(parse(tmp_path, tmp_path, "--packing"))
     with pytest.raises(UserError, match="--streaming has no effect with --task image-text-to-text"):
-        check_task(parse(tmp_path, tmp_path, "--streaming"))
+        check_task(parse(tmp_path, tmp_path, "--streaming").run)
     with pytest.raises(UserError, match="not a processor of pictures and text"):
-        image_text.load_processor(parse(tiny_model(tmp_path / "text"), tmp_path))
+        processor_of_run(parse(tiny_model(tmp_path / "text"), tmp_path))
 
 
 def test_a_model_of_text_alone_is_adapted_whole() -> None:

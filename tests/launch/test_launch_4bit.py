@@ -63,12 +63,13 @@ def test_the_base_is_in_4_bits_and_stays_readable(tmp_path: Path, init: str) -> 
     import bitsandbytes
 
     from launch.training import modeling
+    from launch.training.processors import processor_of_run
 
     folder = tiny_model(tmp_path / "model", hidden_size=BLOCK)
     parsed = parse_arguments(["--model_name_or_path", str(folder), "--dataset_name", "d", "--load_in_4bit",
                               "--num_experts", "2", "--lora_r", "2", "--init_lora_weights", init], {})  # fmt: skip
     config = modeling.adapter_config(parsed.adapter, "causal-lm")
-    model = modeling.load_model(parsed, config, {}, modeling.load_tokenizer(parsed)).eval()
+    model = modeling.load_model(parsed, config, {}, processor_of_run(parsed)).eval()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
     assert len(layers) == 2 * 7
 

@@ -25,7 +25,7 @@ from launch.checks.arguments import parse_arguments
 from launch.checks.errors import UserError
 from launch.checks.flags import RunArguments
 from launch.checks.preflight import check_task
-from launch.data import formats, images
+from launch.data import classification, images
 from launch.data.rows import load_rows
 from tests.launch.test_launch_runs import SMALL, check_outputs
 from tests.support.launch_support import launch, write_jsonl
@@ -89,7 +89,7 @@ def test_pictures_in_folders_and_in_parquet_are_the_same_rows(tmp_path: Path) ->
     stored = load_rows(str(tmp_path / "rows.parquet"), "--dataset_name", "train", pictures=True)
     first, second = (images.labelled_images(r, RunArguments(), "data") for r in (rows, stored))
     assert first.column_names == second.column_names == ["image", "label"]
-    assert formats.label_names(first, "data") == formats.label_names(second, "data") == ["blue", "red"]
+    assert classification.label_names(first, "data") == classification.label_names(second, "data") == ["blue", "red"]
     for one, two in zip(first, second, strict=True):
         assert np.array_equal(np.asarray(one["image"]), np.asarray(two["image"]))
 
@@ -99,7 +99,8 @@ def test_a_batch_is_what_the_processor_makes(tmp_path: Path) -> None:
     grey = Image.fromarray(np.full((SIZE, SIZE), 7, dtype=np.uint8))
     extra = datasets.Dataset.from_dict({"image": [grey], "label": [0]}, features=rows.features)
     rows = datasets.concatenate_datasets([rows, extra])
-    rows = formats.number_labels(rows, ["blue", "red"], "data")
+    rows = images.labelled_images(rows, RunArguments(), "data")
+    rows = classification.number_labels(rows, ["blue", "red"], "data")
     processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     batch = images.collate([images.as_inputs(rows, processor)[i] for i in range(len(rows))])
     assert batch["pixel_values"].shape == (5, 3, 8, 8)
@@ -120,14 +121,14 @@ def test_heads() -> None:
     ("wish", "message"),
     [
         ({"image_column": "picture"}, "--image_column picture: data has no such column. It has: image, label"),
-        ({"image_column": "label", "label_column": "image"}, "not pictures"),
+        ({"image_column": "label", "label_column": "image"}, "holds no pictures"),
         ({"label_column": "image"}, "name the same column"),
     ],
 )
 def test_columns_that_do_not_fit(wish: dict[str, Any], message: str, tmp_path: Path) -> None:
     rows = load_rows(str(write_pictures(tmp_path / "data", 1)), "--dataset_name", "train", pictures=True)
     with pytest.raises(UserError, match=message):
-        formats.label_names(images.labelled_images(rows, RunArguments(**wish), "data"), "data")
+        classification.label_names(images.labelled_images(rows, RunArguments(**wish), "data"), "data")
 
 
 def test_folders_without_pictures_and_broken_pictures(tmp_path: Path) -> None:
@@ -155,17 +156,21 @@ def test_flags_of_other_tasks_are_refused(task: str, flag: str, value: str) -> N
         ["--task", task, "--model_name_or_path", "m", "--dataset_name", "d", f"--{flag}", value], {}
     )
     with pytest.raises(UserError, match=f"--{flag} has no effect with --task {task}"):
-        check_task(arguments)
+        check_task(arguments.run)
 
 
-@pytest.mark.parametrize("columns", formats.TEXT_PAIRS)
+@pytest.mark.parametrize("columns", classification.TEXT_PAIRS)
 def test_pairs_of_texts(columns: tuple[str, str], tmp_path: Path) -> None:
     rows = load_rows(str(pairs(tmp_path, columns)), "--dataset_name", "train")
-    made = formats.classification_texts(rows, RunArguments(), "data")
+    made = classification.classification_texts(rows, RunArguments(), "data")
     assert made[1] == {"text": "a1", "text_pair": "b1", "label": "yes"}
     named = RunArguments(text_column=columns[1], text_pair_column=columns[0])
-    assert formats.classification_texts(rows, named, "data")[1] == {"text": "b1", "text_pair": "a1", "label": "yes"}
-    alone = formats.classification_texts(rows, RunArguments(text_column=columns[0]), "data")
+    assert classification.classification_texts(rows, named, "data")[1] == {
+        "text": "b1",
+        "text_pair": "a1",
+        "label": "yes",
+    }
+    alone = classification.classification_texts(rows, RunArguments(text_column=columns[0]), "data")
     assert set(alone.column_names) == {"text", "label"}
 
 
@@ -177,4 +182,4 @@ def pairs(folder: Path, columns: tuple[str, str]) -> Path:
 def test_a_second_text_needs_a_first(tmp_path: Path) -> None:
     rows = load_rows(str(pairs(tmp_path, ("x", "y"))), "--dataset_name", "train")
     with pytest.raises(UserError, match="--text_pair_column y needs --text_column"):
-        formats.classification_texts(rows, RunArguments(text_pair_column="y"), "data")
+        classification.classification_texts(rows, RunArguments(text_pair_column="y"), "data")

@@ -18,7 +18,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import ds_moelora  # noqa: F401  (so that PEFT knows the adapter)
-from tests.support.launch_support import ROOT, alpaca_rows, launch, question_rows, tiny_model, write_jsonl
+from tests.support.launch_support import (
+    ROOT,
+    alpaca_rows,
+    launch,
+    launch_by_command,
+    question_rows,
+    tiny_model,
+    write_jsonl,
+)
 
 SMALL = ["--lora_r", "2", "--num_experts", "2", "--top_k", "1", "--per_device_train_batch_size", "2", "--seed", "3",
          "--learning_rate", "1e-2", "--logging_steps", "1", "--max_length", "256"]  # fmt: skip
@@ -68,7 +76,7 @@ def check_outputs(output_dir: Path, steps: int) -> dict[str, Any]:
 def test_causal_lm_and_resume(model: Path, alpaca: Path, tmp_path: Path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     more = ("--max_steps", "4", "--save_steps", "2", "--eval_fraction", "0.25")
-    finished = launch(arguments(model, alpaca, "zero2", whole, *more))
+    finished = launch_by_command(arguments(model, alpaca, "zero2", whole, *more))
     assert finished.code == 0, finished.output[-4000:]
     summary = check_outputs(whole, steps=4)
     assert summary["last_loss"] < summary["first_loss"]
@@ -98,7 +106,7 @@ FOUR_EXPERTS = ("--max_steps", "4", "--save_steps", "2", "--eval_fraction", "0.2
 def whole(model: Path, alpaca: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks train that both have all experts."""
     output_dir = tmp_path_factory.mktemp("experts") / "whole"
-    finished = launch(arguments(model, alpaca, "zero2_ep", output_dir, *FOUR_EXPERTS), timeout=400)
+    finished = launch(arguments(model, alpaca, "zero2_ep", output_dir, *FOUR_EXPERTS))
     assert finished.code == 0, finished.output[-4000:]
     return output_dir
 
@@ -112,7 +120,7 @@ def test_expert_parallel(model: Path, alpaca: Path, whole: Path, tmp_path: Path,
     spread, resumed, more, sharded = tmp_path / "spread", tmp_path / "resumed", FOUR_EXPERTS, ("--ep_size", "2")
     if ranks == 4:  # "auto" would try all ways first; two ranks do
         sharded += ("--ep_dispatch", "weights", "--expert_compute", "dense", "--per_device_train_batch_size", "1")
-    finished = launch(arguments(model, alpaca, "zero2_ep", spread, *more, *sharded), ranks, timeout=400)
+    finished = launch(arguments(model, alpaca, "zero2_ep", spread, *more, *sharded), ranks)
     assert finished.code == 0, finished.output[-4000:]
     first, second = summary_of(whole), summary_of(spread)
     assert second["last_loss"] == pytest.approx(first["last_loss"], rel=1e-3)
@@ -128,7 +136,7 @@ def test_expert_parallel(model: Path, alpaca: Path, whole: Path, tmp_path: Path,
         return
     shutil.copytree(spread / "checkpoint-2", resumed / "checkpoint-2")
     again = (*more, "--resume_from_checkpoint", "true")
-    finished = launch(arguments(model, alpaca, "zero2_ep", resumed, *again, *sharded), ranks, timeout=400)
+    finished = launch(arguments(model, alpaca, "zero2_ep", resumed, *again, *sharded), ranks)
     assert finished.code == 0, finished.output[-4000:]
     for name, tensor in got.items():
         assert torch.equal(tensor, adapter_of(resumed)[name]), name
@@ -144,9 +152,7 @@ def losses_of(checkpoint: Path) -> list[float]:
 def resume_elsewhere(model: Path, alpaca: Path, trained: Path, resumed: Path, *more: str):
     """What two ranks with --ep_size 2 began, one rank under ZeRO-3 brings to the same end, and says how."""
     shutil.copytree(trained / "checkpoint-2", resumed / "checkpoint-2")
-    finished = launch(
-        arguments(model, alpaca, "zero3", resumed, *more, "--gradient_accumulation_steps", "2"), ranks=1, timeout=400
-    )
+    finished = launch(arguments(model, alpaca, "zero3", resumed, *more, "--gradient_accumulation_steps", "2"), ranks=1)
     assert finished.code == 0, finished.output[-4000:]
     assert "topology has changed, world_size 2 -> 1, zero_stage 2 -> 3, ep_size 2 -> 1" in finished.output
     expected, got = adapter_of(trained), adapter_of(resumed)
@@ -235,7 +241,7 @@ def test_other_launchers(model: Path, alpaca: Path, tmp_path: Path, starter: str
     command += ["launch/train.py", *arguments(model, alpaca, "zero2", tmp_path / "out", "--max_steps", "2")]
     environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
     summary = summary_of(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Scores against values worked out by hand or by the library that defines them, and against NumPy's correlations."""
+"""Scores against values worked out by hand, or documented by the library that defines them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import EvalPrediction
 
 from launch.checks.errors import UserError
@@ -47,31 +45,6 @@ def test_degenerate_cases():
     assert (same["accuracy"], same["f1"], same["matthews"]) == (1.0, 1.0, 0.0)
     assert scores([0, 0], [0, 0])["f1"] == 0.0
     assert math.isnan(regression_scores(np.ones(3), np.arange(3.0))["pearson"])
-
-
-@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=40))
-def test_two_classes_are_the_textbook_formulas(pairs):
-    labels, predicted = map(np.array, zip(*pairs, strict=True))
-    got = classification_scores(predicted, labels)
-    assert got["accuracy"] == pytest.approx((labels == predicted).mean())
-    if labels.std() and predicted.std():
-        assert got["matthews"] == pytest.approx(np.corrcoef(labels, predicted)[0, 1], abs=1e-12)
-    right = (labels & predicted).sum()
-    if right:
-        assert got["f1"] == pytest.approx(2 * right / (labels.sum() + predicted.sum()))
-    # Another name for every class changes nothing that treats them alike.
-    other = classification_scores(1 - predicted, 1 - labels)
-    assert (other["f1_macro"], other["matthews"]) == pytest.approx((got["f1_macro"], got["matthews"]))
-
-
-@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=3, max_size=40))
-def test_correlations_are_numpys(pairs):
-    x, y = (np.array(v, dtype=float) for v in zip(*pairs, strict=True))
-    got = regression_scores(x, y)
-    if x.std() and y.std():
-        assert got["pearson"] == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-12)
-        ranks = [[(v < a).sum() + ((v == a).sum() + 1) / 2 for a in v] for v in (x, y)]
-        assert got["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-12)
 
 
 def test_a_head_is_scored_by_the_kind_of_its_labels():

@@ -16,6 +16,7 @@ from launch.checks.errors import UserError
 from launch.checks.preflight import check_data
 from launch.training import modeling, trainers
 from launch.training.preparation import PROBE_TOLERANCE, PackingGuard, packed_leak
+from launch.training.processors import processor_of_run
 from tests.support.launch_support import tiny_model
 
 # Among them text without a prompt, whose first token has a label that nothing predicts.
@@ -34,7 +35,7 @@ def build(folder: Path, tmp_path: Path) -> Iterator[Any]:
     def trainer(*flags: str) -> Any:
         arguments = parse(folder, "--output_dir", str(tmp_path / "out"), *flags)
         arguments.training.start()
-        tokenizer = modeling.load_tokenizer(arguments)
+        tokenizer = processor_of_run(arguments)
         torch.manual_seed(0)
         model = modeling.load_model(arguments, modeling.adapter_config(arguments.adapter, "causal-lm"), {}, tokenizer)
         for name, param in model.named_parameters():

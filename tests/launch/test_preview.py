@@ -14,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_moelora.cli import main
-from launch.data import examples, preview
+from launch.data import preview
 from launch.demo.base import byte_tokenizer
+from tests.support import layout_examples as examples
 from tests.support.launch_support import ROOT
 
 
 def test_the_previews_in_the_docs_are_what_the_command_prints() -> None:
     text = (ROOT / "docs" / "data.md").read_text()
     shown = text.split(examples.MARKS[0])[1].split(examples.MARKS[1])[0]
-    assert shown.strip() == examples.as_markdown().strip(), "run python -m launch.data.examples docs/data.md"
+    assert shown.strip() == examples.as_markdown().strip(), "run python -m tests.support.layout_examples docs/data.md"
 
 
 @settings(max_examples=50, deadline=None)
@@ -68,7 +69,7 @@ def test_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ds_moelora", "preview", "--no-color", "--model_name_or_path"]
     done = subprocess.run(
         [*command, str(tmp_path / "model"), "--dataset_name", str(tmp_path / "pairs.csv"), "--rows", "2"],
-        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Three primes: [[2, 3, 5<eos>]]" in done.stdout

@@ -86,7 +86,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     folder = tmp_path_factory.mktemp("recipes")
     runs = folder / "runs.json"
     runs.write_text(json.dumps([arguments_of(run, folder) for run in RUNS]))
-    ended = launch([str(runs)], ranks=1, script=ROOT / "tests" / "several_runs.py", timeout=500)
+    ended = launch([str(runs)], ranks=1, script=ROOT / "tests" / "support" / "several_runs.py")
     assert ended.code == 0, ended.output[-4000:]
     outcomes = json.loads(runs.with_suffix(".json.done").read_text())
     return folder, {name_of(run): outcome for run, outcome in zip(RUNS, outcomes, strict=True)}

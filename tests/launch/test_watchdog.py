@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from launch.cluster import watchdog
 from launch.cluster.watchdog import Peer, Watchdog
@@ -59,21 +67,139 @@ def test_the_kernel_probes_an_idle_connection(pair: tuple[Watchdog, Peer, socket
     assert timeout == 30_000
 
 
-def test_strangers_are_dropped() -> None:
-    """Whoever does not know the run's key gets no answer and no place."""
+def test_what_a_peer_sends_is_bounded(pair: tuple[Watchdog, Peer, socket.socket]) -> None:
+    """Nested or endless text neither ends the thread nor fills the memory."""
+    watch, peer, there = pair
+    there.sendall(b"[" * 900 + b"\n" + b'"text"\n')
+    assert watch._read(peer) is None
+    there.sendall(b"x" * 4 * watchdog.MAX_BYTES)
+    verdicts = [watch._read(peer) for _ in range(2)]
+    assert "more than 1024 bytes" in next(filter(None, verdicts))["lost"]
+
+
+@settings(deadline=None)
+@given(text=st.text(max_size=60), repeats=st.sampled_from([1, 40]), key=st.sampled_from(["failed", "lost"]))
+def test_messages_fit(text: str, repeats: int, key: str) -> None:
+    text *= repeats
+    news = {key: text, "rank": 1, "host": "h", "pid": 1}
+    line = watchdog._line(news)
+    assert len(line) <= watchdog.MAX_BYTES
+    assert line.count(b"\n") == 1
+    read = watchdog._parsed(line)
+    assert read is not None
+    assert text.encode(errors="replace").decode().startswith(read[key])
+    assert {**read, key: ""} == {**news, key: ""}
+
+
+def test_a_beat_names_who_is_behind(pair: tuple[Watchdog, Peer, socket.socket]) -> None:
+    watch, peer, there = pair
+    there.sendall(b'{"completed": "step 12", "stands": "queue.py:171 get", "waits": false}\n')
+    assert watch._read(peer) is None
+    assert watch._stuck() == "rank 3 (somewhere, pid 42) stands in queue.py:171 get; it had completed step 12"
+    there.sendall(b'{"completed": "step 12", "stands": "c10d.py:1 all_reduce", "waits": true}\n')
+    assert watch._read(peer) is None
+    assert watch._stuck() == ""
+    peer.heard -= 21
+    assert re.search(r"rank 3 .* no sign of life for 21 s: .*; it had completed step 12", watch._stuck())
+
+
+def test_an_error_of_time_becomes_the_name_of_a_rank(pair: tuple[Watchdog, Peer, socket.socket]) -> None:
+    watch, peer, there = pair
+    peer.completed, peer.stands = "step 3", "threading.py:1 wait"
+    watch.reached("step 3")
+    shown = watch.announce(RuntimeError("[unbound_buffer.cc:81] Timed out waiting 20000ms for recv operation"))
+    assert re.match(r"rank 3 .* stands in threading.py:1 wait.*Rank 0 had completed step 3.*20000ms", str(shown))
+    assert json.loads(there.recv(1024))["failed"] == str(shown)
+
+
+def test_a_stopped_rank_of_this_machine_is_ended() -> None:
+    """By number, birth and process namespace: no other process that has its number."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        os.kill(process.pid, signal.SIGSTOP)
+        born, home = watchdog._born(process.pid), watchdog._namespace("pid")
+        watchdog._kill([[process.pid, born + 1, home], [process.pid, born, "elsewhere"], [process.pid, 0, home]])
+        assert process.poll() is None
+        watchdog._kill([[process.pid, born, home]])
+        assert process.wait(timeout=300) == -signal.SIGKILL
+    watchdog._kill([[process.pid, born, home]])  # gone
+
+
+@dataclass
+class Stranger:
+    """Somebody at the port without the run's key.
+
+    Args:
+        sends: pieces; pause: seconds between them. closes: whether it leaves then, or stays.
+    """
+
+    sends: list[bytes]
+    pause: float
+    closes: bool
+
+    def act(self, port: int, over: threading.Event) -> None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+            for piece in self.sends:
+                connection.sendall(piece)
+                if over.wait(self.pause):
+                    return
+            if not self.closes:
+                over.wait()
+
+
+PIECES = st.one_of(
+    st.binary(max_size=64),
+    st.binary(min_size=1000, max_size=3000),
+    st.sampled_from([b"GET / HTTP/1.1\r\n\r\n", b"[" * 60000 + b"\n", b"\0" * 48 + b"{}\n", b"\n" * 2000,
+                     b'{"key": "x", "rank": 1, "host": "h", "pid": 1}\n', b"\x80\xff" * 100]),
+)  # fmt: skip
+STRANGERS = st.builds(Stranger, st.lists(PIECES, max_size=3), st.sampled_from([0.0, 0.001, 0.05]), st.booleans())
+
+
+@settings(deadline=None)
+@given(strangers=st.lists(STRANGERS, max_size=8), crowd=st.sampled_from([0, 0, 0, watchdog.MAX_PENDING + 20]))
+def test_strangers(strangers: list[Stranger], crowd: int) -> None:
+    """They come before the real rank, and during: none gets a place, or raises in rank 0, or keeps it waiting."""
     found: list[Peer] = []
-    with watchdog._listen(4) as server:
+    over = threading.Event()
+    with watchdog._listen(600, local=True) as server:
         port = server.getsockname()[1]
-        thread = threading.Thread(target=lambda: found.extend(watchdog._accept_all(server, "key", 1)))
-        thread.start()
-        for greeting in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"key": "wrong", "rank": 1, "host": "h", "pid": 1}\n'):
-            with socket.create_connection(("127.0.0.1", port)) as stranger:
-                stranger.sendall(greeting)
-                assert stranger.recv(1) == b""
-        offer = {"key": "key", "addresses": ["192.0.2.1.invalid", "127.0.0.1"], "port": port, "host": "zero", "pid": 7}
-        mine = watchdog._connect(offer, 2)
-        thread.join(timeout=20)
+        others = [threading.Thread(target=s.act, args=(port, over), daemon=True) for s in strangers]
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(crowd)]
+        accepting = threading.Thread(target=lambda: found.extend(watchdog._accept_all(server, "key", 1)), daemon=True)
+        for thread in (*others, accepting):
+            thread.start()
+        offer = {"key": "key", "addresses": ["127.0.0.1"], "port": port, "host": "zero", "pid": 7}
+        try:
+            mine = watchdog._connect(offer, 2)
+            accepting.join(timeout=watchdog.CONNECT_SECONDS + 20)
+        finally:
+            over.set()
     assert [(peer.rank, peer.host, peer.pid) for peer in mine] == [(0, "zero", 7)]
     assert [peer.rank for peer in found] == [2]
-    for peer in [*mine, *found]:
-        peer.connection.close()
+    for connection in (*idle, *(peer.connection for peer in (*mine, *found))):
+        connection.close()
+    for thread in others:
+        thread.join(timeout=300)
+
+
+def test_a_wrong_key_gets_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even a rank of another run; nor a greeting that was overheard and sent once more."""
+    monkeypatch.setattr(watchdog, "CONNECT_SECONDS", 1.0)
+    found: list[Peer] = []
+    with watchdog._listen(4, local=True) as server:
+        port = server.getsockname()[1]
+        assert server.getsockname()[0] == "127.0.0.1"
+        thread = threading.Thread(target=lambda: found.extend(watchdog._accept_all(server, "key", 2)))
+        thread.start()
+        text, nonce = watchdog._line({**watchdog._me(), "rank": 1}), b"n" * watchdog.NONCE
+        wrong = nonce + watchdog._proof("another key", b"rank", nonce, text) + text
+        right = nonce + watchdog._proof("key", b"rank", nonce, text) + text
+        answers = []
+        for greeting in (wrong, right, right):
+            with socket.create_connection(("127.0.0.1", port), timeout=300) as connection:
+                connection.sendall(greeting)
+                answers.append(len(connection.recv(100)))
+        thread.join(timeout=300)
+    assert answers == [0, watchdog.PROOF, 0]
+    assert [peer.rank for peer in found] == [1]
+    found[0].connection.close()

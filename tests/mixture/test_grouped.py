@@ -5,27 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_moelora.mixture.choice import choose_compute
-from ds_moelora.mixture.compute import ExpertCompute
+from ds_moelora.mixture.choice import choose_products
 from ds_moelora.mixture.dense import DENSE
 from ds_moelora.mixture.grouped import GROUPED
 from ds_moelora.mixture.initial_values import draw_uniform_, expert_seed
-from ds_moelora.mixture.moe_lora import moe_lora
+from ds_moelora.mixture.mixture import mix
+from ds_moelora.mixture.operands import Operands, Products
 from ds_moelora.mixture.routing import route
 from ds_moelora.pairs import GATE_SCALINGS, GateSettings
 
 from ..support.adapter_support import adapted, assert_same, batch, train_step
 
 
-def results(compute: ExpertCompute, tokens: int, top_k: int, settings: GateSettings, inplace: bool) -> list:
+def results(products: Products, tokens: int, top_k: int, settings: GateSettings, inplace: bool) -> list:
     generator = torch.Generator().manual_seed(tokens)
     x, W, A, B, base, dy = (
         torch.randn(*shape, generator=generator, dtype=torch.float64)
         for shape in [(tokens, 5), (4, 5), (4, 5, 3), (4, 6, 3), (tokens, 6), (tokens, 6)]
     )
     leaves = [t.requires_grad_() for t in (x, W, A, B, base)]
-    gates, chosen = route(x @ W.t(), top_k)
-    y = moe_lora(base * 1 if inplace else base, x, gates, chosen, A, B, 0.7, settings, inplace, compute)
+    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=0.7, gates=route(x @ W.t(), top_k).gates, settings=settings)
+    y = mix(operands, base * 1 if inplace else base, inplace=inplace, products=products).y
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
@@ -62,13 +62,13 @@ def test_grouped_in_a_model() -> None:
     ],
 )
 def test_auto_goes_by_size(arguments: tuple, expected: str) -> None:
-    assert choose_compute(*arguments).name == expected
+    assert choose_products(*arguments).name == expected
 
 
 def test_auto_never_waits_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda *_: True)
-    assert choose_compute("auto", 128, 2, 16).name == "dense"
-    assert choose_compute("grouped", 128, 2, 16).name == "grouped"
+    assert choose_products("auto", 128, 2, 16).name == "dense"
+    assert choose_products("grouped", 128, 2, 16).name == "grouped"
 
 
 def test_starting_values_belong_to_the_expert() -> None:

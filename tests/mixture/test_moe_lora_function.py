@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_moelora.mixture.compute import gate_factor
-from ds_moelora.mixture.moe_lora import moe_lora
+from ds_moelora.mixture.mixture import mix
+from ds_moelora.mixture.operands import Operands, gate_factor
 from ds_moelora.mixture.reference import max_relative_error, reference_layer
 from ds_moelora.mixture.routing import route
 from ds_moelora.pairs import GATE_SCALINGS, GateSettings
@@ -45,7 +45,8 @@ def fast(tensors, k, s, gate, inplace=False):
     x, base, A, B, router = tensors
     routing = route(x @ router.t(), k)
     # base * 1: a leaf may not be overwritten.
-    return moe_lora(base * 1, x, routing.gates, routing.chosen, A, B, s, gate, inplace), routing.chosen
+    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=s, gates=routing.gates, settings=gate)
+    return mix(operands, base * 1, inplace=inplace).y, routing.chosen
 
 
 def compare(shape, gate_scaling, scale_input_grad, dtype=torch.float64, inplace=False, seed=0, s=1.7):
@@ -130,7 +131,7 @@ def test_full_counts_a_chosen_expert_whose_gate_underflows():
     logits = torch.tensor([[0.0, -1e4, -2e4]])
     routing = route(logits, 2)
     assert routing.gates[0, 1] == 0
-    assert gate_factor("full", routing.gates, routing.chosen).tolist() == [[1.0, 1.0, 0.0]]
+    assert gate_factor("full", routing.gates).tolist() == [[1.0, 1.0, 0.0]]
 
 
 def test_settings_are_read_when_the_backward_pass_runs():
@@ -174,12 +175,12 @@ def test_second_derivative_is_refused():
 def test_in_place_writes_onto_the_base_output_and_protects_it():
     tensors, _ = make((4, 3, 5, 2, 1, 2))
     x, base, A, B, router = tensors
-    routing = route(x @ router.t(), 1)
+    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=1.0, gates=route(x @ router.t(), 1).gates)
     storage = base.detach().clone()
-    y = moe_lora(storage, x, routing.gates, routing.chosen, A, B, 1.0, inplace=True)
+    y = mix(operands, storage, inplace=True).y
     assert y.data_ptr() == storage.data_ptr()
     needed = (base * 1).exp()  # exp saves its output
-    y = moe_lora(needed, x, routing.gates, routing.chosen, A, B, 1.0, inplace=True)
+    y = mix(operands, needed, inplace=True).y
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -188,14 +189,14 @@ def test_saves_no_token_by_output_tensor_and_no_copy_of_a_parameter():
     T, I, _, E, k, r = shape = (64, 8, 128, 4, 2, 2)
     tensors, _ = make(shape)
     x, base, A, B, router = tensors
-    routing = route(x @ router.t(), k)
+    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=1.0, gates=route(x @ router.t(), k).gates)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = moe_lora(base, x, routing.gates, routing.chosen, A, B, 1.0)
+        y = mix(operands, base).y
     assert y.requires_grad
     assert sum(t is A or t is B for t in saved) == 2
     shapes = sorted(tuple(t.shape) for t in saved if t is not A and t is not B)
-    assert shapes == sorted([(T, I), (E * r, T), (T, E), (T, E)])
+    assert shapes == sorted([(T, I), (E * r, T), (T, E)])
 
 
 def test_parameters_may_be_released_between_forward_and_backward():
@@ -216,8 +217,8 @@ def test_parameters_may_be_released_between_forward_and_backward():
 def test_mixed_dtypes_compute_in_the_base_outputs_dtype():
     tensors, dy = make((16, 8, 8, 4, 2, 2), torch.float32)
     x, base, A, B, router = tensors
-    routing = route(x @ router.t(), 2)
-    y = moe_lora(base.to(torch.bfloat16), x, routing.gates, routing.chosen, A, B, 1.0)
+    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=1.0, gates=route(x @ router.t(), 2).gates)
+    y = mix(operands, base.to(torch.bfloat16)).y
     y.backward(dy.to(torch.bfloat16))
     assert y.dtype == torch.bfloat16
     assert {t.grad.dtype for t in tensors} == {torch.float32}
@@ -226,22 +227,19 @@ def test_mixed_dtypes_compute_in_the_base_outputs_dtype():
     assert max_relative_error(A.grad, exact[2].grad) < TOLERANCE[torch.bfloat16]
 
 
-def test_a_copy_kept_while_frozen_is_forgotten_once_the_factor_is_trained() -> None:
-    """DeepSpeed's optimizers write into a flat buffer of which the parameter is a view: no version tells of it."""
+def test_no_copy_of_a_frozen_factor_is_kept():
+    """Who writes through `.data`, or into the buffer that a parameter is a view of, leaves no trace on it."""
     torch.manual_seed(0)
     flat = torch.randn(2 * 3 * 4)
-    lora_A, lora_B = (torch.nn.Parameter(torch.randn(2, n, 4)) for n in (3, 5))
+    lora_A, lora_B = (torch.nn.Parameter(torch.randn(2, n, 4), requires_grad=False) for n in (3, 5))
     lora_A.data = flat.view(2, 3, 4)
-    x, base = torch.randn(6, 3), torch.zeros(6, 5)
-    gates, chosen = torch.full((6, 2), 0.5), torch.ones(6, 2, dtype=torch.bool)
+    x, base, gates = torch.randn(6, 3), torch.zeros(6, 5), torch.full((6, 2), 0.5)
 
-    def mix() -> torch.Tensor:
-        return moe_lora(base, x, gates, chosen, lora_A, lora_B, 1.0).detach()
+    def product() -> torch.Tensor:
+        return mix(Operands(x=x, lora_A=lora_A, lora_B=lora_B, scaling=1.0, gates=gates), base).y
 
-    lora_A.requires_grad_(False)
-    before = mix()
-    lora_A.requires_grad_(True)
-    mix()
-    flat.mul_(2)  # the optimizer's step
-    lora_A.requires_grad_(False)
-    torch.testing.assert_close(mix(), 2 * before)
+    before = product()
+    flat.mul_(2)  # an optimizer's step
+    torch.testing.assert_close(product(), 2 * before)
+    lora_B.data.mul_(3)  # e.g. the reference model of TRL's SyncRefModelCallback
+    torch.testing.assert_close(product(), 6 * before)

@@ -1,21 +1,18 @@
-"""Router, experts and frozen layer in one autograd function, and stacked copies of frozen factors."""
+"""Router, experts and frozen layer in one autograd function."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import nn
 
 from ds_moelora.mixture import dense
-from ds_moelora.mixture.compiled import COMPILED
 from ds_moelora.mixture.dense import DENSE
 from ds_moelora.mixture.grouped import GROUPED
-from ds_moelora.mixture.moe_lora import moe_lora
+from ds_moelora.mixture.mixture import Mixed, mix
+from ds_moelora.mixture.operands import Operands, RoutingRule
 from ds_moelora.mixture.reference import max_relative_error, reference_layer
-from ds_moelora.mixture.routed import routed_moe_lora
 from ds_moelora.pairs import GATE_SCALINGS, GateSettings
 
 T, I, O, E, k, r = 9, 5, 4, 6, 3, 2
@@ -32,23 +29,28 @@ W = torch.randn(O, I, generator=torch.Generator().manual_seed(4), dtype=torch.fl
 DY = torch.randn(T, O, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def uncompiled() -> Iterator[None]:
-    """What `COMPILED` has compiled runs as it is written; tests/mixture/test_compiled.py compiles it."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
+def routed(
+    base: torch.Tensor, tensors: list[torch.Tensor], s: float = 1.0, temperature: float = 1.0, **kwargs
+) -> Mixed:
+    x, router, A, B = tensors
+    settings = kwargs.pop("settings", GateSettings())
+    rule = RoutingRule(k, None, temperature)
+    return mix(
+        Operands(x=x, lora_A=A, lora_B=B, scaling=s, router=router, rule=rule, settings=settings), base, **kwargs
+    )
 
 
-@pytest.mark.parametrize("compute", [DENSE, GROUPED, COMPILED])
+@pytest.mark.parametrize("products", [DENSE, GROUPED])
 @pytest.mark.parametrize("num_A", [1, E])
-def test_gradients_of_everything_that_sees_x(compute, num_A: int) -> None:
+def test_gradients_of_everything_that_sees_x(products, num_A: int) -> None:
     """Every gate scaling, with and without the frozen layer's share, and an auxiliary loss on the logits."""
     for gate_scaling, scale_input_grad, fused in itertools.product(GATE_SCALINGS, (False, True), (False, True)):
-        x, router, A, B = actual = leaves(num_A)
+        x = (actual := leaves(num_A))[0]
         settings = GateSettings(gate_scaling, scale_input_grad)
         base = (x.detach() if fused else x) @ W.t()
-        y, logits, chosen = routed_moe_lora(
-            base, x, router, A, B, 1.3, k, None, 2.0, settings, True, compute, W if fused else None
+        weight = W if fused else None
+        y, logits, chosen = routed(
+            base, actual, 1.3, 2.0, settings=settings, inplace=True, products=products, base_weight=weight
         )
         ((y * DY).sum() + logits.square().sum()).backward()
         z, other_router, other_A, other_B = expected = leaves(num_A)
@@ -66,8 +68,8 @@ def test_products_in_parts_are_those_at_once(monkeypatch: pytest.MonkeyPatch, nu
     """The gates' gradient, of so many experts at a time; the last part is smaller."""
 
     def grads() -> list[torch.Tensor | None]:
-        x, router, A, B = tensors = leaves(num_A)
-        routed_moe_lora(x.detach() @ W.t(), x, router, A, B, 1.3, k, compute=DENSE, base_weight=W)[0].backward(DY)
+        tensors = leaves(num_A)
+        routed(tensors[0].detach() @ W.t(), tensors, 1.3, base_weight=W).y.backward(DY)
         return [tensor.grad for tensor in tensors]
 
     whole = grads()
@@ -76,18 +78,15 @@ def test_products_in_parts_are_those_at_once(monkeypatch: pytest.MonkeyPatch, nu
         assert all(torch.equal(a, b) for a, b in zip(grads(), whole, strict=True))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("compute", [DENSE, GROUPED, COMPILED])
+@pytest.mark.parametrize("products", [DENSE, GROUPED])
 @pytest.mark.parametrize("wanted", range(4))
-def test_only_the_wanted_gradient(compute, wanted: int) -> None:
+def test_only_the_wanted_gradient(products, wanted: int) -> None:
     def grads(which: list[int]) -> list[torch.Tensor | None]:
         tensors = leaves()
         for i, tensor in enumerate(tensors):
             tensor.requires_grad_(i in which)
-        x, router, A, B = tensors
-        y, *_ = routed_moe_lora(
-            x.detach() @ W.t(), x, router, A, B, 1.0, k, settings=GateSettings("sqrt"), compute=compute, base_weight=W
-        )
-        y.backward(DY)
+        base = tensors[0].detach() @ W.t()
+        routed(base, tensors, settings=GateSettings("sqrt"), products=products, base_weight=W).y.backward(DY)
         return [tensor.grad for tensor in tensors]
 
     every, one = grads([0, 1, 2, 3]), grads([wanted])
@@ -99,35 +98,15 @@ def test_the_mixture_alone_takes_the_frozen_layer_along() -> None:
     x, _, A, B = leaves()
     gates = torch.rand(T, E, dtype=torch.float64)
     alone, together = [x.detach().clone().requires_grad_() for _ in range(2)]
-    moe_lora(alone @ W.t(), alone, gates, gates > 0, A, B, 1.0).backward(DY)
-    moe_lora(together.detach() @ W.t(), together, gates, gates > 0, A, B, 1.0, base_weight=W).backward(DY)
+    mix(Operands(x=alone, lora_A=A, lora_B=B, scaling=1.0, gates=gates), alone @ W.t()).y.backward(DY)
+    operands = Operands(x=together, lora_A=A, lora_B=B, scaling=1.0, gates=gates)
+    mix(operands, together.detach() @ W.t(), base_weight=W).y.backward(DY)
     torch.testing.assert_close(together.grad, alone.grad)
 
 
 def test_without_autograd_the_same_values() -> None:
-    x, router, A, B = leaves()
-    y, logits, chosen = routed_moe_lora(x.detach() @ W.t(), x, router, A, B, 1.0, k)
+    tensors = leaves()
+    base = tensors[0].detach() @ W.t()
+    with_autograd = routed(base, tensors)
     with torch.no_grad():
-        again = routed_moe_lora(x @ W.t(), x, router, A, B, 1.0, k)
-    assert all(torch.equal(a, b) for a, b in zip((y, logits, chosen), again, strict=True))
-
-
-def test_kept_copies_of_frozen_factors_follow_their_changes() -> None:
-    x, _, A, B = (t.detach() for t in leaves())
-    gates = torch.rand(T, E, dtype=torch.float64)
-
-    def run(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        return moe_lora(torch.zeros(T, O, dtype=torch.float64), x, gates, gates > 0, A, B, 1.0)
-
-    frozen = [nn.Parameter(t.clone(), requires_grad=False) for t in (A, B)]
-    assert torch.equal(run(*frozen), run(A, B))
-    with torch.no_grad():
-        frozen[0].mul_(2)
-    assert torch.equal(run(*frozen), run(A * 2, B))
-    frozen[1].data = B * 3
-    assert torch.equal(run(*frozen), run(A * 2, B * 3))
-    assert run(frozen[0].float(), frozen[1].float()).dtype == torch.float64
-    trained = [nn.Parameter(t.clone()) for t in (A, B)]
-    run(*trained)
-    trained[0].data.copy_(A * 2)  # as an optimizer does it, without a trace
-    assert torch.equal(run(*trained), run(A * 2, B))
+        assert all(torch.equal(a, b) for a, b in zip(with_autograd, routed(base, tensors), strict=True))

@@ -18,7 +18,7 @@ from torch import nn
 from ds_moelora import GateRiemannianAdamW, GateRiemannianSGD
 from ds_moelora.optimizer.kernels import cpp as kernels_module
 from ds_moelora.optimizer.kernels.adamw import complement
-from ds_moelora.optimizer.kernels.cpp import RANKS, Rows, load_kernels
+from ds_moelora.optimizer.kernels.cpp import RANKS, RowLayout, load_kernels
 from ds_moelora.optimizer.preconditioner import damped_inverse, gram
 from ds_moelora.optimizer.step_statistics import StepStatistics
 from ds_moelora.pairs import LoraPair, tag_pair
@@ -47,7 +47,7 @@ def test_equal_to_torch(rank: int, blocks: list[tuple[int, int, bool]], seed: in
     views = [t.mT if first else t for t, (*_, first) in zip(tensors, blocks, strict=True)]
     count = sum(experts for experts, *_ in blocks)
     order = torch.randperm(count, generator=generator)
-    rows, addresses = Rows(blocks, order.tolist()), [t.data_ptr() for t in tensors]
+    rows, addresses = RowLayout(blocks, order.tolist()), [t.data_ptr() for t in tensors]
 
     grams = torch.zeros(count, rank, rank)
     load_kernels().add_grams_(grams, rows, addresses)

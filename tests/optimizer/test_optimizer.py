@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ds_moelora import GateRiemannianAdamW, GateRiemannianSGD
 from ds_moelora.optimizer.reference import ReferenceAdamW, ReferenceSGD
-from ds_moelora.pairs import GateSettings, LoraPair, tag_pair
+from ds_moelora.pairs import LoraPair, tag_pair
 
 from ..support.mixture import SHAPES, Mixture, Stack, batches
 from ..support.training import OPTIMIZERS, SHARDED, loraplus_groups, run_reference, scattered_groups
@@ -216,17 +216,6 @@ def test_gate_lr_scale_survives_a_scheduler_and_a_checkpoint() -> None:
     _, other, _ = build()
     other.load_state_dict(optimizer.state_dict())
     assert [group["lr_scale"] for group in other.param_groups] == [1.0, 1e-3]
-
-
-def test_gate_scaling_reaches_the_layers() -> None:
-    settings_ = [GateSettings(), GateSettings()]
-    groups = []
-    for gate, scaling in zip(settings_, ("full", "none"), strict=True):
-        A, B = nn.Parameter(torch.randn(2, 4, 3)), nn.Parameter(torch.randn(2, 5, 3))
-        tag_pair(LoraPair("layer", 2, 3, gate=gate), A, B)
-        groups.append({"params": [A, B], "gate_scaling": scaling})
-    GateRiemannianAdamW(groups, scale_input_grad=True)
-    assert [(g.gate_scaling, g.scale_input_grad) for g in settings_] == [("full", True), ("none", True)]
 
 
 def test_groups_added_later_are_preconditioned() -> None:

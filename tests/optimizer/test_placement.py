@@ -22,7 +22,7 @@ def test_ranks_cover_a_factor_exactly_once(
     numel = experts * rows * rank
     partition = -(-(position + numel + slack) // world)
     places = [
-        Placement(numel=numel, unit=0, position=position, partition=partition, rank=q, world=world)
+        Placement(numel=numel, unit=0, position=position, partition=partition, process=q, world=world)
         for q in range(world)
     ]
     owned: list[int] = []

@@ -87,9 +87,15 @@ def train_with_client(kind: str, stage: int, as_callable: bool, **zero: Any) -> 
     return weights
 
 
-@pytest.mark.parametrize("kind", CLASSES)
-@pytest.mark.parametrize("as_callable", [False, True])
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "as_callable", "stage"),
+    [
+        ("GateRiemannianAdamW", False, 1),
+        ("GateRiemannianAdamW", True, 3),
+        ("GateRiemannianSGD", True, 1),
+        ("GateRiemannianSGD", False, 3),
+    ],
+)
 def test_client_optimizer(kind: str, as_callable: bool, stage: int) -> None:
     weights = run_on_ranks(2, train_with_client, kind=kind, stage=stage, as_callable=as_callable)[0]
     assert deviation(weights, run_reference(kind, 2)["weights"]) < 1e-5

@@ -12,10 +12,9 @@ from ds_moelora import GateRiemannianAdamW
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("compute", ["dense", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_host_synchronisation(dtype: torch.dtype, compute: str) -> None:
-    layer = contenders(Size(8, 2, 4, 64, 48, 32), dtype, "cuda", loop=False, computes=[compute])[compute]
+def test_no_host_synchronisation(dtype: torch.dtype) -> None:
+    layer = contenders(Size(8, 2, 4, 64, 48, 32), dtype, "cuda", loop=False, computes=["dense"])["dense"]
     optimizer = GateRiemannianAdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-3)
     x = torch.randn(2, 16, 64, device="cuda", dtype=dtype, requires_grad=True)
     step = training_step(layer, x, torch.randn(2, 16, 48, device="cuda", dtype=dtype))

@@ -16,6 +16,7 @@ import ds_moelora
 ROOT = Path(ds_moelora.__file__).parent
 # The written direction (docs/architecture.md): a subject imports those before it, and itself.
 DIRECTION = (
+    "redaction",
     "pairs",
     "mixture",
     "optimizer",
@@ -31,6 +32,7 @@ DIRECTION = (
 SIBLINGS = ({"optimizer", "expert_parallel"}, {"integrations", "monitoring", "planner"})
 # Libraries outside the standard one, by subject.
 LIBRARIES = {
+    "redaction": set(),
     "pairs": {"torch"},
     "mixture": {"torch"},
     "optimizer": {"torch"},
@@ -77,6 +79,19 @@ def test_import_direction(name: str) -> None:
     for path in files_of(name):
         used = {subject(module) for module in imported_modules(path)} - set(sys.stdlib_module_names)
         assert used <= before | LIBRARIES[name], path
+
+
+def test_who_knows_all() -> None:
+    """`plugin` and `patches` may import every subject; of the package's files only `__init__` imports `plugin`."""
+    importers = {
+        name: {
+            p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.py") if f"ds_moelora.{name}" in imported_modules(p)
+        }
+        for name in ("plugin", "patches")
+    }
+    assert importers == {"plugin": {"__init__.py"}, "patches": {"plugin.py"}}
+    used = {subject(module) for module in imported_modules(ROOT / "patches.py")} - set(sys.stdlib_module_names)
+    assert used <= {*DIRECTION, "peft", "packaging"}
 
 
 def test_every_folder_is_in_the_direction() -> None:
@@ -174,7 +189,7 @@ find = u.find_spec
 u.find_spec = lambda name, *a: None if name == "deepspeed" else find(name, *a)
 import torch, ds_moelora
 p = torch.nn.Linear(2, 2)
-print(torch.cuda.is_initialized(), ds_moelora.GateRiemannianAdamW.__name__, ds_moelora.MoELoRAConfig().peft_type)
+print(torch.cuda.is_initialized(), ds_moelora.GateRiemannianAdamW.__name__, ds_moelora.MoELoRAConfig().peft_type.value)
 """
     assert run_python(code) == "False GateRiemannianAdamW MOELORA"
 

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from dataclasses import dataclass
@@ -18,7 +17,16 @@ import torch
 from safetensors.torch import load_file
 
 from launch.checkpoint.resume import newest_complete, step_of
-from tests.support.launch_support import ROOT, alpaca_rows, compile_once, find_free_port, tiny_model, write_jsonl
+from tests.support.forks import ROOT, run_ranks, start_forked
+from tests.support.launch_support import (
+    TRAIN,
+    alpaca_rows,
+    compile_once,
+    find_free_port,
+    launch_environment,
+    tiny_model,
+    write_jsonl,
+)
 
 STEPS, SAVE_STEPS = 24, 2
 SETTINGS = ["--deepspeed", "configs/zero2.json", "--lora_r", "2", "--num_experts", "2", "--top_k", "1", "--seed", "3",
@@ -27,7 +35,6 @@ SETTINGS = ["--deepspeed", "configs/zero2.json", "--lora_r", "2", "--num_experts
 BATCH = ["--per_device_train_batch_size", "2"]
 MARK = "DS_MOELORA_TEST_RUN"  # in the environment of a run's processes, and of nobody else's
 FAULTY = ROOT / "tests" / "support" / "faulty_train.py"
-TRAIN = ROOT / "launch" / "train.py"
 
 
 class Run:
@@ -43,24 +50,20 @@ class Run:
         compile_once()
         self.mark = uuid.uuid4().hex
         self.log = log
-        bin_folder = Path(sys.executable).parent
-        added = {
-            "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            MARK: self.mark,
-        }
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env={**os.environ, **added, **(environment or {})},
+                env={**launch_environment(), MARK: self.mark, **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def code(self) -> int | None:
+        """The exit code; None while the command runs."""
+        return self.process.poll()
 
     @property
     def output(self) -> str:
@@ -88,28 +91,30 @@ class Run:
         """The pid of a process's parent."""
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
-    def wait_for(self, pattern: str, timeout: float = 120.0) -> None:
+    def wait_for(self, pattern: str, timeout: float = 600.0) -> None:
         """Waits until the output has a match of `pattern`."""
         deadline = time.monotonic() + timeout
         while not re.search(pattern, self.output):
-            assert self.process.poll() is None, f"ended before {pattern!r} was seen:\n{self.output[-4000:]}"
+            assert self.code() is None, f"ended before {pattern!r} was seen:\n{self.output[-4000:]}"
             assert time.monotonic() < deadline, f"{pattern!r} was not seen in {timeout} s:\n{self.output[-4000:]}"
             time.sleep(0.05)
 
-    def finish(self, timeout: float = 240.0) -> int:
+    def finish(self, timeout: float = 600.0) -> int:
         """The exit code, when the command and everything that it has started have ended.
 
         Raises:
             AssertionError: something still runs after `timeout` seconds (it is ended then).
         """
         deadline = time.monotonic() + timeout
-        while self.process.poll() is None and time.monotonic() < deadline:
+        while self.code() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.05)
         left = self.end()
+        code = self.code()
         assert not left, f"still running after {timeout} s: {left}\n{self.output[-4000:]}"
-        return self.process.wait()
+        assert code is not None
+        return code
 
     def end(self) -> dict[int, str | None]:
         """Ends what still runs, and returns it."""
@@ -119,6 +124,57 @@ class Run:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+        return left
+
+
+class ForkedRun(Run):
+    """A run of the launcher whose ranks are forked with their imports done (`tests.support.forks`).
+
+    Args:
+        arguments: of the script.
+        log: where the output goes.
+        environment: added to that of this process.
+        ranks: how many.
+        script: what every rank runs.
+    """
+
+    def __init__(
+        self,
+        arguments: list[str],
+        log: Path,
+        environment: dict[str, str] | None = None,
+        ranks: int = 2,
+        script: Path = TRAIN,
+    ) -> None:
+        compile_once()
+        self.log = log
+        log.write_text("")
+        variables = {**launch_environment(), **(environment or {})}
+        words = str(script), arguments, ranks, variables, find_free_port(), str(log)
+        self.forked = start_forked(run_ranks, *words, daemon=False)
+
+    def code(self) -> int | None:
+        return self.forked.exitcode
+
+    def processes(self) -> dict[int, str | None]:
+        """{pid: its rank, or None} of everything alive in the run's session."""
+        pids = Path(f"{self.log}.pids")
+        ranks = [int(pid) for pid in pids.read_text().split()] if pids.is_file() else []
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            except OSError:
+                continue  # ended meanwhile
+            if int(session) == self.forked.pid and state not in "ZX":
+                pid = int(entry.name)
+                found[pid] = str(ranks.index(pid)) if pid in ranks else None
+        return found
+
+    def end(self) -> dict[int, str | None]:
+        left = super().end()
+        self.forked.kill()
+        self.forked.join()
         return left
 
 
@@ -160,7 +216,7 @@ def undisturbed_run(root: Path) -> Setting:
     data = write_jsonl(folder / "rows.jsonl", alpaca_rows(36))
     arguments = [*SETTINGS, "--model_name_or_path", str(model), "--dataset_name", str(data)]
     reference = folder / "reference"
-    run = Run(deepspeed_command([*arguments, *BATCH, "--output_dir", str(reference)]), folder / "reference.log")
+    run = ForkedRun([*arguments, *BATCH, "--output_dir", str(reference)], folder / "reference.log")
     assert run.finish() == 0, run.output[-4000:]
     return Setting(arguments, reference)
 

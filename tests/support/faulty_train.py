@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import LlamaModel
 
-from ds_moelora.optimizer.sharding.sharded import ShardedPreconditioner
+from ds_moelora.optimizer.sharding.exchange import GroupCall
 from launch import train
 from launch.checkpoint import saving
 from launch.training import trainers
@@ -72,7 +72,7 @@ if KIND == "forward":
 elif KIND == "raise":
     replace(LlamaModel, "forward", complain)
 elif KIND == "all-reduce":
-    replace(ShardedPreconditioner, "_all_reduce", die)
+    replace(GroupCall, "_all_reduce", die)
 elif KIND == "saving":
     replace(trainers, "save_elastic", die)
 elif KIND == "manifest":

@@ -254,6 +254,13 @@ GOOD_ROWS: list[Any] = [
     [{"prompt": f"{i}", "completion": "x"} for i in range(12)],
     [{"instruction": f"{i}", "input": None, "output": "x"} for i in range(12)],
     [{"instruction": f"{i}", "output": "x", "other": [i]} for i in range(12)],
+    [
+        {"instruction": 1, "output": 2, "input": 3},
+        {"instruction": "a", "output": 2.5},
+        {"instruction": "b", "output": True},
+    ]
+    * 4,
+    [{"prompt": 1, "completion": "x"}, {"prompt": "a", "completion": 3}] * 6,
     [{"instruction": "\u00e4\u0000\U0001f600" * 3, "output": "'\"\\{}"} for _ in range(12)],
 ]
 BAD_ROWS: list[Any] = [
@@ -261,16 +268,10 @@ BAD_ROWS: list[Any] = [
     [{"instruction": "a"}] * 3,
     [{"instruction": "a", "output": None}] * 3,
     [{"instruction": "a", "output": ""}] * 3,
-    [{"instruction": 1, "output": 2}] * 3,
-    [{"instruction": "a", "output": 2.5}] * 3,
     [{"instruction": ["a"], "output": ["b"]}] * 3,
     [{"instruction": {"x": 1}, "output": {"x": 1}}] * 3,
-    [{"instruction": "a", "input": 3, "output": "b"}] * 3,
-    [{"instruction": "a", "output": True}] * 3,
-    [{"prompt": "a", "completion": 3}] * 3,
     [{"prompt": "a", "completion": None}] * 3,
     [{"prompt": ["a"], "completion": "b"}] * 3,
-    [{"prompt": 1, "completion": "b"}] * 3,
     [{"prompt": {"role": "user"}, "completion": "b"}] * 3,
     [{"prompt": [{"role": "user", "content": "x"}], "completion": [{"role": "assistant", "content": "y"}]}] * 3,
     [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}] * 3,
@@ -283,6 +284,9 @@ BAD_ROWS: list[Any] = [
     [],
     [1, 2],
     [[1], [2]],
+    [{"instruction": "a", "output": " "}] * 3,
+    [{"instruction": "a", "output": []}] * 3,
+    [{"prompt": "a", "completion": "b"}, {"prompt": "a"}],
     [None],
 ]
 BAD_TEXTS = [
@@ -291,16 +295,16 @@ BAD_TEXTS = [
     (".jsonl", "not json\n"),
     (".jsonl", '{"instruction": "a"'),
     (".jsonl", b"\xff\xfe\x00"),
+    (".jsonl", b'{"prompt": "caf\xe9", "completion": "x"}\n'),
+    (".jsonl", '{"prompt": "' + "a" * 2_100_000 + '", "completion": "x"}\n'),
     (".csv", ""),
     (".csv", "a,b\n"),
     (".csv", 'instruction,output\n"open,1\n'),
-    (".csv", "instruction,output\n1,2\n"),
     (".csv", "instruction,output\n,\n"),
     (".parquet", "PAR1"),
     (".json", "{}"),
     (".json", "[]"),
     (".json", '{"data": 3}'),
-    (".txt", "hello"),
     ("", "hello"),
 ]
 

@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes that import once, join one gloo group over a file store, and then run many cases.
+"""Real ranks for tests: forked processes that join one gloo group over a file store, and then run many cases.
 
 A case is a module-level function; every rank calls it with the same arguments and its return value comes back, by
 rank. An exception on any rank, or a time-out, kills the ranks and fails the test with every rank's traceback.
@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import atexit
 import importlib
-import multiprocessing as mp
 import os
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from tests.support.forks import start_forked
+
+# accelerate asks for them, though the group is there already; nothing listens.
+UNUSED = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 _pools: dict[int, RankPool] = {}
 
 
@@ -25,18 +29,13 @@ class RankPool:
 
     def __init__(self, world: int) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        context = mp.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, world, f"{self.folder.name}/store", theirs), daemon=True
-            )
-            process.start()
+            ours, theirs = Pipe()
+            self.processes.append(start_forked(_serve, rank, world, f"{self.folder.name}/store", theirs))
             theirs.close()
             self.pipes.append(ours)
-            self.processes.append(process)
 
     def run(self, function: Callable[..., Any], kwargs: dict[str, Any], timeout: float) -> list[Any]:
         for pipe in self.pipes:
@@ -46,8 +45,8 @@ class RankPool:
         failed_at: float | None = None
         while len(results) < len(self.pipes):
             waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in results]
-            # Once a rank has failed, the others have a few seconds to tell why they fail too.
-            limit = deadline if failed_at is None else min(deadline, failed_at + 5)
+            # Once a rank has failed, the others have a moment to tell why they fail too.
+            limit = deadline if failed_at is None else min(deadline, failed_at + 2)
             ready = wait(waiting, timeout=max(limit - time.monotonic(), 0))
             if not ready:
                 break
@@ -77,7 +76,7 @@ class RankPool:
             del _pools[world]
 
 
-def run_on_ranks(world: int, function: Callable[..., Any], timeout: float = 300, **kwargs: Any) -> list[Any]:
+def run_on_ranks(world: int, function: Callable[..., Any], timeout: float = 600, **kwargs: Any) -> list[Any]:
     """Calls `function(**kwargs)` on `world` ranks of one process group; returns the results by rank."""
     if world not in _pools:
         _pools[world] = RankPool(world)
@@ -98,7 +97,7 @@ def close_pools() -> None:
 
 def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu"
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", **UNUSED
     )
     import torch
     import torch.distributed as dist

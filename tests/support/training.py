@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -114,20 +116,36 @@ class Traffic:
             dist.all_reduce = original  # type: ignore[assignment]
 
 
+@contextmanager
+def accelerator_answers(fp16: bool) -> Iterator[None]:
+    """DeepSpeed asks its accelerator whether it knows fp16, which a CPU says that has AVX-512-FP16. torch computes in
+    fp16 on any CPU, so that what DeepSpeed and the optimizers do with it can be tested on any.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    with mock.patch.object(get_accelerator(), "is_fp16_supported", return_value=fp16):
+        yield
+
+
 def run_engine(
     config: dict[str, Any],
     model: Callable[[], nn.Module] = lambda: Stack(SHAPES),
     groups: Callable[[nn.Module], list[dict[str, Any]]] = one_group,
     steps: int = 10,
     seed: int = 1,
+    fp16: bool | None = True,
 ) -> dict[str, Any]:
-    """On every rank: trains with `deepspeed.initialize(config)`; final weights, losses, gradient norms and traffic."""
+    """On every rank: trains with `deepspeed.initialize(config)`; final weights, losses, gradient norms and traffic.
+
+    fp16 is run whatever the CPU; `fp16`: what DeepSpeed's accelerator answers, None: its own answer.
+    """
     import deepspeed
 
     import ds_moelora  # noqa: F401  registers the optimizers
 
     module = model()
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=groups(module), config=copy.deepcopy(config))
+    with accelerator_answers(fp16) if fp16 is not None else nullcontext():
+        engine, *_ = deepspeed.initialize(model=module, model_parameters=groups(module), config=copy.deepcopy(config))
     traffic = Traffic(engine.basic_optimizer)
     losses, norms, skipped = [], [], []
     dtype = next(engine.module.parameters()).dtype

@@ -121,7 +121,7 @@ def test_loads_where_ds_moelora_is_not(tmp_path: Path):
     )
     command = [sys.executable, "-W", "error::UserWarning:peft", "-c", code, str(tmp_path / "base")]
     done = subprocess.run(
-        [*command, *(str(tmp_path / "out" / part) for part in parts)], capture_output=True, text=True, timeout=120
+        [*command, *(str(tmp_path / "out" / part) for part in parts)], capture_output=True, text=True, timeout=300
     )
     assert done.stdout.strip() == "loaded 5", done.stderr
 

@@ -120,12 +120,12 @@ def lower_rank(folder: Path) -> None:
     ("spoil", "message"),
     [
         (lambda f: (f / "adapter_config.json").unlink(), "has no adapter_config.json"),
-        (lambda f: (f / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
-        (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read"),
-        (truncate, "cannot be read"),
-        (rename, "has peft_type LORA"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is not there"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json cannot be used"),
+        (truncate, "adapter_model.safetensors is damaged or cut short"),
+        (rename, "adapter_config.json cannot be used: peft_type 'LORA' is another type"),
         (lambda f: change(f, lambda t: t.pop(KEY + "router.weight")), "q_proj lacks router.weight"),
-        (lower_rank, "in its configuration"),
+        (lower_rank, "by the configuration (num_experts=4, r=1)"),
         (lambda f: change(f, lambda t: t.clear()), "has no experts"),
     ],
 )

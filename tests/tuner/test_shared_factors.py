@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from ds_moelora import GateRiemannianSGD, MoELoRAConfig, tag_lora_pairs
 from ds_moelora.mixture.dense import DENSE
 from ds_moelora.mixture.grouped import GROUPED
-from ds_moelora.mixture.moe_lora import moe_lora
+from ds_moelora.mixture.mixture import mix
+from ds_moelora.mixture.operands import Operands
 from ds_moelora.mixture.reference import max_relative_error, reference_layer
 from ds_moelora.mixture.routing import route
 from ds_moelora.optimizer.reference import damped_inverse
@@ -66,7 +67,8 @@ def test_one_common_a_has_the_gradients_of_the_per_expert_formula(
     dy, gate = draw(T, O).detach(), GateSettings(gate_scaling, scale_input_grad)
     x, base, A, B, router = tensors
     gates, chosen = route(x @ router.t(), min(k, E), top_p)
-    y = moe_lora(base * 1, x, gates, chosen, A, B, 1.7, gate, inplace, GROUPED if grouped else DENSE)
+    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=1.7, gates=gates, settings=gate)
+    y = mix(operands, base * 1, inplace=inplace, products=GROUPED if grouped else DENSE).y
     y.backward(dy)
     expected = reference_layer(*(twins[i] for i in (0, 1, 2, 3, 4)), k, 1.7, gate_scaling, scale_input_grad, chosen)
     expected.backward(dy)

@@ -1,42 +1,42 @@
-"""AdamW's step of what the compiled kernels have preconditioned, in the same pass over the gradient.
+"""AdamW's step of what the C++ kernels have preconditioned, in the same pass over the gradient.
 
-The kernels step whole rows of pairs; `CompiledAdamW` gives them AdamW's state, where and as torch's AdamW keeps it,
-and has torch step what lies between: other parameters in a flat partition, padding, rows that a boundary cuts.
-Parameters that the kernels did not touch at all are left to the optimizer itself.
+The kernels step whole rows of pairs; `CppAdamW` gives them AdamW's state, where and as torch's AdamW keeps it, and has
+torch step what lies between: other parameters in a flat partition, padding, rows that a boundary cuts. Parameters that
+the kernels did not touch at all are left to the optimizer itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ..sharding.plan import Extents
-from ..sharding.zero import Storage
-from .cpp import AdamWState
+from .cpp import AdamWState, Extents
 
 OTHER_MODES = ("amsgrad", "maximize", "capturable", "differentiable")  # the kernels know none of them
 
 
-class CompiledAdamW:
+class CppAdamW:
     """Steps of torch's AdamW, as far as kernels do them.
 
     Args:
-        optimizer: torch's AdamW. storage: who holds its parameters.
+        held: unit -> the optimizer's own tensor of it.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, storage: Storage) -> None:
-        self._optimizer, self._storage = optimizer, storage
+    def __init__(self, held: Callable[[Hashable], Tensor]) -> None:
+        self._held = held
         self._states: dict[Hashable, AdamWState] = {}
         self._groups: dict[int, tuple[bool, tuple[float, ...]]] = {}
+        self._state_of: dict[Tensor, dict[str, Any]] = {}
 
-    def begin(self) -> None:
+    def begin(self, optimizer: torch.optim.Optimizer) -> None:
         """Reads the groups' settings, which may change between steps."""
-        self._groups = {}
-        for group in self._optimizer.param_groups:
+        self._groups, self._state_of = {}, optimizer.state
+        for group in optimizer.param_groups:
             settings = (float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"])
             known = not any(group.get(mode) for mode in OTHER_MODES)
             self._groups.update((id(p), (known, settings)) for p in group["params"])
@@ -45,9 +45,9 @@ class CompiledAdamW:
         """The state of a unit that has a gradient; None if torch shall step it."""
         if isinstance(unit, tuple):  # an assembled factor of the preconditioner's, no parameter
             return None
-        p = self._storage.held(unit)
+        p = self._held(unit)
         known, settings = self._groups[id(p)]
-        state, mine = self._optimizer.state[p], self._states.get(unit)
+        state, mine = self._state_of[p], self._states.get(unit)
         if not known:
             return None
         if not state:
@@ -65,7 +65,7 @@ class CompiledAdamW:
     @contextmanager
     def finished(self, stepped: Extents) -> Iterator[None]:
         """Steps what lies between the `stepped` elements, counts, and hides the gradients of their units meanwhile."""
-        held = [self._storage.held(unit) for unit in stepped]
+        held = [self._held(unit) for unit in stepped]
         grads = [p.grad for p in held]
         for unit, p in zip(stepped, held, strict=True):
             gaps = complement(stepped[unit], p.numel())

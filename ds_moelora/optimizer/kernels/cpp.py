@@ -1,4 +1,4 @@
-"""Compiled kernels for the optimizer's step on CPUs: `kernels.cpp`, built by the C++ compiler when first asked for.
+"""C++ kernels for the optimizer's step on CPUs: `kernels.cpp`, built when first asked for.
 
 torch's batched products with an inner dimension of r reach a fraction of the memory's speed, and leave and fetch the
 gradient once more for AdamW. Here each expert's rows are read once for the Gram matrix, and once for everything else:
@@ -21,7 +21,7 @@ import platform
 import subprocess
 import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +31,7 @@ from torch import Tensor
 
 RANKS = (1, 2, 4, 8, 16)
 FLOAT = 4  # bytes
+Extents = dict[Hashable, list[tuple[int, int]]]  # unit -> (start, end) of elements in its flat tensor
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 if platform.machine() == "x86_64":
@@ -60,7 +61,7 @@ def load_kernels() -> Kernels:
         return Kernels(ctypes.CDLL(str(target)))
 
 
-class Rows:
+class RowLayout:
     """Where blocks of whole rows lie within their tensors, and the matrix of every expert in them.
 
     Args:
@@ -122,7 +123,7 @@ class Kernels:
         numbers = (ctypes.c_int64(rank), ctypes.c_int64(torch.get_num_threads()), ctypes.c_int64(count))
         getattr(self._library, name)(*numbers, *rest)
 
-    def add_grams_(self, grams: Tensor, rows: Rows, addresses: Sequence[int]) -> None:
+    def add_grams_(self, grams: Tensor, rows: RowLayout, addresses: Sequence[int]) -> None:
         """Adds `rows^T rows` of every expert to its matrix in `grams`, (N, r, r)."""
         where = torch.tensor(addresses)
         self._call("add_grams", grams.shape[-1], rows.count, *map(_at, (where, rows.layout, rows.matrix, grams)))
@@ -138,7 +139,7 @@ class Kernels:
     def precondition_(
         self,
         inverses: Tensor,
-        rows: Rows,
+        rows: RowLayout,
         addresses: Sequence[int],
         updates: Sequence[Update | None] = (),
     ) -> None:

@@ -2,10 +2,10 @@
 
 Vocabulary.
     factor     one lora_A or lora_B, flattened: (E, n, r) elements, n = in or out; row j belongs to expert j // n.
-    space      a flat buffer that is cut into equal partitions, one per rank: a ZeRO-1/2 parameter group, or, at
+    space      a flat buffer that is cut into equal partitions, one per process: a ZeRO-1/2 parameter group, or, at
                ZeRO-3, the factor itself.
-    unit       what one call of `optimizer.step()` updates: all parameters, one ZeRO-1/2 group, one ZeRO-3 sub-group.
-    cut row    a row of r elements that a boundary between two ranks (or more) cuts.
+    unit       what one call of `optimizer.step()` updates: a parameter, one ZeRO-1/2 group, one ZeRO-3 sub-group.
+    cut row    a row of r elements that a boundary between two processes (or more) cuts.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """One factor's place. All but `local_offset` and `rank` are equal on every rank of the group.
+    """One parameter's place. All but `local_offset` and `process` are equal in every process of the group.
 
     Args:
-        numel: elements of the whole factor.
+        numel: elements of the whole parameter.
         unit: the optimizer call that updates it.
         position: of its first element in its space.
-        partition: elements per rank in that space.
-        local_offset: where this rank's slice begins in the local flat tensor of `unit`.
-        rank, world: of the group over which the space is partitioned.
+        partition: elements per process in that space.
+        local_offset: where this process's slice begins in the local flat tensor of `unit`.
+        process, world: this process's index in the group over which the space is partitioned, and that group's size.
         group: that process group; None where nothing is partitioned.
     """
 
@@ -34,34 +34,34 @@ class Placement:
     position: int = 0
     partition: int
     local_offset: int = 0
-    rank: int = 0
+    process: int = 0
     world: int = 1
     group: Any = None
 
     @property
     def start(self) -> int:
-        """First element of the factor that this rank owns."""
-        return min(max(self.rank * self.partition - self.position, 0), self.numel)
+        """First element that this process owns."""
+        return min(max(self.process * self.partition - self.position, 0), self.numel)
 
     @property
     def stop(self) -> int:
-        """One past the last element of the factor that this rank owns."""
-        return min(max((self.rank + 1) * self.partition - self.position, 0), self.numel)
+        """One past the last element that this process owns."""
+        return min(max((self.process + 1) * self.partition - self.position, 0), self.numel)
 
     @property
     def is_cut(self) -> bool:
-        """True if more than one rank owns a part of the factor."""
+        """True if more than one process owns a part."""
         return self.position // self.partition != (self.position + self.numel - 1) // self.partition
 
     def cut_rows(self, row_numel: int) -> list[int]:
-        """Rows (of `row_numel` elements) that lie on more than one rank, in order; the same list on every rank."""
-        boundaries = (rank * self.partition - self.position for rank in range(1, self.world))
+        """Rows (of `row_numel` elements) that lie in more than one process, in order; the same list everywhere."""
+        boundaries = (process * self.partition - self.position for process in range(1, self.world))
         return sorted({b // row_numel for b in boundaries if 0 < b < self.numel and b % row_numel})
 
 
 @dataclass(frozen=True)
 class Piece:
-    """This rank's part of a cut row: `length` elements from `column` on, at `offset` in the rank's slice."""
+    """This process's part of a cut row: `length` elements from `column` on, at `offset` in its slice."""
 
     row: int
     column: int

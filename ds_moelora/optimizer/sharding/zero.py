@@ -26,12 +26,12 @@ import torch
 import torch.distributed as dist
 
 from .placement import Placement
-from .sharded import Flat
 
 # 0.18.9 was tried: with torch 2.13 it cannot step at stages 1 and 2 on several CPU ranks (tests/support/versions.py).
 TESTED_VERSIONS = "0.16.9, 0.17.6, 0.19.8"
 GROUP_KEY = "group_index"  # an optimizer's param groups carry their number: DeepSpeed drops, slices and copies lists
 ParamGroup = dict[str, Any]
+Flat = tuple[torch.Tensor, torch.Tensor | None]  # local flat weights, and their gradient
 
 
 class Storage(Protocol):
@@ -40,7 +40,7 @@ class Storage(Protocol):
     sharded: bool
 
     def placement(self, index: int) -> Placement:
-        """Of parameter `index`; equal on every rank but for the rank's own part."""
+        """Of parameter `index`; equal in every process but for its own part."""
 
     def units(self, param_groups: Sequence[ParamGroup]) -> set[Hashable]:
         """What the running call of `optimizer.step()` updates, given the groups it sees."""
@@ -93,6 +93,11 @@ def whole_shape(param: Any) -> tuple[int, ...]:
 def told_boundary(engine: Any) -> bool | None:
     """Whether the last micro-batch completed a step, if somebody counts for the engine (accelerate); None: it does."""
     return getattr(engine, "_is_gradient_accumulation_boundary", None)
+
+
+def configured_optimizer(engine: Any) -> str | None:
+    """The optimizer's type in the engine's config; DeepSpeed's `optimizer_name()` is a client optimizer's, if any."""
+    return getattr(getattr(engine, "_config", None), "optimizer_name", None)
 
 
 def trained_groups(wrapper: Any) -> list[tuple[int, list[Any]]]:
@@ -214,7 +219,7 @@ class ZeroPartitionStorage:
         param, unit = self.params[index], self.groups[index]
         partition = self.held(unit).numel()
         group = _read(param, "_dp_group")
-        rank, world = dist.get_rank(group), dist.get_world_size(group)
+        process, world = dist.get_rank(group), dist.get_world_size(group)
         if param.untyped_storage().nbytes() < partition * world * param.element_size():
             raise _unknown(
                 f"a parameter of shape {tuple(param.shape)} is not a view of its group's flat buffer of "
@@ -226,8 +231,8 @@ class ZeroPartitionStorage:
             unit=unit,
             position=position,
             partition=partition,
-            local_offset=max(position - rank * partition, 0),
-            rank=rank,
+            local_offset=max(position - process * partition, 0),
+            process=process,
             world=world,
             group=group,
         )
@@ -280,7 +285,7 @@ class ZeroStage3Storage:
             unit=sub_group,
             partition=partition,
             local_offset=offset,
-            rank=dist.get_rank(group),
+            process=dist.get_rank(group),
             world=dist.get_world_size(group),
             group=group,
         )

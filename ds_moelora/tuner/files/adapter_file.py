@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from ..patterns import layer_config
 MODEL_PREFIX = "base_model.model."
 _OURS = re.compile(rf"{re.escape(MODEL_PREFIX)}(.+)\.moelora_experts\.(.+)")
 _ROUTER = "router.weight"
+MOST_CONFIG_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -63,28 +64,77 @@ class SavedAdapter:
     num_bytes: int
 
 
+def is_saved_adapter(folder: str | os.PathLike[str]) -> bool:
+    """Whether a local folder has a configuration that says that it is ours; False also where it cannot be read."""
+    path = Path(folder) / CONFIG_NAME
+    try:
+        values = json.loads(_small_text(path)) if path.is_file() else None
+    except (ValueError, OSError, RecursionError):
+        return False
+    return isinstance(values, dict) and values.get("peft_type") == PEFT_TYPE
+
+
+def read_config(folder: str | os.PathLike[str]) -> MoELoRAConfig:
+    """The configuration of a saved adapter; anybody may have written the file.
+
+    Raises:
+        ValueError: naming the file: it is not there, too large, not JSON, of another type of adapter, or out of bounds.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is no saved adapter: it has no {CONFIG_NAME}. Name the folder that save_pretrained wrote, or "
+            "--output_dir of a finished run."
+        )
+    try:
+        values = json.loads(_small_text(path))
+        if not isinstance(values, dict):
+            raise TypeError("it is not a JSON object")
+        kind = values.get("peft_type")
+        if kind != PEFT_TYPE:
+            raise ValueError(f"peft_type {kind!r:.80} is another type of adapter; {PEFT_TYPE} is needed here")
+        return MoELoRAConfig.from_peft_type(**MoELoRAConfig.check_kwargs(**values))
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def check_weights_file(path: str | os.PathLike[str]) -> None:
+    """Reads the header of a safetensors file, which says whether the file is whole.
+
+    Raises:
+        ValueError: naming the file: it is not there, cut short, or no safetensors file.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not there; the adapter's folder is not complete.")
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged or cut short ({error}); copy it again, or save the adapter anew."
+        ) from error
+
+
+def check_saved_adapter(folder: str | os.PathLike[str]) -> MoELoRAConfig:
+    """Whether an adapter's folder can be loaded, before a base model is: its configuration, and its weights' header.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    config = read_config(folder)
+    check_weights_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+    return config
+
+
 def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
     """Reads adapter_config.json and adapter_model.safetensors.
 
     Raises:
         ValueError: no such files, not a mixture of LoRA experts, or a layer that is incomplete.
     """
-    path = Path(folder)
-    weights = path / SAFETENSORS_WEIGHTS_NAME
-    for file in (path / CONFIG_NAME, weights):
-        if not file.is_file():
-            raise ValueError(
-                f"{folder} is no saved adapter: it has no {file.name}. Name the folder that save_pretrained wrote, or "
-                "--output_dir of a finished run."
-            )
-    try:
-        config = MoELoRAConfig.from_pretrained(str(path))
-        tensors = load_file(weights)
-    except (SafetensorError, OSError, TypeError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} cannot be read: {error}") from error
-    if not isinstance(config, MoELoRAConfig):
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        raise ValueError(f"{folder} has peft_type {kind}; this command reads {PEFT_TYPE} adapters.")
+    config = check_saved_adapter(folder)
+    weights = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    tensors = load_file(weights)
     parts: dict[str, dict[str, Tensor]] = {}
     others = {}
     for key, tensor in tensors.items():
@@ -99,6 +149,13 @@ def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
     return SavedAdapter(config, layers, others, weights.stat().st_size)
 
 
+def _small_text(path: Path) -> str:
+    size = path.stat().st_size
+    if size > MOST_CONFIG_BYTES:
+        raise ValueError(f"it has {size} bytes, and a configuration at most {MOST_CONFIG_BYTES}")
+    return path.read_text(encoding="utf-8")
+
+
 def _read_layer(name: str, entries: dict[str, Tensor], adapter: MoELoRAConfig) -> SavedLayer:
     config = layer_config(adapter, name)
     needed = ["lora_A", "lora_B", _ROUTER]
@@ -107,10 +164,24 @@ def _read_layer(name: str, entries: dict[str, Tensor], adapter: MoELoRAConfig) -
     missing = [part for part in needed if part not in entries]
     if missing:
         raise ValueError(f"{name} lacks {', '.join(missing)}: the file may be truncated, or of another configuration.")
-    expected = (config.num_experts, config.r)
-    found = (len(entries["lora_B"]), entries["lora_B"].shape[-1])
-    if found != expected:
-        raise ValueError(f"{name} has (experts, rank) = {found} in its file and {expected} in its configuration.")
+    E, r = config.num_experts, config.r
+    I, O = (entries[factor].shape[1] if entries[factor].dim() == 3 else 0 for factor in ("lora_A", "lora_B"))
+    shapes = {
+        "lora_A": (1 if config.shared_A else E, I, r),
+        "lora_B": (E, O, r),
+        _ROUTER: (E, I),
+        "shared.lora_A": (1, I, r),
+        "shared.lora_B": (1, O, r),
+        "initial_A": (E, I, r),
+        "initial_B": (E, O, r),
+    }
+    for part in needed:
+        tensor, shape = entries[part], shapes[part]
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point() or 0 in shape:
+            raise ValueError(
+                f"{name}: {part} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} in the file, and "
+                f"{shape} by the configuration (num_experts={E}, r={r})."
+            )
     return SavedLayer(
         name=name,
         config=config,

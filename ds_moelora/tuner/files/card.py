@@ -6,9 +6,9 @@ replaced where they stand (between two comments), or added at its end; everythin
 
 from __future__ import annotations
 
-import functools
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,7 +31,6 @@ LIBRARIES = {
     "DeepSpeed": "deepspeed",
 }
 AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
-_MARK = "_ds_moelora_card"
 _TRAINING = "_ds_moelora_training"
 # What the adapter is: always told. Other fields are told where they differ from their defaults.
 MAIN_FIELDS = ("r", "num_experts", "top_k", "lora_alpha", "scaling", "init_lora_weights", "target_modules")
@@ -58,16 +57,9 @@ def record_training(model: PeftModel, record: TrainingRecord) -> None:
     setattr(model, _TRAINING, record)
 
 
-def describe_adapters_in_cards() -> None:
-    """Makes PEFT's cards describe mixtures: on every `save_pretrained`, and again before `push_to_hub` uploads.
+def describe_in_card(write: Callable[..., Any]) -> Callable[..., Any]:
+    """`PeftModel.create_or_update_model_card` that describes mixtures, on every `save_pretrained`."""
 
-    `push_to_hub` writes the card that is on the hub, or an empty template, over the one that was just saved.
-    """
-    if getattr(PeftModel.create_or_update_model_card, _MARK, False):
-        return
-    write, upload = PeftModel.create_or_update_model_card, PeftModel._upload_modified_files  # the latter transformers'
-
-    @functools.wraps(write)
     def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
         path = Path(output_dir) / CARD_FILE
         before = path.read_text(encoding="utf-8") if path.exists() else None
@@ -75,14 +67,20 @@ def describe_adapters_in_cards() -> None:
         if any(isinstance(config, MoELoRAConfig) for config in self.peft_config.values()):
             _complete(self, path, is_new=before is None or _is_template(before))
 
-    @functools.wraps(upload)
-    def _upload_modified_files(self: PeftModel, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    return create_or_update_model_card
+
+
+def describe_before_upload(upload: Callable[..., Any]) -> Callable[..., Any]:
+    """`PeftModel._upload_modified_files`, transformers', that writes the card first.
+
+    `push_to_hub` writes the card that is on the hub, or an empty template, over the one that was just saved.
+    """
+
+    def upload_modified_files(self: PeftModel, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         self.create_or_update_model_card(str(working_dir))
         return upload(self, working_dir, *args, **kwargs)
 
-    setattr(create_or_update_model_card, _MARK, True)
-    PeftModel.create_or_update_model_card = create_or_update_model_card
-    PeftModel._upload_modified_files = _upload_modified_files
+    return upload_modified_files
 
 
 def _is_template(text: str) -> bool:

@@ -148,9 +148,12 @@ def _expert_facts(
 
 
 def _inner_products(A: Tensor, B: Tensor, A2: Tensor, B2: Tensor) -> Tensor:
-    """(E, E): <B_i A_i^T, B2_j A2_j^T>, for A (E or 1, I, r) and B (E, O, r)."""
-    gram_A = torch.einsum("iar,jas->ijrs", A, A2).expand(len(B), len(B2), -1, -1)
-    return (gram_A * torch.einsum("ibr,jbs->ijrs", B, B2)).sum((2, 3))
+    """(E, E): <B_i A_i^T, B2_j A2_j^T>, for A (E or 1, I, r) and B (E, O, r); E r^2 numbers at a time."""
+    rows = []
+    for i in range(len(B)):
+        gram_A = A[i if len(A) > 1 else 0].T @ A2
+        rows.append((gram_A * (B[i].T @ B2)).sum((1, 2)))
+    return torch.stack(rows)
 
 
 def _condition(factor: Tensor) -> float:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 from ..experts import MoELoRAExperts, cut_whole_tensors
-from ..processes import ranks
+from ..processes import raise_together
 from .tensor_file import append_tensors
 
-_MARK = "_ds_moelora_first_rank_writes"
 _experts_follow = False  # what is being saved leaves out sharded experts, which `append_experts` will add
 
 
@@ -116,7 +114,7 @@ def append_experts(model: nn.Module, folder: str | os.PathLike[str], adapter_nam
             failure = error
     for _ in gathered:  # every rank gives all its experts, whatever befell the writer
         pass
-    ranks().agree(failure)
+    raise_together(failure)
 
 
 def cut_for_loading(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
@@ -127,29 +125,24 @@ def cut_for_loading(model: nn.Module, state_dict: dict[str, Tensor], adapter_nam
     return cut
 
 
-def let_first_rank_write() -> None:
-    """Makes `PeftModel.save_pretrained`, called on every rank, write on rank 0 alone if experts are sharded.
+def first_rank_writes(save: Callable[..., Any]) -> Callable[..., Any]:
+    """`PeftModel.save_pretrained`, called on every rank, that writes on rank 0 alone if experts are sharded.
 
     The other ranks only give their experts, one factor at a time; their own dictionaries would be written as incomplete
     files over rank 0's. All ranks leave the call when the files are there.
     """
-    original = PeftModel.save_pretrained
-    if getattr(original, _MARK, False):
-        return
 
-    @functools.wraps(original)
     def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         if not sharded_experts(self) or kwargs.get("state_dict") is not None:
-            return original(self, *args, **kwargs)
+            return save(self, *args, **kwargs)
         kwargs["is_main_process"] = kwargs.get("is_main_process", True) and dist.get_rank() == 0
         if not kwargs.get("safe_serialization", True):
             raise ValueError("safe_serialization=False is not possible with ep_size > 1: save as safetensors.")
         folder = Path(args[0] if args else kwargs["save_directory"])
         with without_experts():
-            result = original(self, *args, **kwargs)
+            result = save(self, *args, **kwargs)
         for name in kwargs.get("selected_adapters") or list(self.peft_config):
             append_experts(self, folder if name == "default" else folder / name, name)
         return result
 
-    setattr(save_pretrained, _MARK, True)
-    PeftModel.save_pretrained = save_pretrained
+    return save_pretrained

@@ -16,6 +16,21 @@ _BITSANDBYTES = ("Params4bit", "Int8Params")
 HASH_SHAPE = (2, 32)
 
 
+def in_out_features(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features) of a module that can be adapted, else None.
+
+    Taken from the module's attributes: under ZeRO-3 a weight's shape is (0,) and its real one in `ds_shape`.
+    """
+    if isinstance(module, Conv1D):
+        shape = getattr(module.weight, "ds_shape", module.weight.shape)
+        return getattr(module, "nx", shape[0]), getattr(module, "nf", shape[1])
+    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
+        sizes = tuple(getattr(module, name, None) for name in names)
+        if all(isinstance(size, int) and size > 0 for size in sizes):
+            return sizes  # type: ignore[return-value]
+    return None
+
+
 def can_change(base: nn.Module) -> bool:
     """Whether the weight is a plain matrix, from which something can be subtracted."""
     weight: Any = getattr(base, "weight", None)

@@ -11,18 +11,28 @@ The starting factors are buffers beside the trained ones (`initial_A`, `initial_
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...mixture.goat import mean_product
-from ..processes import ranks
+from ..processes import gathered
 from .base_weight import can_change, read_weight, weight_hash
 
-if TYPE_CHECKING:
-    from ..layer import MoELoRALayer
+
+class AdaptedLayer(Protocol):
+    """What this folder needs of a `MoELoRALayer`; it imports neither layers nor experts, which import it."""
+
+    in_features: int
+    out_features: int
+    moelora_experts: nn.ModuleDict
+    merged_adapters: list[str]
+
+    def experts(self, adapter_name: str) -> Any: ...
+
+    def get_base_layer(self) -> nn.Module: ...
 
 
 @dataclass
@@ -38,7 +48,7 @@ class Residual:
     folded: bool = False
 
 
-def check_ready(layer: MoELoRALayer, applied: list[str]) -> None:
+def check_ready(layer: AdaptedLayer, applied: list[str]) -> None:
     """Before adapters are applied.
 
     Raises:
@@ -54,7 +64,7 @@ def check_ready(layer: MoELoRALayer, applied: list[str]) -> None:
             )
 
 
-def correct(layer: MoELoRALayer, x: Tensor, y: Tensor, applied: list[str]) -> Tensor:
+def correct(layer: AdaptedLayer, x: Tensor, y: Tensor, applied: list[str]) -> Tensor:
     """`y` with the residual of every adapter in `applied`, and of no other.
 
     Args:
@@ -70,7 +80,7 @@ def correct(layer: MoELoRALayer, x: Tensor, y: Tensor, applied: list[str]) -> Te
     return y
 
 
-def fold(layer: MoELoRALayer, adapter: str, lora_A: Tensor, lora_B: Tensor) -> None:
+def fold(layer: AdaptedLayer, adapter: str, lora_A: Tensor, lora_B: Tensor) -> None:
     """Subtracts the mean of starting factors (all E experts') from the base weight, if that can be done.
 
     Every rank has to call it where the weight is partitioned.
@@ -82,7 +92,7 @@ def fold(layer: MoELoRALayer, adapter: str, lora_A: Tensor, lora_B: Tensor) -> N
         residual.folded = True
 
 
-def unfold(layer: MoELoRALayer, adapter: str) -> None:
+def unfold(layer: AdaptedLayer, adapter: str) -> None:
     """Gives the base weight back what `fold` took: W0, up to one rounding of the weight.
 
     Raises:
@@ -101,7 +111,7 @@ def unfold(layer: MoELoRALayer, adapter: str) -> None:
     residual.folded = False
 
 
-def folded_adapter(layer: MoELoRALayer) -> str | None:
+def folded_adapter(layer: AdaptedLayer) -> str | None:
     """The adapter whose residual the base weight has given away."""
     for name in layer.moelora_experts:
         residual = layer.experts(name).residual
@@ -110,7 +120,7 @@ def folded_adapter(layer: MoELoRALayer) -> str | None:
     return None
 
 
-def original_weight(layer: MoELoRALayer) -> tuple[Tensor, Tensor]:
+def original_weight(layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
     """W0 (out, in) and its hash. A partitioned weight must have been gathered.
 
     Raises:
@@ -128,22 +138,22 @@ def original_weight(layer: MoELoRALayer) -> tuple[Tensor, Tensor]:
     return weight + mean_product(*experts.initial_factors(), experts.scaling), experts.base_hash
 
 
-def original_hash(layer: MoELoRALayer) -> Tensor:
+def original_hash(layer: AdaptedLayer) -> Tensor:
     """The hash of W0; every rank has to call it where the weight is partitioned."""
     for name in layer.moelora_experts:
         residual = layer.experts(name).residual
         if residual is not None and residual.ready:
             return layer.experts(name).base_hash
     base = layer.get_base_layer()
-    with ranks().whole(base.parameters(recurse=False)):
+    with gathered(base.parameters(recurse=False)):
         return weight_hash(read_weight(base))
 
 
 @torch.no_grad()
-def _add_to_base(layer: MoELoRALayer, delta: Tensor, sign: float) -> None:
+def _add_to_base(layer: AdaptedLayer, delta: Tensor, sign: float) -> None:
     """W += sign * delta, computed in the wider of both dtypes and float32, and rounded once."""
     base: Any = layer.get_base_layer()
-    with ranks().whole([base.weight], modify=True):
+    with gathered([base.weight], modify=True):
         weight = base.weight.data
         wide = torch.promote_types(weight.dtype, delta.dtype)
         delta = delta.T if isinstance(base, Conv1D) else delta

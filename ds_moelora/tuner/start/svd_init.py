@@ -1,28 +1,37 @@
-"""Starting factors from the base weights' singular values: computed for a new adapter, loaded with a saved one."""
+"""Starting factors from the base weights' singular values: computed for a new adapter, loaded with a saved one.
+
+The layers are dealt out to the N processes, N layers a round. Phases of a round:
+
+    1. every layer's weight in turn is gathered (ZeRO-3 only) and copied by the process that owns the layer
+    2. every process decomposes its layer; one all-gather of error messages
+    3. every layer's triplets are broadcast by their owner, 4 E r (in + out) bytes in fp32; the weight is gathered again
+       and changed
+
+so that no process ever holds more than one whole weight beside its own share of the model.
+"""
 
 from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from ...mixture.goat import check_rank, starting_factors, triplet_indices
 from ...mixture.svd import Triplets, singular_triplets
 from ..config import MoELoRAConfig
-from ..layer import MoELoRALayer, in_out_features
 from ..patterns import layer_config
-from ..processes import Ranks, ranks
-from .base_weight import HASH_SHAPE, can_change, can_read, same_weight, shared_weights
-from .residual import fold, original_hash, original_weight, unfold
+from ..processes import broadcast, gathered, raise_together, this_process
+from .base_weight import HASH_SHAPE, can_change, can_read, in_out_features, same_weight, shared_weights
+from .residual import AdaptedLayer, fold, original_hash, original_weight, unfold
 from .svd_cache import cached_triplets
 
-_MARK = "_ds_moelora_loads_factors"
 _loading = contextvars.ContextVar("ds_moelora_loading", default=False)
 
 
@@ -40,7 +49,7 @@ def check_svd_targets(config: MoELoRAConfig, model: nn.Module, matches: Callable
     for name, module in model.named_modules():
         if not name or not matches(config, name):
             continue
-        base = module.get_base_layer() if isinstance(module, MoELoRALayer) else module
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         features = in_out_features(base)
         if features is None:
             continue
@@ -62,27 +71,26 @@ def check_svd_targets(config: MoELoRAConfig, model: nn.Module, matches: Callable
             )
 
 
-def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, MoELoRALayer]:
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
     """The layers in which an adapter starts from singular values, by name."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, MoELoRALayer)
-        and adapter_name in module.moelora_experts
+        if isinstance(module, BaseTunerLayer)
+        and adapter_name in getattr(module, "moelora_experts", ())
         and module.experts(adapter_name).residual is not None
     }
 
 
-def _on_meta(layer: MoELoRALayer) -> bool:
+def _on_meta(layer: AdaptedLayer) -> bool:
     return any(p.is_meta for p in layer.get_base_layer().parameters(recurse=False))
 
 
 def start_from_singular_values(model: nn.Module, adapter_name: str, config: MoELoRAConfig) -> None:
     """Gives every layer of a new adapter its starting factors, and takes their mean from the base weight.
 
-    The layers are dealt out to the ranks, round by round; `tuner.distributed_processes` tells the phases. Nothing is
-    computed
-    while a saved adapter is being loaded, which brings its factors, nor where base or adapter is on the meta device.
+    Nothing is computed while a saved adapter is being loaded, which brings its factors, nor where base or adapter is on
+    the meta device.
 
     Raises:
         ValueError: on every rank, if a decomposition fails on one.
@@ -91,26 +99,27 @@ def start_from_singular_values(model: nn.Module, adapter_name: str, config: MoEL
     empty = any(_on_meta(layer) or layer.experts(adapter_name).factors()[0].is_meta for layer in layers.values())
     if empty or _loading.get():
         return
-    here, names = ranks(), list(layers)
-    bar = logging.tqdm(total=len(names), desc="Singular values of the base weights", disable=here.rank != 0, delay=1)
-    for start in range(0, len(names), here.size):
-        batch = names[start : start + here.size]
-        found = _decompose_own([(name, layers[name]) for name in batch], adapter_name, config, here)
+    (process, size), names = this_process(), list(layers)
+    bar = logging.tqdm(total=len(names), desc="Singular values of the base weights", disable=process != 0, delay=1)
+    for start in range(0, len(names), size):
+        batch = names[start : start + size]
+        found = _decompose_own([(name, layers[name]) for name in batch], adapter_name, config)
         for owner, name in enumerate(batch):
-            _start_layer(layers[name], adapter_name, config, found if owner == here.rank else None, owner, here)
+            _start_layer(layers[name], adapter_name, config, found if owner == process else None, owner)
             bar.update()
     bar.close()
 
 
 def _decompose_own(
-    batch: list[tuple[str, MoELoRALayer]], adapter_name: str, config: MoELoRAConfig, here: Ranks
+    batch: list[tuple[str, AdaptedLayer]], adapter_name: str, config: MoELoRAConfig
 ) -> list[Tensor] | None:
-    """[U, S, V, hash] of this rank's layer of the round; None if there is none for it."""
-    name, own = batch[here.rank] if here.rank < len(batch) else ("", None)
+    """[U, S, V, hash] of this process's layer of the round; None if there is none for it."""
+    process = this_process()[0]
+    name, own = batch[process] if process < len(batch) else ("", None)
     weight = base_hash = found = error = None
     for _, layer in batch:
-        # All ranks gather; an error must not lead one out of this loop, nor keep it from telling the others.
-        with here.whole(layer.get_base_layer().parameters(recurse=False)):
+        # All processes gather: an error may neither end this loop early, nor go unreported to the others.
+        with gathered(layer.get_base_layer().parameters(recurse=False)):
             if layer is own:
                 try:
                     weight, base_hash = original_weight(layer)
@@ -126,13 +135,13 @@ def _decompose_own(
             found = [*cached_triplets(config.svd_cache_dir, base_hash, indices, decompose), base_hash]
         except Exception as e:
             error = ValueError(f"{name}: {e}")
-    here.agree(error)
+    raise_together(error)
     return found
 
 
 @torch.no_grad()
 def _start_layer(
-    layer: MoELoRALayer, adapter_name: str, config: MoELoRAConfig, found: list[Tensor] | None, owner: int, here: Ranks
+    layer: AdaptedLayer, adapter_name: str, config: MoELoRAConfig, found: list[Tensor] | None, owner: int
 ) -> None:
     """Broadcasts one layer's triplets, writes its factors, and folds their mean into the base weight."""
     experts = layer.experts(adapter_name)
@@ -146,11 +155,11 @@ def _start_layer(
     if found is not None:
         for tensor, value in zip(tensors, found, strict=True):
             tensor.copy_(value)
-    here.broadcast(tensors, owner)
+    broadcast(tensors, owner)
     *triplets, base_hash = tensors
     A, B = starting_factors(Triplets(*triplets), experts.num_experts, experts.scaling, config.rho)
     A, B = A.to(lora_A.dtype), B.to(lora_B.dtype)
-    with here.whole([lora_A, lora_B], modify=True):
+    with gathered([lora_A, lora_B], modify=True):
         lora_A.copy_(A[experts.local_experts()])
         lora_B.copy_(B[experts.local_experts()])
     for target, value in zip(experts.initial_factors(), (A, B), strict=True):
@@ -202,22 +211,11 @@ def take_over_start(model: nn.Module, adapter_name: str, entries: Mapping[str, T
             fold(layer, adapter_name, coming[0], coming[1])
 
 
-def load_without_decomposing() -> None:
-    """Tells `start_from_singular_values` when PEFT makes an adapter only to load saved weights into it."""
-    if getattr(PeftModel.load_adapter, _MARK, False):
-        return
-
-    def while_loading(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def load(*args: Any, **kwargs: Any) -> Any:
-            token = _loading.set(True)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                _loading.reset(token)
-
-        setattr(load, _MARK, True)
-        return load
-
-    PeftModel.load_adapter = while_loading(PeftModel.load_adapter)
-    PeftModel.from_pretrained = classmethod(while_loading(PeftModel.from_pretrained.__func__))
+@contextmanager
+def factors_come_from_a_file() -> Iterator[None]:
+    """Inside, new adapters are made to load saved weights into them: nothing is decomposed."""
+    token = _loading.set(True)
+    try:
+        yield
+    finally:
+        _loading.reset(token)

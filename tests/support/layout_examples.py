@@ -1,7 +1,7 @@
 """One small data set of every layout, and its preview.
 
-python -m launch.data.examples docs/data.md        # writes the previews between the two marks in that file
-python -m launch.data.examples FOLDER              # writes the data sets and a model's config, to try the command on
+python -m tests.support.layout_examples docs/data.md   # writes the previews between the two marks in that file
+python -m tests.support.layout_examples FOLDER         # writes the data sets and a config, to try the command on
 """
 
 from __future__ import annotations

@@ -1,0 +1,33 @@
+"""Loading a saved adapter through PEFT: its files are checked before anything is built from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from ..start.svd_init import factors_come_from_a_file
+from .adapter_file import check_weights_file, is_saved_adapter, read_config
+
+
+def load_checked(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`PeftModel.load_adapter` or `from_pretrained`, which refuses damaged and unreasonable files of a local folder.
+
+    Nothing is decomposed for an adapter whose starting factors come from the file.
+    """
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        given = (*args, kwargs.get("model_id"))
+        model_id = next((arg for arg in given if isinstance(arg, str | os.PathLike)), "")
+        folder = Path(model_id, kwargs.get("subfolder") or "")
+        if is_saved_adapter(folder):
+            read_config(folder)
+            if (folder / SAFETENSORS_WEIGHTS_NAME).exists():  # PEFT reads other formats, too
+                check_weights_file(folder / SAFETENSORS_WEIGHTS_NAME)
+        with factors_come_from_a_file():
+            return original(*args, **kwargs)
+
+    return load

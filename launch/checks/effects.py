@@ -1,0 +1,168 @@
+"""What becomes of every flag: used, refused, or named in one line because it does nothing here.
+
+The flags are fields of TRL's and transformers' dataclasses, many of which are for other trainers, other devices or
+other ways to run. A flag that is accepted and does nothing trains something else than was asked for. So every field
+stands in one of the tables below; `tests/launch/test_effects.py` fails for a field of a newer version that does not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from launch.checks.arguments import Arguments, non_defaults
+from launch.checks.errors import UserError, say
+from launch.checks.flags import LANGUAGE, RunArguments, ScoringArguments
+from launch.data.answering import wants_answers
+
+# Read by the launcher, TRL, transformers or accelerate, whatever their value is. `launch.checks.preflight` bounds some.
+_USED = """
+output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs
+warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon gradient_accumulation_steps max_grad_norm
+train_sampling_strategy neftune_noise_alpha loss_type label_smoothing_factor
+
+bf16 fp16 tf32 activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing
+gradient_checkpointing_kwargs activation_offloading torch_compile torch_compile_backend torch_compile_mode
+torch_empty_cache_steps use_cpu full_determinism
+
+logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica
+include_num_input_tokens_seen disable_tqdm report_to run_name skip_memory_metrics debug
+
+eval_strategy eval_on_start eval_accumulation_steps
+
+save_only_model save_strategy save_steps save_on_each_node save_total_limit load_best_model_at_end
+metric_for_best_model greater_is_better resume_from_checkpoint ignore_data_skip push_to_hub
+restore_callback_states_from_checkpoint
+
+seed data_seed dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_in_order max_length
+truncation_mode shuffle_dataset packing padding_free pad_to_multiple_of eval_packing completion_only_loss
+assistant_only_loss dataset_num_proc chat_template_path eos_token pad_token
+
+accelerator_config ddp_timeout deepspeed local_rank model_init_kwargs trust_remote_code
+"""
+USED = frozenset(_USED.split())
+
+REFUSED = {
+    "auto_find_batch_size": "it begins again in a process whose other ranks go on; choose a batch size",
+    "batch_eval_metrics": "the launcher's metrics need all rows at once",
+    "bf16_full_eval": "the evaluation would round the adapter itself, which is saved afterwards; use --bf16",
+    "fp16_full_eval": "the evaluation would round the adapter itself, which is saved afterwards; use --bf16",
+    "dataset_kwargs": "rows are prepared by the launcher",
+    "dataset_text_field": "name the column with --text_column",
+    "enable_jit_checkpoint": "the launcher saves a checkpoint at SIGTERM by itself",
+    "eval_do_concat_batches": "the launcher's metrics need all rows at once",
+    "eval_use_gather_object": "the launcher's metrics gather tensors",
+    "fsdp": "sharding is ZeRO's: pass --deepspeed configs/zero3.json",
+    "fsdp_config": "sharding is ZeRO's: pass --deepspeed configs/zero3.json",
+    "include_for_metrics": "the launcher's metrics read predictions and labels",
+    "label_names": "labels are named by the launcher",
+    "length_column_name": "rows have no column of lengths; they are measured",
+    "liger_kernel_config": "Liger's kernels replace modules that the mixture adapts, and were not tested with it",
+    "use_liger_kernel": "Liger's kernels replace modules that the mixture adapts, and were not tested with it",
+    "optim_target_modules": "it is for GaLore and APOLLO, which project gradients that factors do not have",
+    "parallelism_config": "tensor, context and sequence parallelism are not supported; --ep_size spreads experts",
+    "prediction_loss_only": "evaluation has its metrics",
+    "remove_unused_columns": "the trainers get the columns that they read",
+}
+
+UNUSED = {
+    "ddp_backend": "the backend is DeepSpeed's choice for the device",
+    "do_eval": "evaluation data alone decides",
+    "do_predict": "launch/evaluate.py scores an adapter",
+    "do_train": "this program trains",
+    "use_cache": "training reads every row once",
+}
+
+
+def _has_evaluation(arguments: Arguments) -> bool:
+    return bool(arguments.run.eval_dataset_name or arguments.run.eval_fraction or arguments.demo)
+
+
+def _reports_to(name: str) -> Callable[[Arguments], bool]:
+    return lambda a: name in a.training.report_to or "all" in a.training.report_to
+
+
+def _is_set(*flags: str) -> Callable[[Arguments], bool]:
+    return lambda a: any(bool(getattr(a.training, flag, None)) for flag in flags)
+
+
+_NO_DEEPSPEED = (lambda a: a.training.deepspeed is None, "DeepSpeed, not DDP, exchanges gradients")
+_EVALUATION = (_has_evaluation, "there is no evaluation data: --eval_dataset_name, or --eval_fraction")
+_TRACKIO = (_reports_to("trackio"), "it needs --report_to trackio")
+_WORKERS = (_is_set("dataloader_num_workers"), "it needs --dataloader_num_workers")
+_HUB = (_is_set("push_to_hub"), "it needs --push_to_hub")
+# Used where the condition holds.
+NEEDS: dict[str, tuple[Callable[[Arguments], bool], str]] = {
+    "average_tokens_across_devices": (
+        lambda a: a.run.task in LANGUAGE,
+        "rows, not tokens, weigh alike in classification",
+    ),
+    "optim_args": (lambda a: a.training.optim is not None, "the optimizer is the DeepSpeed config's"),
+    **dict.fromkeys(("per_device_eval_batch_size", "eval_steps", "eval_delay"), _EVALUATION),
+    **dict.fromkeys(("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), _TRACKIO),
+    **dict.fromkeys(("ddp_find_unused_parameters", "ddp_bucket_cap_mb"), _NO_DEEPSPEED),
+    **dict.fromkeys(("ddp_broadcast_buffers", "ddp_static_graph"), _NO_DEEPSPEED),
+    **dict.fromkeys(("dataloader_persistent_workers", "dataloader_prefetch_factor"), _WORKERS),
+    "dataloader_multiprocessing_context": _WORKERS,
+    **dict.fromkeys(("hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"), _HUB),
+    **dict.fromkeys(("hub_revision", "hub_token"), _HUB),
+    "packing_strategy": (_is_set("packing", "eval_packing"), "it needs --packing"),
+}
+
+# The launcher's own flags. Which of them a task, a layout or another flag makes idle is refused by
+# `launch.checks.preflight`, `launch.checks.data` and the readers of the data.
+_OWN = """
+task model_name_or_path revision attn_implementation dataset_name dataset_config dataset_split max_eval_samples
+prompt_template instruction_column input_column output_column prompt_column completion_column messages_column
+prompt_format completion_format text_column text_pair_column text_pattern image_column label_column show_traceback
+dataset_weights dataset_stopping streaming eval_dataset_name eval_dataset_split eval_fraction max_train_samples
+load_in_4bit regression overwrite_output_dir lost_rank_seconds stop_after_nan_steps status_file unsafe_checkpoints
+score answer_pattern answer_ignore max_new_tokens
+"""
+OWN = frozenset(_OWN.split())
+
+
+def idle_flags(arguments: Arguments) -> dict[str, str]:
+    """Flags that were given and do nothing in this run, with the reason."""
+    found = {}
+    for name in non_defaults(arguments.training):
+        needs, reason = NEEDS.get(name, (None, UNUSED.get(name, "")))
+        if name in UNUSED or (needs is not None and not needs(arguments)):
+            found[name] = reason
+    return found
+
+
+def check_effects(arguments: Arguments) -> None:
+    """Refuses the training arguments that would do harm, and names those that do nothing.
+
+    Raises:
+        UserError: naming the flag, its value and the remedy.
+    """
+    given = non_defaults(arguments.training)
+    for name in given.keys() & REFUSED.keys():
+        raise UserError(f"--{name} {_shown(given[name])} is not supported: {REFUSED[name]}.")
+    for name, reason in idle_flags(arguments).items():
+        # A secret is no part of a message.
+        shown = "" if "token" in name else f" {_shown(given[name])}"
+        say(f"--{name}{shown} is not used: {reason}.")
+    _check_own(arguments)
+
+
+def _check_own(arguments: Arguments) -> None:
+    """The launcher's own flags that need another one."""
+    run, scoring = arguments.run, arguments.scoring
+    if run.revision != RunArguments.revision and os.path.isdir(str(run.model_name_or_path)):
+        say(f"--revision {run.revision} is not used: the model is a folder.")
+    if scoring.max_new_tokens != ScoringArguments.max_new_tokens and not wants_answers(scoring, run.task):
+        say(f"--max_new_tokens {scoring.max_new_tokens} is not used: no answers are scored (--score answers).")
+    if run.eval_dataset_split is not None and run.eval_dataset_name is None:
+        raise UserError(f"--eval_dataset_split {run.eval_dataset_split} has no effect without --eval_dataset_name.")
+    if run.max_eval_samples is not None and not _has_evaluation(arguments):
+        raise UserError(
+            f"--max_eval_samples {run.max_eval_samples} has no effect without --eval_dataset_name or --eval_fraction."
+        )
+
+
+def _shown(value: Any) -> str:
+    return str(getattr(value, "value", value))

@@ -1,0 +1,185 @@
+"""Values of rows, whatever their column's type: texts, labels, conversations; and finding columns."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterator
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from launch.checks.errors import UserError, say
+from launch.data.files import PLACE, ROW
+
+Rows = Dataset | IterableDataset
+Row = dict[str, Any]
+SAMPLE = 100  # rows whose keys are the columns of a data set in JSON
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+         "model": "assistant", "observation": "tool", "function_response": "tool"}  # fmt: skip
+WORDED = ("role", "content")
+
+
+class LeftOut:
+    """What a data set has and the run does not use: said in one line at the end, of a stream when it is met."""
+
+    def __init__(self, flag: str, streaming: bool) -> None:
+        self.flag, self.streaming = flag, streaming
+        self.found: dict[str, set[str]] = {}
+
+    def add(self, what: str, names: set[str]) -> None:
+        new = names - self.found.setdefault(what, set())
+        self.found[what] |= new
+        if new and self.streaming:
+            say(f"{self.flag}: {what}: {', '.join(sorted(new))}.")
+
+    def add_columns(self, row: Row, read: Collection[str | None]) -> None:
+        """Columns in which `row` has a value that nobody reads."""
+        self.add("columns that are not read", {k for k, v in row.items() if k not in read and not missing(v)})
+
+    def say(self) -> None:
+        for what, names in self.found.items():
+            if names and not self.streaming:
+                say(f"{self.flag}: {what}: {', '.join(sorted(names))}.")
+
+
+def column_names(rows: Rows) -> list[str]:
+    """Names of the columns: those of the first 100 rows where every row has its own."""
+    names = list(rows.column_names or next(iter(rows)))
+    if ROW not in names:
+        return names
+    return list(dict.fromkeys(name for row in islice(iter(rows), SAMPLE) for name in json.loads(row[ROW])))
+
+
+def read_batch(batch: dict[str, list[Any]], numbers: list[int], flag: str) -> Iterator[tuple[str, Row]]:
+    """Every row of a batch with its place, for messages."""
+    if ROW in batch:
+        for place, row in zip(batch[PLACE], batch[ROW], strict=True):
+            yield f"{flag}: {place}", json.loads(row)
+        return
+    for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True):
+        yield f"{flag}: row {number} (counted from 0)", dict(zip(batch, values, strict=True))
+
+
+def choose_column(rows: Rows, wish: str | None, usual: tuple[str, ...], choose_with: str, flag: str) -> str:
+    """The column called `wish`, or the first of the usual names that is there.
+
+    Raises:
+        UserError: there is none; names those that there are.
+    """
+    names = column_names(rows)
+    if wish is not None and wish not in names:
+        raise UserError(f"{choose_with} {wish}: {flag} has no such column. It has: {', '.join(names)}.")
+    found = wish or next((name for name in usual if name in names), None)
+    if found is None:
+        raise UserError(
+            f"{flag} has no usable columns. It has: {', '.join(names)}. Usable are: {', '.join(usual)}; or name one "
+            f"with {choose_with}."
+        )
+    return found
+
+
+def missing(value: Any) -> bool:
+    """Whether a value says nothing: null, blank text, an empty list, not a number. One rule for every layout."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value == [] or (isinstance(value, float) and math.isnan(value))
+
+
+def text_of(row: Row, column: str, where: str, optional: bool = False) -> str:
+    """The text in a column: text as it is, a number or a truth value as JSON writes it; "" for one that is optional.
+
+    Raises:
+        UserError: missing, or neither text nor a number.
+    """
+    value = row.get(column)
+    if missing(value):
+        if optional:
+            return ""
+        raise UserError(f"{where}: column {column!r} is empty. Fill or remove this row.")
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    raise UserError(f"{where}: column {column!r} holds a {type(value).__name__}, not text: {str(value)[:100]}.")
+
+
+def conversation_of(row: Row, column: str, where: str) -> list[Row]:
+    """The messages in a column as `role` and `content` with whatever else they hold; ShareGPT's spelling is read, too.
+
+    Content in parts is joined. A function call becomes a tool call, its arguments an object.
+
+    Raises:
+        UserError: no list of messages, or a message without content.
+    """
+    value = row.get(column)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: column {column!r} is not JSON: {error}.") from error
+    if isinstance(value, dict) and all(isinstance(part, list) for part in value.values()):
+        # datasets' `Sequence` of messages: a list per key.
+        value = [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
+    if missing(value):
+        raise UserError(f"{where}: column {column!r} is empty. Fill or remove this row.")
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise UserError(f'{where}: column {column!r} is no list of messages, {{"role": ..., "content": ...}}.')
+    return [_message(message, f"{where}, message {number}") for number, message in enumerate(value, 1)]
+
+
+def _message(message: Row, where: str) -> Row:
+    made = {key: value for key, value in message.items() if value is not None}
+    if "role" not in made and "from" in made:
+        made = {"role": made.pop("from"), "content": made.pop("value", None), **made}
+    role = made.get("role")
+    if not isinstance(role, str) or not role:
+        raise UserError(f'{where}: it has no role, {{"role": ..., "content": ...}}: {str(message)[:100]}.')
+    made["role"] = ROLES.get(role, role)
+    if role == "function_call":  # LLaMA-Factory: the call stands in the text
+        made |= {"role": "assistant", "content": "", "function_call": _decoded(made.get("content"), where)}
+    if "function_call" in made:  # OpenAI's older name
+        made["tool_calls"] = [{"type": "function", "function": made.pop("function_call")}]
+    if made.get("tool_calls"):
+        made["tool_calls"] = [_tool_call(call, where) for call in _decoded(made["tool_calls"], where)]
+    else:
+        made.pop("tool_calls", None)
+    content = made.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        made["content"] = "".join(_part(part, where) for part in content)
+    may_be_empty = bool(made.get("tool_calls")) or made["role"] in ("tool", "function", "system", "developer")
+    made["content"] = text_of(made, "content", where, optional=may_be_empty)
+    if made.get("weight", 1) not in (0, 1):
+        raise UserError(f"{where}: weight {made['weight']!r} must be 0 (not trained) or 1.")
+    return made
+
+
+def _part(part: Row, where: str) -> str:
+    if part.get("type") == "image":  # the picture itself is in its column
+        return ""
+    if not isinstance(part.get("text"), str):
+        raise UserError(f"{where}: a part of the content is no text: {str(part)[:100]}.")
+    return part["text"]
+
+
+def _tool_call(call: Any, where: str) -> Row:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UserError(f"{where}: a tool call has no function with a name: {str(call)[:100]}.")
+    arguments = _decoded(function.get("arguments") or {}, where)
+    return {
+        "type": "function",
+        **(call if "function" in call else {}),
+        "function": {**function, "arguments": arguments},
+    }
+
+
+def _decoded(value: Any, where: str) -> Any:
+    """A value that some store as JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {value[:100]!r} is not JSON: {error}.") from error

@@ -1,0 +1,134 @@
+"""What must not turn a run that is saved into a failure: TensorBoard's files, the summary, the upload."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from torch.utils.tensorboard import SummaryWriter
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from ds_moelora.redaction import redact_text
+from launch.checks.errors import UserError
+
+# Folders and files of a run that are nobody else's: checkpoints, half-written files, pickled arguments.
+NOT_UPLOADED = ["_*", ".*", ".partial/*", "checkpoint-*", "*.lock", "training_args.bin"]
+
+
+@contextmanager
+def not_fatal(what: str, output_dir: str | Path) -> Iterator[None]:
+    """An error inside is one line that says what is missing; the run, which is saved, ends with code 0."""
+    try:
+        yield
+    except Exception as error:
+        print(f"The run is finished and saved in {output_dir}; {what} is missing: {_one_line(error)}", flush=True)
+
+
+class Curves:
+    """A `SummaryWriter` whose errors (a full disk) end the curves with one line, and not the training.
+
+    Args:
+        options: `SummaryWriter`'s.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._folder = options.get("log_dir")
+        self._writer: SummaryWriter | None = None
+        try:
+            self._writer = SummaryWriter(**options)
+        except OSError as error:
+            self._give_up(error)
+
+    @property
+    def file_writer(self) -> Curves:
+        """Whose `add_summary` is guarded as well."""
+        return self
+
+    def add_summary(self, *args: Any, **kwargs: Any) -> None:
+        """Writes a protobuf summary."""
+        self._call(lambda writer: writer.file_writer.add_summary(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: self._call(lambda writer: getattr(writer, name)(*args, **kwargs))
+
+    def _call(self, act: Any) -> Any:
+        try:
+            return None if self._writer is None else act(self._writer)
+        except OSError as error:
+            return self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._writer = None
+        print(f"TensorBoard: {self._folder} cannot be written ({error}). Training goes on without curves.", flush=True)
+
+
+def guard_curves(trainer: Trainer) -> None:
+    """Makes transformers' TensorBoard callback write through `Curves`, after training, too."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            if not hasattr(callback, "_SummaryWriter"):
+                raise RuntimeError("transformers' TensorBoardCallback has no _SummaryWriter; version 5 has.")
+            callback._SummaryWriter = Curves
+
+
+class HubUpload(TrainerCallback):
+    """Uploads what a run leaves, without pickled arguments, checkpoints and half-written files.
+
+    transformers' own upload takes `training_args.bin`, in which the token is. So `--push_to_hub` is taken out of the
+    training arguments, and done here: at the end, and with `--hub_strategy every_save` after each checkpoint.
+
+    Args:
+        training: the training arguments; `push_to_hub` is switched off in them.
+    """
+
+    def __init__(self, training: TrainingArguments) -> None:
+        self.wanted, training.push_to_hub = bool(training.push_to_hub), False
+        self.training = training
+        self.repository: str | None = None
+        self.every_save = str(getattr(training.hub_strategy, "value", training.hub_strategy)) != "end"
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Makes the repository first: a wrong token is found before training, not after."""
+        if not self.wanted or not state.is_world_process_zero:
+            return
+        name = args.hub_model_id or Path(args.output_dir).absolute().name
+        try:
+            made = self._api().create_repo(name, private=args.hub_private_repo, exist_ok=True)
+        except Exception as error:
+            raise UserError(f"--push_to_hub: {name} cannot be made on the hub: {_one_line(error)}") from error
+        self.repository = made.repo_id
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.every_save and self.repository is not None and checkpoint.is_dir():
+            with not_fatal(f"the upload of {checkpoint.name}", args.output_dir):
+                self._upload(checkpoint, f"Step {state.global_step}", ["adapter_*", "README.md", "*token*", "*.jinja"])
+
+    def finish(self) -> None:
+        """Uploads the finished run, on the rank that made the repository."""
+        if self.repository is not None:
+            with not_fatal(f"the upload to {self.repository}", self.training.output_dir):
+                self._upload(Path(self.training.output_dir), "End of training", None)
+
+    def _upload(self, folder: Path, message: str, allowed: list[str] | None) -> None:
+        self._api().upload_folder(
+            repo_id=self.repository,
+            folder_path=folder,
+            commit_message=message,
+            revision=self.training.hub_revision,
+            allow_patterns=allowed,
+            ignore_patterns=NOT_UPLOADED,
+        )
+
+    def _api(self) -> HfApi:
+        return HfApi(token=self.training.hub_token)
+
+
+def _one_line(error: Exception) -> str:
+    return redact_text(" ".join(f"{type(error).__name__}: {error}".split()))[:500]

@@ -1,0 +1,120 @@
+"""What turns text and pictures into a model's input: tokenizer, image processor, or both."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+
+from launch.checks.arguments import Arguments
+from launch.checks.errors import UserError, say
+
+KINDS = {
+    "image-classification": (AutoImageProcessor, "image processor"),
+    "image-text-to-text": (AutoProcessor, "processor"),
+}
+Processor = Any  # PreTrainedTokenizerBase, BaseImageProcessor or ProcessorMixin
+
+
+def load_processor(name: str, task: str, trust_remote_code: bool, revision: str | None = None) -> Processor:
+    """The processor of a model; its tokenizer, if it has one, can pad.
+
+    Raises:
+        UserError: none there, not one for the task, or one that cannot end or pad sequences.
+    """
+    kind, called = KINDS.get(task, (AutoTokenizer, "tokenizer"))
+    options = {} if revision is None else {"revision": revision}
+    try:
+        found = kind.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    except Exception as error:  # a damaged tokenizer.json raises what the tokenizers library pleases
+        raise UserError(f"--model_name_or_path {name}: no {called}: {error}") from error
+    if task == "image-text-to-text" and not isinstance(found, ProcessorMixin):
+        raise UserError(
+            f"--model_name_or_path {name} has a {type(found).__name__}, not a processor of pictures and text. For a "
+            "model of text alone use --task causal-lm."
+        )
+    tokenizer = tokenizer_of(found)
+    if tokenizer is None:
+        return found
+    if task == "causal-lm" and tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer of {name} has no end-of-sequence token; set eos_token in it.")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"the tokenizer of {name} has no padding token; set pad_token in it.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return found
+
+
+def tokenizer_of(processor: Processor) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a processor; None for one of pictures alone."""
+    found = getattr(processor, "tokenizer", processor)
+    return found if isinstance(found, PreTrainedTokenizerBase) else None
+
+
+def processor_of_run(arguments: Arguments) -> Processor:
+    """The processor of a run, with the chat template and the special tokens that its flags name.
+
+    Raises:
+        UserError: as `load_processor`, or a template or token that the tokenizer cannot write.
+    """
+    run, training = arguments.run, arguments.training
+    own = run.start_adapter is not None and (Path(run.start_adapter) / "tokenizer_config.json").is_file()
+    where, revision = (run.start_adapter, None) if own else (run.model_name_or_path, run.revision)
+    processor = load_processor(str(where), run.task, training.trust_remote_code, revision)
+    tokenizer = tokenizer_of(processor)
+    if tokenizer is None:
+        return processor
+    if getattr(training, "chat_template_path", None) is not None:
+        _adopt_template(training, processor, tokenizer)
+    for name in ("eos_token", "pad_token"):
+        token = getattr(training, name, None)
+        if token is None:
+            continue
+        if token not in tokenizer.get_vocab():
+            raise UserError(f"--{name} {token!r} is no token of {where}; choose one that it has.")
+        setattr(tokenizer, name, token)
+    return processor
+
+
+def _adopt_template(training: Any, processor: Processor, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Takes over a chat template, and the token that ends an answer in it.
+
+    TRL's own way adds the other tokenizer's tokens and resizes the model inside the adapter, after which the adapter
+    fits no base model. So a template that needs tokens of its own is refused.
+
+    Raises:
+        UserError: nothing there, no template in it, or tokens that the model has not.
+    """
+    path = training.chat_template_path
+    if os.path.isfile(path):
+        try:
+            processor.chat_template = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"--chat_template_path {path}: byte {error.start} is not UTF-8.") from error
+    else:
+        try:
+            source = AutoTokenizer.from_pretrained(path, trust_remote_code=training.trust_remote_code)
+            template = source.get_chat_template()
+        except Exception as error:
+            raise UserError(
+                f"--chat_template_path {path} is neither a template file nor a tokenizer with a chat template: {error}"
+            ) from error
+        own = [token.content for token in source.added_tokens_decoder.values()]
+        lacking = [
+            token for token in own
+            if token not in tokenizer.get_vocab() and (token in template or token == source.eos_token)
+        ]  # fmt: skip
+        if lacking:
+            raise UserError(
+                f"--chat_template_path {path}: its template writes {', '.join(lacking)}, which this model's tokenizer "
+                "lacks: the model has no row for them. Choose a template of the model's own tokens, or a model that "
+                "has these."
+            )
+        processor.chat_template = template
+        if training.eos_token is None and source.eos_token in tokenizer.get_vocab():
+            training.eos_token = source.eos_token
+            say(f"--chat_template_path {path}: answers end with its {source.eos_token}.")
+    tokenizer.chat_template = processor.chat_template
+    training.chat_template_path = None  # done; TRL would resize the model

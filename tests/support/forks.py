@@ -1,0 +1,101 @@
+"""Processes that start with everything imported.
+
+One server process imports `tests.support.preload` and forks all others (the "forkserver" of multiprocessing). A process
+is as new as one that was started by itself, but for its imports: it has its own memory, session, environment and exit
+code. Variables that libraries read while they are imported (HF_HOME, DS_ACCELERATOR) are the server's.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing as mp
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+_context = mp.get_context("forkserver")
+
+
+def start_forked(function: Callable[..., Any], *args: Any, daemon: bool = True) -> ForkServerProcess:
+    """Starts a process that calls `function(*args)`, a function of a module.
+
+    Args:
+        daemon: ended with this process; it cannot have children of multiprocessing then.
+    """
+    _start_server()
+    process = _context.Process(target=function, args=args, daemon=daemon)
+    process.start()
+    return process
+
+
+def _start_server() -> None:
+    _context.set_forkserver_preload(["tests.support.preload"])
+    path, offline = os.environ.get("PYTHONPATH"), os.environ.get("HF_HUB_OFFLINE")
+    os.environ.update(PYTHONPATH=f"{ROOT}{os.pathsep}{path or ''}", HF_HUB_OFFLINE="1")
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in (("PYTHONPATH", path), ("HF_HUB_OFFLINE", offline)):
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def run_ranks(
+    script: str, arguments: list[str], ranks: int, environment: dict[str, str], port: int, output: str
+) -> None:
+    """Does in a forked process what `deepspeed --num_gpus <ranks> <script> <arguments>` does on one machine.
+
+    A rank that fails ends the others, and its code becomes this process's. All are one session; what they print is
+    added to the file `output`, and their process numbers are in `<output>.pids`, by rank.
+    """
+    os.setsid()
+    processes = []
+    for rank in range(ranks):
+        own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+        own |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        words = [f"--local_rank={rank}", *arguments]
+        process = mp.get_context("fork").Process(target=run_script, args=(script, words, environment | own, output))
+        process.start()
+        processes.append(process)
+    pids = Path(f"{output}.pids")
+    pids.with_suffix(".new").write_text("\n".join(str(process.pid) for process in processes))
+    pids.with_suffix(".new").rename(pids)
+    code, running = 0, list(processes)
+    while running and code == 0:
+        wait([process.sentinel for process in running])
+        for process in [process for process in running if not process.is_alive()]:
+            running.remove(process)
+            code = code or process.exitcode or 0
+    for process in running:
+        process.terminate()
+    for process in running:
+        process.join(timeout=40)
+        process.kill()
+        process.join()
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+def run_script(script: str, arguments: list[str], environment: dict[str, str], output: str) -> None:
+    """As `python -u <script> <arguments>` in the repository's root, with this environment and nothing of another."""
+    file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(file, stream.fileno())
+        stream.reconfigure(write_through=True)  # type: ignore[union-attr]
+    os.close(file)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing ends its processes without
