@@ -39,6 +39,8 @@ def described(model_type: str, folder: Path, **fields: Any) -> Any:
         ("aimv2_text_model", None),  # a part of a model, of no AutoModel
         ("funnel", None),
         ("donut-swin", None),  # a list of numbers of heads
+        ("musicgen", None),  # two text configs
+        ("parakeet_ctc", None),  # its hidden size is a part's
         ("reformer", None),  # the model for AutoModelForCausalLM refuses its own default config
     ],
 )

@@ -1,4 +1,4 @@
-"""An adapter as it was saved, read without its base model."""
+"""A saved adapter, checked and read without its base model."""
 
 from __future__ import annotations
 
