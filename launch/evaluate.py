@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
+from ds_moelora.redaction import redact
 from launch.checks.arguments import Arguments, command_line, read_flags
 from launch.checks.errors import UserError, run_guarded
 from launch.checks.flags import (
@@ -42,6 +43,7 @@ from launch.checks.flags import (
     ScoringArguments,
     flag,
 )
+from launch.checks.preflight import check_task
 from launch.data import answering, classification, images
 from launch.data.causal import causal_rows
 from launch.data.rows import load_rows
@@ -113,6 +115,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     wish.task, wish.model_name_or_path = source.task, source.base
     answers = answering.wants_answers(scoring, source.task)
+    check_task(wish)
+    if wish.max_length is not None and source.task == "image-classification":
+        raise UserError(f"--max_length {wish.max_length} has no effect with --task {source.task}.")
+    if wish.classes and source.task == "causal-lm":
+        raise UserError(f"--classes {' '.join(wish.classes)} has no effect with --task {source.task}.")
     if wish.predictions and not answers:
         raise UserError("--predictions needs answers: --score answers, or --answer_pattern.")
     processor = load_processor(source)
@@ -230,7 +237,7 @@ def write_results(results: dict[str, Any], wish: EvaluationArguments, source: So
         return None
     name = f"evaluation-{Path(str(wish.dataset_name)).name.removesuffix('.jsonl')}.json"
     path = Path(wish.output) if wish.output is not None else Path(source.adapter) / name
-    return write_text(path, json.dumps(results, indent=2) + "\n")
+    return write_text(path, json.dumps(redact(results), indent=2) + "\n")
 
 
 def write_predictions(path: Path, writer: answering.AnswerScores) -> Path:
@@ -255,7 +262,7 @@ def print_results(results: dict[str, Any], paths: list[Path]) -> None:
     table.add_row("run", f"{results['seconds']:.1f} s, {results['dtype']} on {results['device']}")
     for path in paths:
         table.add_row("written", str(path))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The command line: `python -m ds_moelora COMMAND ...`.
 
 A command is a module of this folder with `SUMMARY` (one line), `add_arguments(parser)` and `run(args) -> int`, listed
-in `COMMANDS`; its docstring is its help. It raises ValueError for what the user can put right. A command with
-`TAKES_OTHER_FLAGS = True` gets flags that are not its own in `args.other_flags`.
+in `COMMANDS`; its docstring is its help. It raises ValueError for a mistake in what was asked. A command with
+`TAKES_OTHER_FLAGS = True` finds unknown flags in `args.other_flags`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m ds_moelora",
         description="Tools around mixtures of LoRA experts. Training itself is deepspeed launch/train.py.",
-        epilog="Exit codes: 0 done, 1 a fault of this program, 2 something to put right in what was asked.",
+        epilog="Exit codes: 0 done, 1 an unexpected error, 2 a mistake in what was asked.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None: those of the command line.
 
     Returns:
-        The exit code: 2 for what the user can put right (one line on stderr), 1 for anything unforeseen.
+        The exit code: 2 for a ValueError (one line on stderr), 1 for any other error.
     """
     args, others = build_parser().parse_known_args(argv)
     args.other_flags = others
@@ -69,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        foreseen = isinstance(error, ValueError)
+        expected = isinstance(error, ValueError)
         message = plain(" ".join(str(error).split()))
-        if not foreseen:
+        if not expected:
             message = f"{type(error).__name__}: {message} (--debug shows where)"
         print(f"error: {message}", file=sys.stderr)
-        return 2 if foreseen else 1
+        return 2 if expected else 1

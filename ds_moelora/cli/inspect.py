@@ -7,7 +7,7 @@
 
 Columns: s is the scaling, |sBA| the Frobenius norm of what an expert can add to the weight (0 before training), cond A
 and cond B the condition numbers of A^T A and B^T B that the Riemannian optimizers invert (inf for B before the first
-step), bias how much of the load the router's favourite gets from inputs that favour nobody (1: its share; E/k: all),
+step), bias the load of the router's favourite expert on isotropic inputs, over an even share (1: even; E/k: all of it),
 alike the largest cosine between two experts' products (from 0.99 on they are called duplicates).
 """
 

@@ -4,7 +4,7 @@ W0 = U S V^T has n = min(in, out) singular triplets, S descending. Every expert 
 
     A_i = sqrt(S_i / (s rho)) V_i^T        B_i = U_i sqrt(S_i / (s rho))        s B_i A_i = U_i S_i V_i^T / rho
 
-so that the experts start inside the weight's own directions. The base weight gives away what they have on average,
+so that the experts start inside the weight's own directions. Their mean is subtracted from the base weight,
 
     W = W0 - (s / E) sum_i B_i A_i         W + s sum_i g_i B_i A_i = W0         for g_i = 1 / E,
 
@@ -102,7 +102,7 @@ def starting_factors(triplets: Triplets, num_experts: int, scaling: float, rho: 
 
 
 def mean_product(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """(s / E) sum_i B_i A_i, what the base weight gives away; one product, in the wider of the dtype and float32.
+    """(s / E) sum_i B_i A_i, which is subtracted from the base weight; computed in the dtype, or float32 if wider.
 
     Args:
         lora_A: (E, in, r). lora_B: (E, out, r).

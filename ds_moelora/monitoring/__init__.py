@@ -1,4 +1,4 @@
-"""TensorBoard for mixtures: `MoELoRACallback` for transformers' Trainer, `EngineMonitor` for a loop of one's own."""
+"""TensorBoard for mixtures: `MoELoRACallback` for transformers' Trainer, `EngineMonitor` for your own loop."""
 
 from .callback import MoELoRACallback
 from .engine import EngineMonitor

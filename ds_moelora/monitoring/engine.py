@@ -1,4 +1,4 @@
-"""TensorBoard (and DeepSpeed's other monitors) for a training loop of one's own."""
+"""TensorBoard (and DeepSpeed's other monitors) for your own training loop."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class EngineMonitor:
 
     Args:
         engine: what `deepspeed.initialize` returned. Every rank makes a monitor and calls it.
-        every: steps from one report to the next; the first step is reported, too.
+        every: steps from one report to the next; the first step is reported as well.
         heat_map_every: reports from one heat map to the next; 0: none.
 
     Raises:

@@ -1,6 +1,6 @@
 """Measures training steps: everything is summed on the device, and over the ranks in one all-reduce per report.
 
-A step that is to be reported is armed before its first forward pass and read after the optimizer's step. Which steps
+A reported step is armed before its first forward pass and read after the optimizer's step. Which steps
 these are must follow from their number alone, so that all ranks agree; nothing else decides whether ranks communicate.
 docs/tensorboard.md has the formulas.
 """

@@ -162,7 +162,7 @@ def _activations(model: ModelShape, work: Workload, choice: Choice) -> list[Item
 def block_activations(model: ModelShape, work: Workload, choice: Choice) -> float:
     """Bytes that autograd keeps of one block: T (b sum(I + O) + 8 H), and of every adapted module
 
-        dense     T E (r b + 8)        p, the gates, the softmax of the loss; with ep_size > 1 9: what was chosen, too
+        dense     T E (r b + 8)        p, the gates, the softmax of the loss; 9 with ep_size > 1: chosen experts
         grouped   T (k r b + 8 E)
         tokens    M (I b + (E / n) (r b + 5)) + 9 T E for the M rows that arrive
 

@@ -123,8 +123,10 @@ def describe_model(config: str | Path | Any, target_modules: str | Sequence[str]
     config = _read_config(config) if isinstance(config, str | Path) else config
     model = _build(config, name)
     words, head = _embedding(model, "get_input_embeddings"), _embedding(model, "get_output_embeddings")
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = _text_config(config)
+    parts = [getattr(config, part, None) for part in getattr(config, "sub_configs", ())]
     hidden = _size(text, "hidden_size") or (words.shape[1] if words is not None else 0)
+    hidden = hidden or max((_size(part, "hidden_size") for part in parts), default=0)
     if not hidden:
         raise ValueError(f"{name}: the config says nothing of hidden_size, which the planner needs.")
     heads = _size(text, "num_attention_heads")
@@ -145,6 +147,14 @@ def describe_model(config: str | Path | Any, target_modules: str | Sequence[str]
         largest_parameter=max(sizes),
         linears=tuple(Linear(n, *shape, n in adapted) for n, shape in found.items()),
     )
+
+
+def _text_config(config: Any) -> Any:
+    """The part of a config that describes the language model; all of it where it has no such part, or several."""
+    try:
+        return config.get_text_config()
+    except (AttributeError, ValueError):
+        return config
 
 
 def _size(config: Any, name: str) -> int:

@@ -19,10 +19,10 @@ MOST_GPUS = 65536
 
 
 class DoesNotFitError(ValueError):
-    """No way to run the workload fits; the message says how many GPUs would do, or what else to change.
+    """No way to run the workload fits; the message has the least number of GPUs, or another remedy.
 
     Args:
-        least_gpus: how many would do; None: no number of them.
+        least_gpus: the least number of GPUs that fits; None: no number does.
     """
 
     def __init__(self, message: str, least_gpus: int | None) -> None:

@@ -1,4 +1,4 @@
-"""What is to be trained on how many GPUs (`Workload`), and the ways to spread it over them (`Choice`)."""
+"""One training step (`Workload`), and one way to spread it over its GPUs (`Choice`)."""
 
 from __future__ import annotations
 

@@ -254,6 +254,9 @@ class MoELoRAConfig(PeftConfig):
                 f"target_modules={self.target_modules!r} is empty; name the modules to adapt, e.g. "
                 "['q_proj', 'v_proj'], or pass 'all-linear', or None for PEFT's default."
             )
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), str):
+                _check_expression(name, getattr(self, name))
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:

@@ -7,12 +7,14 @@ stands in one of the tables below; `tests/launch/test_effects.py` fails for a fi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 from launch.checks.arguments import Arguments, non_defaults
 from launch.checks.errors import UserError, say
-from launch.checks.flags import LANGUAGE
+from launch.checks.flags import LANGUAGE, AdapterArguments, RunArguments, ScoringArguments
+from launch.data.answering import wants_answers
 
 # Read by the launcher, TRL, transformers or accelerate, whatever their value is. `launch.checks.preflight` bounds some.
 _USED = """
@@ -108,6 +110,18 @@ NEEDS: dict[str, tuple[Callable[[Arguments], bool], str]] = {
     "packing_strategy": (_is_set("packing", "eval_packing"), "it needs --packing"),
 }
 
+_SVD = (
+    lambda a: a.init_lora_weights.lower() not in ("true", "false"),
+    "it needs --init_lora_weights goat (or pissa, ...)",
+)
+_EXPERT_PARALLEL = (lambda a: a.ep_size > 1, "it needs --ep_size above 1")
+# Flags of the adapter that another one of them switches on.
+ADAPTER_NEEDS: dict[str, tuple[Callable[[AdapterArguments], bool], str]] = {
+    "eta": (lambda a: a.scaling == "goat", "it needs --scaling goat"),
+    **dict.fromkeys(("rho", "svd_cache_dir"), _SVD),
+    **dict.fromkeys(("ep_dispatch", "ep_bucket_layers"), _EXPERT_PARALLEL),
+}
+
 # The launcher's own flags. Which of them a task, a layout or another flag makes idle is refused by
 # `launch.checks.preflight`, `launch.checks.data` and the readers of the data.
 _OWN = """
@@ -115,7 +129,7 @@ task model_name_or_path revision attn_implementation dataset_name dataset_config
 prompt_template instruction_column input_column output_column prompt_column completion_column messages_column
 prompt_format completion_format text_column text_pair_column text_pattern image_column label_column show_traceback
 dataset_weights dataset_stopping streaming eval_dataset_name eval_dataset_split eval_fraction max_train_samples
-load_in_4bit regression overwrite_output_dir lost_rank_seconds stop_after_nan_steps status_file unsafe_checkpoints
+load_in_4bit regression overwrite_output_dir lost_rank_seconds stop_after_nan_steps status_file
 score answer_pattern answer_ignore max_new_tokens
 """
 OWN = frozenset(_OWN.split())
@@ -128,6 +142,10 @@ def idle_flags(arguments: Arguments) -> dict[str, str]:
         needs, reason = NEEDS.get(name, (None, UNUSED.get(name, "")))
         if name in UNUSED or (needs is not None and not needs(arguments)):
             found[name] = reason
+    for name in non_defaults(arguments.adapter).keys() & ADAPTER_NEEDS.keys():
+        needs, reason = ADAPTER_NEEDS[name]
+        if not needs(arguments.adapter):
+            found[name] = reason
     return found
 
 
@@ -137,7 +155,7 @@ def check_effects(arguments: Arguments) -> None:
     Raises:
         UserError: naming the flag, its value and the remedy.
     """
-    given = non_defaults(arguments.training)
+    given = non_defaults(arguments.training) | non_defaults(arguments.adapter)
     for name in given.keys() & REFUSED.keys():
         raise UserError(f"--{name} {_shown(given[name])} is not supported: {REFUSED[name]}.")
     for name, reason in idle_flags(arguments).items():
@@ -149,7 +167,11 @@ def check_effects(arguments: Arguments) -> None:
 
 def _check_own(arguments: Arguments) -> None:
     """The launcher's own flags that need another one."""
-    run = arguments.run
+    run, scoring = arguments.run, arguments.scoring
+    if run.revision != RunArguments.revision and os.path.isdir(str(run.model_name_or_path)):
+        say(f"--revision {run.revision} is not used: the model is a folder.")
+    if scoring.max_new_tokens != ScoringArguments.max_new_tokens and not wants_answers(scoring, run.task):
+        say(f"--max_new_tokens {scoring.max_new_tokens} is not used: no answers are scored (--score answers).")
     if run.eval_dataset_split is not None and run.eval_dataset_name is None:
         raise UserError(f"--eval_dataset_split {run.eval_dataset_split} has no effect without --eval_dataset_name.")
     if run.max_eval_samples is not None and not _has_evaluation(arguments):

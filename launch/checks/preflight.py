@@ -23,7 +23,7 @@ from launch.checks.deepspeed_config import check_deepspeed_config
 from launch.checks.effects import check_effects
 from launch.checks.errors import UserError, process_rank, say
 from launch.checks.extensions import check_build_lock
-from launch.checks.flags import LANGUAGE, RunArguments
+from launch.checks.flags import LANGUAGE, DataArguments, RunArguments
 from launch.checks.trusted import check_trusted
 from launch.data.answering import wants_answers
 from launch.data.data_checks import check_data
@@ -201,15 +201,15 @@ def check_numbers(arguments: Arguments) -> None:
         raise UserError("--score answers (or --answer_pattern) needs --eval_dataset_name, or --eval_fraction.")
 
 
-def check_task(arguments: Arguments) -> None:
+def check_task(run: DataArguments) -> None:
     """Refuses flags that mean nothing to the task.
 
     Raises:
         UserError: naming the flag and the tasks it is for.
     """
-    run = arguments.run
     for name, tasks in TASK_FLAGS.items():
-        if run.task not in tasks and getattr(run, name) != getattr(RunArguments, name):
+        default = getattr(RunArguments, name)
+        if run.task not in tasks and getattr(run, name, default) != default:
             raise UserError(f"--{name} has no effect with --task {run.task}; it is for {' and '.join(tasks)}.")
 
 
@@ -262,7 +262,7 @@ def preflight(arguments: Arguments) -> str:
     check_build_lock()
     check_numbers(arguments)
     check_bounds(arguments.training)
-    check_task(arguments)
+    check_task(arguments.run)
     check_data(arguments)
     check_loss(arguments)
     check_effects(arguments)

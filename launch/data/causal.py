@@ -76,7 +76,7 @@ class Converter:
         whole: bool,
     ) -> None:
         self.run, self.flag, self.tokenizer, self.keep, self.whole = run, flag, tokenizer, keep, whole
-        self.kind, self.columns = _layout(rows, run, flag)
+        self.kind, self.columns = layout_of(rows, run, flag)
         self.as_chat = as_chat
         template = str(getattr(tokenizer, "chat_template", None) or "")
         self.is_chat = as_chat or self._is_chat(rows)
@@ -256,7 +256,7 @@ def causal_rows(
     return made
 
 
-def _layout(rows: Rows, run: DataArguments, flag: str) -> tuple[str, dict[str, str]]:
+def layout_of(rows: Rows, run: DataArguments, flag: str) -> tuple[str, dict[str, str]]:
     """The layout's name, and which of its columns are called how."""
     if run.prompt_format or run.completion_format:
         for name in FORMATS:

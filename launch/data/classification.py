@@ -80,7 +80,8 @@ def class_names(rows: Dataset, wish: str | None, usual: tuple[str, ...] = LABEL_
 def class_options(names: list[str]) -> dict[str, Any]:
     """What the config of a model must know of its classes."""
     ids = dict(enumerate(names))
-    return {"num_labels": len(names), "id2label": ids, "label2id": {name: number for number, name in ids.items()}}
+    labels = {"id2label": ids, "label2id": {name: number for number, name in ids.items()}}
+    return {"num_labels": len(names), "problem_type": "single_label_classification", **labels}
 
 
 def label_of(row: Row, column: str, where: str, names: list[str] | None, regression: bool) -> Any:

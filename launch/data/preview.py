@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The run's own folder may exist already, and stays as it is.
         arguments.training.output_dir, arguments.training.report_to = folder, "none"
         checks.check_numbers(arguments)
-        checks.check_task(arguments)
+        checks.check_task(arguments.run)
         checks.check_data(arguments)
         check_effects(arguments)
         show(arguments, console, options.rows, color)

@@ -14,7 +14,7 @@ from datasets import Dataset, concatenate_datasets, interleave_datasets
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from launch.checks.arguments import Arguments
-from launch.checks.errors import UserError
+from launch.checks.errors import UserError, say
 from launch.checks.flags import LANGUAGE, RunArguments
 from launch.data import causal, classification, images
 from launch.data.image_text import image_text_rows
@@ -42,15 +42,18 @@ def load_data(
         kind = images.labelled_images if run.task == "image-classification" else classification.classification_texts
         convert = partial(kind, regression=run.regression)
 
-    parts, held_out, names = [], [], None
+    parts, held_out, names, worded = [], [], None, False
     for number, name in enumerate(run.dataset_name):
         train, aside = load_splits(run, seed, number)
         if run.task not in LANGUAGE and number == 0:
             usual = images.LABELS_OF_PICTURES if run.task == "image-classification" else classification.LABEL_COLUMNS
             names = classification.class_names(train, run.label_column, usual)
+        worded |= run.task in LANGUAGE and causal.layout_of(train, run, f"--dataset_name {name}")[0] == "instruction"
         parts.append(convert(train, run, flag=f"--dataset_name {name}"))
         if aside is not None:
             held_out.append(convert(aside, run, flag=f"--dataset_name {name}"))
+    if run.prompt_template != RunArguments.prompt_template and not worded:
+        say(f"--prompt_template {run.prompt_template} is not used: no data set has instruction rows.")
     flag = f"--dataset_name {' '.join(run.dataset_name)}"
     train = mix(parts, run, seed)
     evaluation = load_evaluation(run)

@@ -119,6 +119,9 @@ def conversation_of(row: Row, column: str, where: str) -> list[Row]:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: column {column!r} is not JSON: {error}.") from error
+    if isinstance(value, dict) and all(isinstance(part, list) for part in value.values()):
+        # datasets' `Sequence` of messages: a list per key.
+        value = [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
     if missing(value):
         raise UserError(f"{where}: column {column!r} is empty. Fill or remove this row.")
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):

@@ -16,7 +16,8 @@ from launch.checks.effects import NEEDS, OWN, REFUSED, UNUSED, USED, check_effec
 from launch.checks.errors import UserError
 from launch.checks.flags import TRAINING_CLASSES, RunArguments, ScoringArguments
 from launch.data.causal import causal_rows
-from tests.support.launch_support import CHAT_TEMPLATE, chat_tokenizer
+from launch.data.sources import load_data
+from tests.support.launch_support import CHAT_TEMPLATE, chat_tokenizer, write_jsonl
 
 NAMED = ["--model_name_or_path", "m", "--dataset_name", "d"]
 
@@ -100,6 +101,23 @@ def test_what_has_an_effect_is_not_named(capsys: pytest.CaptureFixture[str]) -> 
     flags = ["--push_to_hub", "true", "--hub_model_id", "me/it", "--eval_fraction", "0.5", "--eval_steps", "3"]
     check_effects(parse_arguments([*NAMED, *flags, "--dataloader_num_workers", "2"], {}))
     assert capsys.readouterr().out == ""
+
+
+def test_flags_of_the_launcher_that_do_nothing_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--eta", "2", "--rho", "3", "--svd_cache_dir", "x", "--ep_dispatch", "tokens"]
+    check_effects(parse_arguments([*NAMED, *flags, "--scaling", "goat", "--init_lora_weights", "goat"], {}))
+    assert capsys.readouterr().out == "--ep_dispatch tokens is not used: it needs --ep_size above 1.\n"
+    check_effects(parse_arguments([*NAMED, *flags, "--ep_size", "2"], {}))
+    said = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert said == {"--eta", "--rho", "--svd_cache_dir"}
+    flags = ["--model_name_or_path", str(tmp_path), "--dataset_name", "d"]
+    check_effects(parse_arguments([*flags, "--revision", "v2", "--max_new_tokens", "3"], {}))
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == ["--revision v2 is not used", "--max_new_tokens 3 is not used"]
+    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "q", "completion": "a"}])
+    flags[-1] = str(data)
+    load_data(parse_arguments([*flags, "--prompt_template", "plain"], {}), chat_tokenizer())
+    assert capsys.readouterr().out == "--prompt_template plain is not used: no data set has instruction rows.\n"
 
 
 @pytest.mark.parametrize(

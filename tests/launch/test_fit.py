@@ -17,6 +17,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     GPTJConfig,
@@ -32,6 +34,7 @@ from transformers import (
 
 from ds_moelora import MoELoRAConfig
 from launch import train
+from launch.checks import preflight
 from launch.checks.arguments import Arguments, parse_arguments
 from launch.checks.errors import UserError
 from launch.checks.preflight import check_bounds
@@ -170,6 +173,33 @@ def test_a_head_for_other_classes_is_replaced(tmp_path: Path, parse: Any, capsys
     assert trainers.build_trainer(arguments, model, made.processor, made.train, None, []).truncation["train"].rows == 6
 
 
+def test_heads_are_trained_whole_and_not_adapted(tmp_path: Path, parse: Any) -> None:
+    """DistilBERT's head has two layers, of which PEFT adapts one under all-linear, and cannot save it whole then."""
+    config = DistilBertConfig(vocab_size=TOKENS, dim=8, hidden_dim=8, n_layers=1, n_heads=2, max_position_embeddings=64)
+    config.problem_type = "multi_label_classification"
+    DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    chat_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"text": f"t{i}", "label": i % 2} for i in range(6)]
+    arguments = parse("--task", "sequence-classification", "--max_length", "32", model=tmp_path / "model", rows=rows)
+    made, _ = prepare(arguments)
+    arguments.training.start()
+    model = modeling.load_model(arguments, made.config, made.model_options, made.processor)
+    trained = {name for name, param in model.named_parameters() if param.requires_grad}
+    heads = {name for name in trained if "classifier" in name}
+    assert heads
+    assert not any("lora" in name for name in heads)
+    assert {"q_lin", "lin2"} <= {part for name in trained if "lora_B" in name for part in name.split(".")}
+    trainer = trainers.build_trainer(arguments, model, made.processor, made.train, None, [])
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert torch.isfinite(trainer.compute_loss(model, batch))  # one class each, whatever the base was for
+
+
+def test_a_model_that_sees_what_comes_after_is_no_causal_lm(tmp_path: Path, parse: Any) -> None:
+    folder = on_disk(BertConfig(**SIZES, intermediate_size=8), tmp_path / "model", "BertForMaskedLM")
+    with pytest.raises(UserError, match="BertForMaskedLM sees what comes after a token"):
+        prepare(parse(model=folder))
+
+
 def test_a_model_of_pictures_and_text_is_no_causal_lm(tmp_path: Path, parse: Any) -> None:
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = LlavaConfig(text_config=LlamaConfig(vocab_size=TOKENS, **small).to_dict(), vision_config=small)
@@ -180,6 +210,7 @@ def test_a_model_of_pictures_and_text_is_no_causal_lm(tmp_path: Path, parse: Any
 def test_targets_are_looked_for_before_the_demos_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "base_model", lambda: pytest.fail("built"))
     monkeypatch.setattr(demo_base, "_pretrain", lambda _: pytest.fail("built"))
+    monkeypatch.setattr(preflight, "check_build_lock", lambda: None)  # this machine's, which other runs may hold
     with pytest.raises(UserError, match=r"--target_modules q_porj: .* q_proj, k_proj"):
         train.main(["--deepspeed", "configs/zero2.json", "--target_modules", "q_porj"])
 

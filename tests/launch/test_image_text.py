@@ -124,7 +124,7 @@ def test_what_is_for_text_alone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--packing is not for --task image-text-to-text"):
         check_data(parse(tmp_path, tmp_path, "--packing"))
     with pytest.raises(UserError, match="--streaming has no effect with --task image-text-to-text"):
-        check_task(parse(tmp_path, tmp_path, "--streaming"))
+        check_task(parse(tmp_path, tmp_path, "--streaming").run)
     with pytest.raises(UserError, match="not a processor of pictures and text"):
         processor_of_run(parse(tiny_model(tmp_path / "text"), tmp_path))
 

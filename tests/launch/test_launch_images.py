@@ -156,7 +156,7 @@ def test_flags_of_other_tasks_are_refused(task: str, flag: str, value: str) -> N
         ["--task", task, "--model_name_or_path", "m", "--dataset_name", "d", f"--{flag}", value], {}
     )
     with pytest.raises(UserError, match=f"--{flag} has no effect with --task {task}"):
-        check_task(arguments)
+        check_task(arguments.run)
 
 
 @pytest.mark.parametrize("columns", classification.TEXT_PAIRS)

@@ -29,6 +29,7 @@ LAYOUTS: dict[str, Any] = {
     "chat pairs": lambda a: {"prompt": [USER], "completion": [{"role": "assistant", "content": a}]},
     "messages": lambda a: {"messages": [USER, {"role": "assistant", "content": a}]},
     "ShareGPT": lambda a: {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": a}]},
+    "Sequence": lambda a: {"messages": {"role": ["user", "assistant"], "content": ["q", a]}},
     "messages as text": lambda a: {"messages": json.dumps([USER, {"role": "assistant", "content": a}])},
 }
 MISSING = [None, "", " \n", [], math.nan]

@@ -77,6 +77,7 @@ def test_what_a_peer_sends_is_bounded(pair: tuple[Watchdog, Peer, socket.socket]
     assert "more than 1024 bytes" in next(filter(None, verdicts))["lost"]
 
 
+@settings(deadline=None)
 @given(text=st.text(max_size=60), repeats=st.sampled_from([1, 40]), key=st.sampled_from(["failed", "lost"]))
 def test_messages_fit(text: str, repeats: int, key: str) -> None:
     text *= repeats

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -57,9 +57,10 @@ def test_names_of_variables_that_do_not_travel() -> None:
     assert exported(dict.fromkeys(names, SECRET), []) == {}
 
 
+@settings(deadline=None)
 @given(
     name=st.sampled_from(SECRETS),
-    value=st.text(st.characters(codec="ascii", exclude_characters="<>"), min_size=8).filter(lambda v: v.isalnum()),
+    value=st.text("abcXYZ0189", min_size=8, max_size=20),
     depth=st.lists(st.sampled_from(["model_init_kwargs", "a", "list"]), max_size=4),
 )
 def test_every_place(name: str, value: str, depth: list[str]) -> None:

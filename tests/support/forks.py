@@ -62,7 +62,7 @@ def run_ranks(
         own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
         own |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         words = [f"--local_rank={rank}", *arguments]
-        process = mp.get_context("fork").Process(target=_run_script, args=(script, words, environment | own, output))
+        process = mp.get_context("fork").Process(target=run_script, args=(script, words, environment | own, output))
         process.start()
         processes.append(process)
     pids = Path(f"{output}.pids")
@@ -83,7 +83,7 @@ def run_ranks(
     sys.exit(code if code >= 0 else 128 - code)
 
 
-def _run_script(script: str, arguments: list[str], environment: dict[str, str], output: str) -> None:
+def run_script(script: str, arguments: list[str], environment: dict[str, str], output: str) -> None:
     """As `python -u <script> <arguments>` in the repository's root, with this environment and nothing of another."""
     file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for stream in (sys.stdout, sys.stderr):

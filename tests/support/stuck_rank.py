@@ -18,7 +18,7 @@ import torch.distributed as dist
 from launch.checks.errors import run_guarded
 from launch.cluster import watchdog
 
-SECONDS = 6  # --ddp_timeout; that of the start is another, for slow machines
+SECONDS = 9  # --ddp_timeout, longer than the silence that is noticed; the start has another, for slow machines
 
 
 def get_stuck(kind: str) -> None:

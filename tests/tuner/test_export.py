@@ -134,7 +134,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert [Path(entry["folder"]).name for entry in listed] == [f"expert_{i}" for i in range(4)]
     assert {(entry["r"], entry["lora_alpha"]) for entry in listed} == {(2, 16)}
     assert main(["export", str(tmp_path / "adapter"), str(out)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists and is not an empty folder" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "again")]) == 0
     for file in sorted(p.relative_to(out) for p in out.rglob("*") if p.is_file()):
         assert (out / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file

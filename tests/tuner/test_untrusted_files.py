@@ -30,8 +30,8 @@ WRONG = {
     "top_k": [10**11, None, []],
     "lora_alpha": [float("nan"), float("inf"), HUGE, "16", None, [1]],
     "lora_dropout": [1.0, -0.1, "x", [[]]],
-    "target_modules": [[1], [["q"]], {"a": 1}, 5, ["q"] * (MOST_ENTRIES + 1), []],
-    "exclude_modules": [[{}], 7],
+    "target_modules": [[1], [["q"]], {"a": 1}, 5, ["q"] * (MOST_ENTRIES + 1), [], "("],
+    "exclude_modules": [[{}], 7, "*"],
     "modules_to_save": [3, [3], {"a": 2}],
     "layers_to_transform": ["a", ["a"], [1.5], {}],
     "layers_pattern": [3],
@@ -124,6 +124,9 @@ def test_loading_names_the_file(saved: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{WEIGHTS} is damaged or cut short"):
             model.load_adapter(str(folder), "second")
         assert list(model.peft_config) == ["default"]
+    (folder / CONFIG).write_text("{")
+    with pytest.raises(ValueError, match=f"{CONFIG} cannot be used"):
+        PeftModel.from_pretrained(llama(), str(folder))
     copied(saved, folder, num_experts=10**11)
     with pytest.raises(ValueError, match=f"{CONFIG} cannot be used: num_experts=100000000000 must be at most"):
         PeftModel.from_pretrained(llama(), str(folder))

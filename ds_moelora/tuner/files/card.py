@@ -1,7 +1,7 @@
 """The model card (README.md) of an adapter: PEFT writes one at every save; the part on mixtures of experts is put in.
 
-A new card is ours alone, without the hub's template of empty headings. In one that is there already our parts are
-replaced where they stand (between two comments), or added at its end; everything else in it stays.
+A new card has our parts only, without the hub's template of empty headings. In an existing card our parts, between two
+comments, are replaced in place or added at the end; everything else in it stays.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ LIBRARIES = {
 }
 AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
 _TRAINING = "_ds_moelora_training"
-# What the adapter is: always told. Other fields are told where they differ from their defaults.
+# Always listed. Other fields are listed where they differ from their defaults.
 MAIN_FIELDS = ("r", "num_experts", "top_k", "lora_alpha", "scaling", "init_lora_weights", "target_modules")
-UNTOLD_FIELDS = (*RUN_FIELDS, "inference_mode", "peft_type", "task_type", "base_model_name_or_path", "auto_mapping")
+UNLISTED_FIELDS = (*RUN_FIELDS, "inference_mode", "peft_type", "task_type", "base_model_name_or_path", "auto_mapping")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def describe_before_upload(upload: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_template(text: str) -> bool:
-    """Whether nobody has written a line of a card: transformers' for a new repository, or PEFT's own."""
+    """Whether a card has only the lines of transformers' template for a new repository, or of PEFT's."""
     empty = ModelCard.from_template(ModelCardData()).text.splitlines()
     return all(
         line in empty or "has been pushed on the Hub" in line or line.startswith(("### Framework versions", "- PEFT "))
@@ -160,10 +160,10 @@ def _summary(model: PeftModel, adapter: str, config: MoELoRAConfig, base: str) -
 
 
 def _settings(config: MoELoRAConfig) -> str:
-    told = config.to_dict()
+    saved = config.to_dict()
     default = MoELoRAConfig().to_dict()
-    names = [*MAIN_FIELDS, *(n for n in told if told[n] != default[n] and n not in (*MAIN_FIELDS, *UNTOLD_FIELDS))]
-    values = {name: getattr(config, name) if name in PATTERNS else told[name] for name in names}
+    names = [*MAIN_FIELDS, *(n for n in saved if saved[n] != default[n] and n not in (*MAIN_FIELDS, *UNLISTED_FIELDS))]
+    values = {name: getattr(config, name) if name in PATTERNS else saved[name] for name in names}
     rows = [f"| `{name}` | `{value}` |" for name, value in values.items()]
     return "\n".join(["| setting | value |", "|---|---|", *rows])
 

@@ -66,7 +66,7 @@ def _plain_config(config: MoELoRAConfig) -> MoELoRAConfig:
 
 
 def _plain_entries(entries: dict[str, Tensor]) -> dict[str, Tensor]:
-    """lora_A: [A_i, A0_1 ... A0_E], lora_B: [B_i, -B0_1 / E ... -B0_E / E]; the rest but for the start as it is."""
+    """lora_A: [A_i, A0_1 ... A0_E], lora_B: [B_i, -B0_1 / E ... -B0_E / E]; the start is left out."""
     plain = {}
     for key, tensor in entries.items():
         prefix, _, name = key.rpartition(".")

@@ -50,7 +50,7 @@ def export_adapter(folder: str | os.PathLike[str], output: str | os.PathLike[str
     """
     target = Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{output} is there already, and not an empty folder; name another one, or remove it.")
+        raise ValueError(f"{output} exists and is not an empty folder; name another folder, or remove it.")
     adapter = read_adapter(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

@@ -27,7 +27,7 @@ class ExpertFacts:
         condition_A, condition_B: largest over smallest eigenvalue of A^T A and B^T B, which the optimizer inverts; inf
             for a singular one (B before the first step).
         share: of the slots that this expert gets from inputs without any preference (`router_shares`), times E / k: 1
-            for a router that prefers nobody.
+            for a router without preference.
     """
 
     norm_A: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from ..experts import MoELoRAExperts, cut_whole_tensors
 from ..processes import raise_together
 from .tensor_file import append_tensors
 
-_experts_follow = False  # what is being saved leaves out sharded experts, which `append_experts` will add
+# What is being saved leaves out sharded experts, which `append_experts` will add.
+_experts_follow = contextvars.ContextVar("ds_moelora_experts_follow", default=False)
 
 
 def sharded_experts(model: nn.Module, adapter_name: str | None = None) -> dict[str, MoELoRAExperts]:
@@ -61,7 +63,7 @@ def with_whole_experts(
     if not modules:
         return selected
     kept = {key: value for key, value in selected.items() if not key.startswith(tuple(f"{n}.shard." for n in modules))}
-    if _experts_follow:
+    if _experts_follow.get():
         return kept
     whole_names = [f"{name}.{factor}" for name, module in modules.items() for factor in module.factor_names()]
     if all(name in kept for name in whole_names):
@@ -79,12 +81,11 @@ def with_whole_experts(
 @contextmanager
 def without_experts() -> Iterator[None]:
     """Inside, `PeftModel.save_pretrained` leaves out sharded experts; `append_experts` adds them to its file."""
-    global _experts_follow
-    _experts_follow = True
+    token = _experts_follow.set(True)
     try:
         yield
     finally:
-        _experts_follow = False
+        _experts_follow.reset(token)
 
 
 def append_experts(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:

@@ -1,8 +1,9 @@
-"""The weight that an adapter starts from: reading it, whatever form it is stored in, and recognising it again."""
+"""The base weight under an adapter: its sizes, its values in every storage format, and a hash that identifies it."""
 
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections import defaultdict
 from typing import Any
 
@@ -25,9 +26,12 @@ def in_out_features(module: nn.Module) -> tuple[int, int] | None:
         shape = getattr(module.weight, "ds_shape", module.weight.shape)
         return getattr(module, "nx", shape[0]), getattr(module, "nf", shape[1])
     for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
-        sizes = tuple(getattr(module, name, None) for name in names)
-        if all(isinstance(size, int) and size > 0 for size in sizes):
-            return sizes  # type: ignore[return-value]
+        try:  # some models have tensors of one integer there
+            sizes = [operator.index(getattr(module, name, None)) for name in names]  # type: ignore[arg-type]
+        except TypeError:
+            continue
+        if min(sizes) > 0:
+            return sizes[0], sizes[1]
     return None
 
 
@@ -56,7 +60,7 @@ def read_weight(base: nn.Module) -> Tensor:
         weight: Any = base.weight
         return weight.data.T if isinstance(base, Conv1D) else weight.data
     if type(getattr(base, "weight", None)).__name__ in _BITSANDBYTES:
-        # Its first inference on CPUs with AVX512-BF16 does so, and then dequantize_4bit returns garbage in silence.
+        # The first inference on CPUs with AVX512-BF16 repacks it; dequantize_4bit then returns wrong values, no error.
         if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(
                 "bitsandbytes has repacked this 4-bit weight, and rounded its scales, for inference on the CPU; put "

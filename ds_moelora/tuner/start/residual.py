@@ -1,4 +1,4 @@
-"""What the base weight gives away to experts that start from it: W0 - (s / E) sum_i B_i A_i of the start.
+"""The residual of the base weight under experts that start from it: W0 - (s / E) sum_i B_i A_i of the start.
 
 Where the weight is a plain matrix and no other adapter of the layer has done so, it is *folded*: subtracted from the
 weight once, so that a forward pass costs nothing more. Elsewhere (quantised weights, further adapters) the layer
@@ -112,7 +112,7 @@ def unfold(layer: AdaptedLayer, adapter: str) -> None:
 
 
 def folded_adapter(layer: AdaptedLayer) -> str | None:
-    """The adapter whose residual the base weight has given away."""
+    """The adapter whose starting mean is subtracted from the base weight; None if there is none."""
     for name in layer.moelora_experts:
         residual = layer.experts(name).residual
         if residual is not None and residual.folded:

@@ -66,7 +66,7 @@ def check_svd_targets(config: MoELoRAConfig, model: nn.Module, matches: Callable
         if others and can_change(base):
             raise ValueError(
                 f"{name}.weight is the same parameter as {others[0]}: init_lora_weights={config.init_lora_weights!r} "
-                "changes the weights that it starts from, and would change that module, too. Leave one out "
+                "changes the weights that it starts from, and so that module's. Leave one out "
                 "(exclude_modules), untie them (tie_word_embeddings=False), or use init_lora_weights=True."
             )
 
