@@ -50,7 +50,7 @@ SHOWN_NAMES = 12
 # Of an adapter that is trained further: what is this run's own choice, not part of what was saved.
 OF_THE_RUN = (
     *("lora_dropout", "router_aux_loss_coef", "router_z_loss_coef", "router_jitter", "ep_size", "ep_dispatch"),
-    *("ep_bucket_layers", "expert_compute", "svd_cache_dir"),
+    *("expert_compute", "svd_cache_dir"),
 )
 HEADED = ("Classification",)
 # PEFT trains these whole (`pre_classifier` of DistilBERT, too), and adapts a layer of one nevertheless.
