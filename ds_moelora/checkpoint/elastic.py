@@ -21,7 +21,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from ..optimizer.sharding.zero import told_boundary
+from ..optimizer.sharding.zero import accumulation_boundary
 from .processes import NotFiniteError, agree, everyone, rank, world_size
 from .record import compare, refuse_others, run_record
 from .run_state import base_rate, restore_run_state, run_state
@@ -56,7 +56,7 @@ def save_elastic(engine: Any, folder: str | Path) -> None:
             that are not finite.
         RuntimeError: process 0 could not write; raised on every process.
     """
-    told = told_boundary(engine)
+    told = accumulation_boundary(engine)
     if not (engine.micro_steps % engine.gradient_accumulation_steps() == 0 if told is None else told):
         raise ValueError(
             f"an elastic checkpoint is saved between optimizer steps; {engine.micro_steps} micro-steps were done, of "
