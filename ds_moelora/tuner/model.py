@@ -19,6 +19,7 @@ from ..expert_parallel.spec import FACTORS, INITIAL_FACTORS
 from .checks import (
     check_adapter_name,
     check_complete,
+    check_finite,
     check_not_partitioned,
     check_targets,
     target_names,
@@ -246,6 +247,7 @@ class MoELoRAModel(BaseTuner):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
         )
         check_not_partitioned(selected)
+        check_finite(selected)
         return with_whole_experts(model, selected, state_dict, adapter_name)
 
     @classmethod

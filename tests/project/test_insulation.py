@@ -30,7 +30,7 @@ ALLOWED = {
     ("expert_parallel/groups.py", "_get_expert_data_parallel_group"): CHECKED,
     ("checkpoint/elastic.py", "gradient_accumulation_steps"): "a public method of the engine",
     ("checkpoint/run_state.py", "gradient_accumulation_steps"): "a public method of the engine",
-    ("checkpoint/trained.py", "module"): "a public attribute of the engine",
+    ("checkpoint/run_state.py", "_last_lr"): "of torch's and DeepSpeed's schedulers; only where it is there",
     ("expert_parallel/gather.py", "_current_graph_task_id"): "torch's, as its own checkpointing asks for it",
     ("monitoring/engine.py", "enabled"): "a public attribute of the engine's monitor",
     ("monitoring/engine.py", "gradient_accumulation_steps"): "a public method of the engine",
