@@ -22,7 +22,8 @@ from typing import Any
 from packaging.version import Version
 from peft.utils.peft_types import PeftType
 
-from .optimizer import guard
+from .checkpoint import guard as checkpoint_guard
+from .optimizer import guard as optimizer_guard
 from .tuner.config import PEFT_TYPE
 from .tuner.files import card, loading, saving
 
@@ -132,9 +133,25 @@ DEEPSPEED: tuple[Patch, ...] = (
         versions=DEEPSPEED_VERSIONS,
         owner="deepspeed.runtime.engine:DeepSpeedEngine",
         name="_configure_optimizer",
-        wrapper=guard.check_after_configuring,
+        wrapper=optimizer_guard.check_after_configuring,
         reason="transformers and accelerate replace optimizers without a word, and no hook sees the one that runs. "
         "Without it AdamW may train in place of the optimizer of this package that was asked for.",
+    ),
+    Patch(
+        library="deepspeed",
+        versions=DEEPSPEED_VERSIONS,
+        owner="deepspeed.runtime.engine:DeepSpeedEngine",
+        name="save_checkpoint",
+        wrapper=checkpoint_guard.record_when_saved,
+        reason="No hook adds a file to a checkpoint; without its record, loading has nothing to compare with.",
+    ),
+    Patch(
+        library="deepspeed",
+        versions=DEEPSPEED_VERSIONS,
+        owner="deepspeed.runtime.engine:DeepSpeedEngine",
+        name="load_checkpoint",
+        wrapper=checkpoint_guard.compare_when_loaded,
+        reason="DeepSpeed copies flat partitions wherever sizes fit: one adapter's weights into another's, unsaid.",
     ),
 )
 

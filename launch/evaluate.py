@@ -30,7 +30,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
+from ds_moelora.redaction import redact
 from launch.checks.arguments import Arguments, command_line, read_flags
+from launch.checks.effects import check_task
 from launch.checks.errors import UserError, run_guarded
 from launch.checks.flags import (
     SCORED_TASKS,
@@ -42,7 +44,6 @@ from launch.checks.flags import (
     ScoringArguments,
     flag,
 )
-from launch.checks.preflight import check_task
 from launch.data import answering, classification, images
 from launch.data.causal import causal_rows
 from launch.data.rows import load_rows
@@ -236,7 +237,7 @@ def write_results(results: dict[str, Any], wish: EvaluationArguments, source: So
         return None
     name = f"evaluation-{Path(str(wish.dataset_name)).name.removesuffix('.jsonl')}.json"
     path = Path(wish.output) if wish.output is not None else Path(source.adapter) / name
-    return write_text(path, json.dumps(results, indent=2) + "\n")
+    return write_text(path, json.dumps(redact(results), indent=2) + "\n")
 
 
 def write_predictions(path: Path, writer: answering.AnswerScores) -> Path:
@@ -261,7 +262,7 @@ def print_results(results: dict[str, Any], paths: list[Path]) -> None:
     table.add_row("run", f"{results['seconds']:.1f} s, {results['dtype']} on {results['device']}")
     for path in paths:
         table.add_row("written", str(path))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 if __name__ == "__main__":

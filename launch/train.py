@@ -31,9 +31,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import set_seed
 
 import ds_moelora  # noqa: F401  (registers the optimizers and the tuner)
+from ds_moelora.checkpoint.processes import everyone
 from ds_moelora.monitoring import MoELoRACallback
 from ds_moelora.tuner import record_training
 from launch.checkpoint import resume, saving
+from launch.checkpoint.lock import OutputLock
 from launch.checkpoint.stopping import Stopping
 from launch.checks import errors
 from launch.checks import preflight as checks
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     if arguments.demo:
         arguments.run.model_name_or_path = str(demo.base_model())
 
-    watch = start(arguments)
+    watch, lock = start(arguments, made.config)
     check_same_data({"--dataset_name": made.train, "--eval_dataset_name": evaluation})
     watch.reached("the comparison of data")
     set_seed(arguments.training.seed)
@@ -87,7 +89,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     callbacks.append(hub)
     trainer = trainers.build_trainer(arguments, model, processor, made.train, evaluation, callbacks)
     guard_curves(trainer)
-    trainer.unsafe_checkpoints = arguments.run.unsafe_checkpoints
     if trainer.is_world_process_zero():
         report.print_truncation(trainer.truncation)
     if answers:
@@ -99,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         hub.finish()
     with not_fatal("its line in --status_file", arguments.training.output_dir):
         status.write(trainer.state, f"{'preempted' if stopping.preempted else 'finished'} {trainer.state.global_step}")
+    lock.release()
     if dist.is_initialized():
         dist.barrier()
         watch.stop()
@@ -116,8 +118,15 @@ def quieten() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def start(arguments: Arguments) -> watchdog.Watchdog:
-    """Opens torch.distributed, completes the training arguments, and settles which checkpoint the run goes on from."""
+def start(arguments: Arguments, config: Any) -> tuple[watchdog.Watchdog, OutputLock]:
+    """Opens torch.distributed, completes the training arguments, and settles which checkpoint the run goes on from.
+
+    Args:
+        config: the run's `MoELoRAConfig`.
+
+    Raises:
+        UserError: on every rank; the output folder is in use, or the checkpoint is damaged or of another run.
+    """
     if process_rank()[1] == 1:
         # Started by plain `python`: DeepSpeed would look for MPI, which need not be there, to learn that it is alone.
         # A port of its own, because DeepSpeed names its shared memory after it.
@@ -140,15 +149,25 @@ def start(arguments: Arguments) -> watchdog.Watchdog:
         arguments.training.start()
     except ValueError as error:
         raise UserError(str(error)) from error
-    prepare_output_dir(arguments)
+    lock = prepare_output_dir(arguments)
     resume.choose_checkpoint(arguments)
-    return watch
+    resume.check_settings(arguments, config)
+    return watch, lock
 
 
-def prepare_output_dir(arguments: Arguments) -> None:
-    """Removes what is not to be gone on from: half-saved checkpoints, and with --overwrite_output_dir all of them."""
+def prepare_output_dir(arguments: Arguments) -> OutputLock:
+    """Takes the folder; removes half-saved checkpoints, and with --overwrite_output_dir all of them."""
     training = arguments.training
     output_dir = Path(training.output_dir)
+    lock, refusal = OutputLock(output_dir), None
+    if training.process_index == 0:
+        try:
+            lock.take()
+        except (UserError, OSError) as error:
+            refusal = str(error)
+    refusal = everyone(refusal)[0]
+    if refusal is not None:
+        raise UserError(refusal)
     if training.process_index == 0:
         resume.clear_partial(output_dir)
         if arguments.run.overwrite_output_dir:
@@ -157,6 +176,7 @@ def prepare_output_dir(arguments: Arguments) -> None:
                 shutil.rmtree(path)
     if str(getattr(training.save_strategy, "value", training.save_strategy)) != "no":
         saving.check_shared(output_dir)
+    return lock
 
 
 def run(
@@ -174,16 +194,13 @@ def run(
                 flush=True,
             )
         return None
-    if stopping.nan_steps and not stopping.last_step_was_finite():
-        raise UserError(
-            f"the loss of the last step was not finite, so the adapter is not saved. The newest complete checkpoint is "
-            f"{resume.newest_complete(training.output_dir)}."
-        )
+    trainer.save_model(training.output_dir)  # before anything that may fail
     eval_metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    with not_fatal("the card's part on training", training.output_dir):
-        record_training(trainer.model, card.training_record(arguments, trainer, optimizer, eval_metrics))
-    # Gathers what ZeRO-3 has sharded; PEFT then writes the adapter alone.
-    trainer.save_model(training.output_dir)
+    if trainer.is_world_process_zero():
+        with not_fatal("the model card's part on training", training.output_dir):
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            record_training(model, card.training_record(arguments, trainer, optimizer, eval_metrics))
+            model.create_or_update_model_card(training.output_dir)
     with not_fatal("its summary", training.output_dir):
         return report_run(trainer, arguments, optimizer, callbacks, eval_metrics)
     return {}

@@ -1,61 +1,20 @@
-"""Draws the pictures of the documentation that come from no measurement: `python docs/site/pictures.py`.
+"""Draws the picture of the documentation that comes from no measurement: `python docs/site/pictures.py`.
 
-Needs matplotlib (`pip install -e '.[bench]'`). Writes docs/images/architecture.png and docs/images/zero_pair.png.
+Needs matplotlib (`pip install -e '.[bench]'`). Writes docs/images/zero_pair.png.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.patches import Rectangle
 
 IMAGES = Path(__file__).resolve().parents[1] / "images"
-BLUE, GREEN, ORANGE, GREY, INK = "#dbe7f6", "#dff0dc", "#fbe5cf", "#eeeeee", "#222222"
-
-
-def box(axes: Any, x: float, y: float, width: float, height: float, title: str, text: str, colour: str) -> None:
-    """A rounded box with a title and a line below it."""
-    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02", facecolor=colour, edgecolor=INK))
-    axes.text(x + width / 2, y + height * 0.64, title, ha="center", va="center", fontsize=11, weight="bold")
-    axes.text(x + width / 2, y + height * 0.27, text, ha="center", va="center", fontsize=8)
-
-
-def arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], text: str = "") -> None:
-    """An arrow from `start` to `end` with a word beside its middle."""
-    axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color=INK, linewidth=1))
-    if text:
-        axes.text((start[0] + end[0]) / 2 + 0.06, (start[1] + end[1]) / 2, text, fontsize=8, va="center")
-
-
-def architecture() -> None:
-    """Who knows whom: the import direction that tests/project/test_package.py keeps."""
-    figure, axes = plt.subplots(figsize=(9, 5))
-    axes.set(xlim=(0, 9), ylim=(0, 5.2))
-    axes.axis("off")
-    box(axes, 3.2, 0.1, 2.6, 0.9, "core", "maths on local tensors; torch alone", BLUE)
-    box(axes, 0.2, 1.7, 2.6, 0.9, "adapters", "the PEFT tuner: layers, saving", GREEN)
-    box(axes, 6.2, 1.7, 2.6, 0.9, "parallel", "where ZeRO's slices lie; exchange", ORANGE)
-    box(axes, 6.2, 3.0, 2.6, 0.9, "optim", "GateRiemannianAdamW, -SGD", GREEN)
-    box(axes, 3.2, 2.35, 2.6, 0.9, "tags", "pairs: adapter meets optimizer", GREY)
-    box(axes, 0.2, 4.2, 2.6, 0.9, "launch", "scripts around TRL and Trainer", GREY)
-    box(axes, 3.2, 4.2, 2.6, 0.9, "plugin", "registers with DeepSpeed and PEFT", BLUE)
-    box(axes, 6.2, 4.2, 2.6, 0.9, "DeepSpeed", "engine, ZeRO, expert groups", GREY)
-    arrow(axes, (1.5, 1.7), (3.7, 1.02))
-    arrow(axes, (7.5, 1.7), (5.3, 1.02))
-    arrow(axes, (7.5, 3.0), (7.5, 2.62))
-    arrow(axes, (2.8, 2.3), (3.2, 2.6), "")
-    arrow(axes, (6.2, 3.3), (5.8, 3.0), "")
-    arrow(axes, (4.0, 4.2), (1.9, 2.62))
-    arrow(axes, (5.2, 4.2), (6.4, 3.92))
-    arrow(axes, (2.8, 4.65), (3.2, 4.65))
-    arrow(axes, (5.8, 4.65), (6.2, 4.65))
-    figure.savefig(IMAGES / "architecture.png", dpi=110, bbox_inches="tight")
-    plt.close(figure)
+BLUE, GREEN, INK = "#dbe7f6", "#dff0dc", "#222222"
 
 
 def zero_pair() -> None:
@@ -91,5 +50,4 @@ def zero_pair() -> None:
 
 
 if __name__ == "__main__":
-    architecture()
     zero_pair()

@@ -2,13 +2,14 @@
 
 torch's files are pickles, and a pickle can call anything. DeepSpeed 0.19.8 reads its engine files with
 `torch.load(weights_only=False)`, although they hold no more than tensors, numbers and objects of the few classes in
-`CLASSES`. Here `torch.load` is held to `weights_only=True`, whose unpickler builds tensors, plain values and these
-classes, and refuses everything else.
+`CLASSES`. torch has a switch for this, the variable TORCH_FORCE_WEIGHTS_ONLY_LOAD: its restricted unpickler builds
+tensors, plain values and registered classes, and refuses everything else.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,40 +29,40 @@ CLASSES = (
 )
 SUFFIXES = (".pt", ".pth", ".bin")
 NEVER_READ = ("training_args.bin",)  # transformers writes its arguments, and reads them nowhere
+SWITCH = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 @contextmanager
 def data_only() -> Iterator[None]:
-    """Inside, every `torch.load` of this process is one with `weights_only=True`, whatever its caller asks for.
-
-    Put it around `engine.load_checkpoint(folder)`:
+    """Inside, `engine.load_checkpoint(folder)` reads data alone.
 
         with ds_moelora.data_only():
             engine.load_checkpoint(folder)
 
+    Sets torch's own switch `TORCH_FORCE_WEIGHTS_ONLY_LOAD`, which holds every `torch.load` of the process to
+    `weights_only=True`, and takes it back at the end; no function is replaced.
+
     Raises:
         ValueError: from inside, naming the file: it holds more than data.
     """
-    original = torch.load
-
-    def load(f: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return original(f, *args, **{**kwargs, "weights_only": True})
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"{f} holds more than data, and was not loaded ({_reason(error)}).") from error
-
-    torch.load = load
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "1"
     try:
         with torch.serialization.safe_globals(_classes()):
             yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{_file_of(error)} holds more than data, and was not loaded ({_reason(error)}).") from error
     finally:
-        torch.load = original
+        if before is None:
+            del os.environ[SWITCH]
+        else:
+            os.environ[SWITCH] = before
 
 
 def check_data_only(folder: str | Path) -> None:
     """Reads the pickles of a folder's torch files, but no tensor's values: does each hold data alone?
 
-    Every rank can find out by itself, before any of them loads.
+    Every process can find out by itself, before any of them loads.
 
     Args:
         folder: a checkpoint; files in folders below it are looked at, too.
@@ -72,7 +73,7 @@ def check_data_only(folder: str | Path) -> None:
     for path in sorted(Path(folder).rglob("*")):
         if path.suffix in SUFFIXES and path.name not in NEVER_READ and path.is_file():
             with data_only():
-                torch.load(path, map_location="meta")
+                torch.load(path, map_location="meta", weights_only=True)
 
 
 def _classes() -> list[Any]:
@@ -98,7 +99,18 @@ def _enum_member(kind: Any, name: Any) -> Enum:
     raise pickle.UnpicklingError(f"Unsupported: getattr({kind!r}, {name!r}) is no member of an Enum")
 
 
+def _file_of(error: BaseException) -> str:
+    """The file that `torch.load` was reading: its argument, in the frames that the error came through."""
+    trace, found = error.__traceback__, "a file of the checkpoint"
+    while trace is not None:
+        frame = trace.tb_frame
+        if frame.f_code.co_name == "load" and frame.f_globals.get("__name__") == "torch.serialization":
+            found = str(frame.f_locals.get("f", found))
+        trace = trace.tb_next
+    return found
+
+
 def _reason(error: Exception) -> str:
-    """What torch found in the file, out of its advice on how to load it nevertheless."""
+    """What torch found in the file, without its advice on how to load it nevertheless."""
     told = [line.strip() for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line]
     return (told or str(error).splitlines())[0][:200]

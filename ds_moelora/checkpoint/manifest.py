@@ -6,16 +6,16 @@ checking, so that n ranks need an n-th of the time.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .state_folder import sha256, write_flushed
+
 MANIFEST = "manifest.json"
 FORMAT = 1
-BLOCK = 1 << 20  # bytes read at a time
 
 
 def files_in(folder: str | Path) -> set[str]:
@@ -39,7 +39,7 @@ def describe_files(folder: str | Path, names: Iterable[str]) -> dict[str, dict[s
     for name in names:
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
-        entries[name] = {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        entries[name] = {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
     return entries
 
 
@@ -51,10 +51,7 @@ def write_manifest(folder: str | Path, files: Mapping[str, Mapping[str, Any]]) -
     """
     path = Path(folder) / MANIFEST
     partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        json.dump({"format": FORMAT, "files": dict(sorted(files.items()))}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_flushed(partial, json.dumps({"format": FORMAT, "files": dict(sorted(files.items()))}, indent=1))
     partial.replace(path)
 
 
@@ -76,25 +73,19 @@ def check_manifest(folder: str | Path, hashes: bool = False, rank: int = 0, worl
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{folder / MANIFEST} is damaged ({type(error).__name__}: {error})"
     if manifest.get("format") != FORMAT:
         return f"{folder / MANIFEST} has format {manifest.get('format')}; this version reads {FORMAT}"
     for name, (size, _) in files.items():
         path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{folder / MANIFEST} names a file outside the checkpoint ({name!r:.80})"
         if not path.is_file():
             return f"{path} is missing"
         if path.stat().st_size != size:
             return f"{path} is incomplete ({path.stat().st_size} bytes, its manifest says {size})"
     for name in sorted(files)[rank::world_size] if hashes else []:
-        if _sha256(folder / name) != files[name][1]:
+        if sha256(folder / name) != files[name][1]:
             return f"{folder / name} has changed since it was saved (its SHA-256 is not that of the manifest)"
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,44 +1,64 @@
 """What a run must keep beside its parameters: step counters, the scheduler's position, the dynamic loss scale.
 
-Reads DeepSpeed's `loss_scaler` (ZeRO) and `loss_scale_config` (stage 0 in fp16).
+Reads DeepSpeed's `loss_scaler` (ZeRO) and `loss_scale_config` (stage 0 in fp16); torch's GradScaler without DeepSpeed.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+from .state_folder import COUNTERS
+from .trained import Run
+
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def run_state(engine: Any) -> dict[str, Any]:
+def run_state(run: Run) -> dict[str, Any]:
     """Numbers and strings only, fit for JSON and independent of the topology.
 
     Raises:
         ValueError: the scheduler keeps more than numbers.
     """
-    scaler = _dynamic_scaler(engine)
+    scaler = _dynamic_scaler(run)
+    scale = scaler and {name: getattr(scaler, name) for name in SCALER_FIELDS if hasattr(scaler, name)}
     return {
-        "counters": {name: getattr(engine, name) for name in COUNTERS},
-        "scheduler": None if engine.lr_scheduler is None else _scheduler_numbers(engine.lr_scheduler),
-        "loss_scale": scaler and {name: getattr(scaler, name) for name in SCALER_FIELDS if hasattr(scaler, name)},
+        "counters": {} if run.engine is None else {name: getattr(run.engine, name) for name in COUNTERS},
+        "scheduler": None if run.scheduler is None else _scheduler_numbers(run.scheduler),
+        "loss_scale": scale if run.scaler is None else run.scaler.state_dict(),
     }
 
 
-def restore_run_state(engine: Any, saved: dict[str, Any]) -> None:
-    """Sets an engine to where `run_state` was taken. The optimizer must have its learning rates again."""
-    for name, value in saved["counters"].items():
-        setattr(engine, name, value)
-    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-    if engine.lr_scheduler is not None and saved["scheduler"] is not None:
-        state = {**engine.lr_scheduler.state_dict(), **saved["scheduler"]}
-        if "_last_lr" in state:
-            state["_last_lr"] = [group["lr"] for group in engine.basic_optimizer.param_groups]
-        engine.lr_scheduler.load_state_dict(state)
-    scaler = _dynamic_scaler(engine)
+def restore_run_state(run: Run, saved: dict[str, Any]) -> None:
+    """Sets a run to where `run_state` was taken. The optimizer must have its learning rates again."""
+    if run.engine is not None:
+        for name, value in saved["counters"].items():
+            setattr(run.engine, name, value)
+        run.engine.micro_steps = run.engine.global_steps * run.engine.gradient_accumulation_steps()
+    if run.scheduler is not None and saved["scheduler"] is not None:
+        run.scheduler.load_state_dict({**run.scheduler.state_dict(), **saved["scheduler"]})
+        _refresh_rates(run)
+    if run.scaler is not None and saved["loss_scale"]:
+        run.scaler.load_state_dict(saved["loss_scale"])
+        return
+    scaler = _dynamic_scaler(run)
     for name, value in (saved["loss_scale"] or {}).items():
         if scaler is not None and hasattr(scaler, name):
             setattr(scaler, name, value)
+
+
+def base_rate(optimizer: Any, group: dict[str, Any]) -> float:
+    """The learning rate that a group's schedule starts from, as it was configured."""
+    return float(group.get("initial_lr", optimizer.defaults.get("lr", group["lr"])))
+
+
+def _refresh_rates(run: Run) -> None:
+    """Learning rates and schedule are those of this run's settings: a schedule in closed form is asked again."""
+    groups, scheduler = run.optimizer.param_groups, run.scheduler
+    if hasattr(scheduler, "lr_lambdas") and hasattr(scheduler, "base_lrs"):  # LambdaLR, which transformers uses
+        for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * factor(scheduler.last_epoch)
+    if hasattr(scheduler, "_last_lr"):
+        scheduler._last_lr = [group["lr"] for group in groups]
 
 
 def _scheduler_numbers(scheduler: Any) -> dict[str, Any]:
@@ -60,10 +80,10 @@ def _scheduler_numbers(scheduler: Any) -> dict[str, Any]:
     return numbers
 
 
-def _dynamic_scaler(engine: Any) -> Any:
-    """The object whose `SCALER_FIELDS` are the state of a dynamic loss scale; None without one."""
+def _dynamic_scaler(run: Run) -> Any:
+    """The object whose `SCALER_FIELDS` are the state of DeepSpeed's dynamic loss scale; None without one."""
     for name, flag in (("loss_scaler", "dynamic"), ("loss_scale_config", "dynamic_loss_scale")):
-        scaler = getattr(engine.optimizer, name, None)
+        scaler = getattr(run.wrapper, name, None)
         if scaler is not None and getattr(scaler, flag, False):
             return scaler
     return None

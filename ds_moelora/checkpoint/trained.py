@@ -1,6 +1,6 @@
-"""The trained parameters of a DeepSpeed engine: name and shape without sharding, and the part that this rank has.
+"""The trained parameters of a run: name and shape without sharding, and the part that this process has.
 
-What an elastic checkpoint needs, whichever optimizer trains.
+What an elastic checkpoint needs, whichever optimizer trains, under DeepSpeed or without it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,43 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..expert_parallel.groups import expert_data_group
-from ..expert_parallel.shard import ShardedExperts
 from ..optimizer.sharding.placement import Placement
 from ..optimizer.sharding.zero import Storage, find_storage, trained_groups, whole_shape, write_parameter
+from .processes import rank, world_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is trained, and by what.
+
+    Args:
+        module: the model. wrapper: DeepSpeed's optimizer, or the torch optimizer itself.
+        optimizer: the torch optimizer.
+        scheduler: of learning rates; None without one.
+        device: where tensors of the process group live.
+        engine: the DeepSpeed engine; None without DeepSpeed.
+        scaler: torch's GradScaler, where no engine scales the loss.
+    """
+
+    module: torch.nn.Module
+    wrapper: Any
+    optimizer: Any
+    scheduler: Any = None
+    device: Any = "cpu"
+    engine: Any = None
+    scaler: Any = None
+
+    @classmethod
+    def of(cls, engine: Any, scheduler: Any = None) -> Run:
+        """That of an engine; `scheduler`: one that the engine does not know."""
+        return cls(
+            module=engine.module,
+            wrapper=engine.optimizer,
+            optimizer=engine.basic_optimizer,
+            scheduler=engine.lr_scheduler if scheduler is None else scheduler,
+            device=engine.device,
+            engine=engine,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +58,12 @@ class Trained:
 
     Args:
         name: in the model, without sharding: the same in every topology.
-        param: the model's parameter on this rank.
-        shape: of the whole; of all experts, where they are spread over ranks.
-        offset: in the whole, of the first element of this rank's parameter.
-        placement: of what this rank owns, within its parameter.
+        param: the model's parameter on this process.
+        shape: of the whole; of all experts, where they are spread over processes.
+        offset: in the whole, of the first element of this process's parameter.
+        placement: of what this process owns, within its parameter.
         group: index of the optimizer's parameter group.
-        speaks: this rank gives its part when the whole is gathered. Every element has exactly one rank that does.
+        gives: this process gives its part when the whole is gathered. Every element has exactly one process that does.
     """
 
     name: str
@@ -39,11 +72,16 @@ class Trained:
     offset: int
     placement: Placement
     group: int
-    speaks: bool
+    gives: bool
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole."""
+        return torch.Size(self.shape).numel()
 
     @property
     def start(self) -> int:
-        """First element of the whole that this rank owns."""
+        """First element of the whole that this process owns."""
         return self.offset + self.placement.start
 
     @property
@@ -51,25 +89,27 @@ class Trained:
         return self.placement.stop - self.placement.start
 
     def local(self, flat: Tensor) -> Tensor:
-        """This rank's part in a flat tensor of its unit."""
+        """This process's part in a flat tensor of its unit."""
         return flat.view(-1)[self.placement.local_offset : self.placement.local_offset + self.length]
 
 
 class TrainedParameters(list[Trained]):
-    """All of an engine's, sorted by name; and the storage in which they lie.
+    """All of a run's, sorted by name; and the storage in which they lie.
 
     Raises:
-        ValueError: an arrangement whose parts cannot be told (another DeepSpeed, NVMe, pipelines, hpZ).
+        ValueError: an arrangement whose parts are not known (another DeepSpeed, NVMe, pipelines, hpZ).
     """
 
-    def __init__(self, engine: Any) -> None:
-        self.optimizer: Any = engine.basic_optimizer
-        grouped = [(p, i) for i, group in trained_groups(engine.optimizer) for p in group if p.requires_grad]
+    def __init__(self, run: Run) -> None:
+        self.optimizer: Any = run.optimizer
+        grouped = [(p, i) for i, group in trained_groups(run.wrapper) for p in group if p.requires_grad]
         params, groups = [p for p, _ in grouped], [i for _, i in grouped]
         if not params:
             raise ValueError("the engine trains no parameter: there is nothing to checkpoint.")
-        self.storage: Storage = find_storage(params, groups, dict(enumerate(self.optimizer.param_groups)))
-        names = _whole_names(engine.module)
+        known = dict(enumerate(self.optimizer.param_groups))
+        flat = hasattr(run.wrapper, "fp32_groups_flat") and hasattr(run.wrapper, "fp16_groups_flat")
+        self.storage: Storage = FlatCopies(params, groups, known) if flat else find_storage(params, groups, known)
+        names = _whole_names(run.module)
         found = []
         for index, (param, group) in enumerate(grouped):
             if id(param) not in names:
@@ -83,7 +123,7 @@ class TrainedParameters(list[Trained]):
                     offset=offset,
                     placement=self.storage.placement(index),
                     group=group,
-                    speaks=self.storage.sharded or _is_first_replica(param),
+                    gives=self.storage.sharded or _is_first_replica(param),
                 )
             )
         super().__init__(sorted(found, key=lambda t: t.name))
@@ -97,43 +137,95 @@ class TrainedParameters(list[Trained]):
         """Sets the model's parameter and the optimizer's copy of it.
 
         Args:
-            values: flat, those of this rank's whole parameter (not only of the part that it owns).
+            values: flat, those of this process's whole parameter (not only of the part that it owns).
         """
         place = trained.placement
         trained.local(self.storage.flat(place.unit)[0]).copy_(values[place.start : place.stop])
         write_parameter(trained.param, values, place)
 
 
+class FlatCopies:
+    """FP16_Optimizer (stage 0 in half precision with a fused Adam): one flat fp32 copy per group, nothing partitioned.
+
+    The model's parameters are views of the group's flat half-precision buffer, in the same order.
+    """
+
+    sharded = False
+
+    def __init__(self, params: list[Any], groups: list[int], known_groups: dict[int, dict[str, Any]]) -> None:
+        self.params, self.groups, self.known_groups = params, groups, known_groups
+
+    def placement(self, index: int) -> Placement:
+        param, unit = self.params[index], self.groups[index]
+        position = int(param.storage_offset())
+        return Placement(
+            numel=param.numel(),
+            unit=unit,
+            position=position,
+            partition=self.held(unit).numel(),
+            local_offset=position,
+        )
+
+    def held(self, unit: Hashable) -> Any:
+        return self.known_groups[unit]["params"][0]  # type: ignore[index]
+
+    def flat(self, unit: Hashable) -> tuple[Tensor, Tensor | None]:
+        copy = self.held(unit)
+        return copy.detach(), copy.grad
+
+    def units(self, param_groups: Any) -> set[Hashable]:
+        return set(self.known_groups)
+
+
+def _sharded_experts(model: torch.nn.Module) -> list[Any]:
+    """Modules whose experts are spread over processes; without DeepSpeed there are none."""
+    found = [m for m in model.modules() if hasattr(m, "first_expert") and hasattr(m, "topology")]
+    if found:
+        from ..expert_parallel.shard import ShardedExperts  # needs DeepSpeed, which need not be installed
+
+        found = [m for m in found if isinstance(m, ShardedExperts)]
+    return found
+
+
 def _whole_names(model: torch.nn.Module) -> dict[int, tuple[str, tuple[int, ...], int]]:
     """id -> (name, shape, offset) of every parameter, as it would be without sharding."""
     names: dict[int, tuple[str, tuple[int, ...], int]] = {}
+    sharded = {id(m) for m in _sharded_experts(model)}
     for module_name, module in model.named_modules():
         for own_name, param in module.named_parameters(recurse=False):
             shape = whole_shape(param) or (1,)
             prefix, offset = module_name, 0
-            if isinstance(module, ShardedExperts):
+            if id(module) in sharded:
                 prefix = module_name.removesuffix(".shard")
-                offset = module.first_expert * param[0].numel()
-                shape = (module.num_experts, *shape[1:])
-            names.setdefault(id(param), (f"{prefix}.{own_name}".lstrip("."), shape, offset))
+                offset = module.first_expert * param[0].numel()  # type: ignore[operator]
+                shape = (module.num_experts, *shape[1:])  # type: ignore[arg-type]
+            names.setdefault(id(param), (f"{prefix}.{own_name}".lstrip("."), tuple(shape), offset))  # type: ignore[arg-type]
     return names
 
 
 def _is_first_replica(param: Any) -> bool:
-    """Nothing is partitioned: of the ranks that hold the same parameter, the first one gives it."""
+    """Nothing is partitioned: of the processes that hold the same parameter, the first one gives it."""
     if getattr(param, "allreduce", True):
-        return dist.get_rank() == 0
+        return rank() == 0
+    from ..expert_parallel.groups import expert_data_group
+
     return dist.get_rank(expert_data_group(param.group_name)) == 0
 
 
-def topology(engine: Any) -> dict[str, Any]:
-    """What decides whether DeepSpeed's own files of a checkpoint fit another run."""
-    shards = [m for m in engine.module.modules() if isinstance(m, ShardedExperts)]
+def topology(run: Run) -> dict[str, Any]:
+    """What decides how a run's state lies on its processes."""
+    shards = _sharded_experts(run.module)
     ep_size, distance = shards[0].topology().tolist()[:2] if shards else (1, 1)
     return {
-        "world_size": dist.get_world_size(),
-        "zero_stage": engine.zero_optimization_stage(),
+        "world_size": world_size(),
+        "zero_stage": run.engine.zero_optimization_stage() if run.engine is not None else 0,
         "ep_size": ep_size,
         "expert_ranks_apart": distance,
-        "wrapper": type(engine.optimizer).__name__,
+        "wrapper": type(run.wrapper).__name__,
     }
+
+
+def trained_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of every trained parameter, without sharding."""
+    names = _whole_names(model)
+    return {names[id(p)][0]: names[id(p)][1] for p in model.parameters() if p.requires_grad}

@@ -6,13 +6,16 @@ Communication phases:
 
     forward   all-gather of A and B, issued before the layer's base product and awaited after it
     backward  the same all-gather again (gathered copies kept from the forward pass would be all experts of all layers);
-              one reduce-scatter of dA and dB per layer, in the parameters' dtype
+              one reduce-scatter of dA and dB, in the parameters' dtype
 
 One all-gather is a `Window`: it brings the experts of the layers that come next as well, as many as fit into
 `WINDOW_BYTES`, since a small collective costs its latency and hardly more. Which layers come next is what the last
 forward pass of the model says; in a backward pass they come in the reverse order. A layer that the window does not have
 (the order has changed, a layer is called outside the model's forward pass) is gathered in a window of its own. The
 windows depend on nothing but the order of calls, which expert parallelism needs to be the same on all processes.
+
+Gradients of a forward window's layers share one reduce-scatter, which autograd times: a window gives its layers
+stand-ins for their whole factors, tensors without memory, whose node runs when the last gradient has arrived.
 
 A window never outlives the pass in which it was issued, so an optimizer's step cannot come between.
 """
@@ -57,7 +60,11 @@ class _Call(NamedTuple):
 
 
 class Window:
-    """One all-gather under way, of the factors of several layers in one dtype and over one group."""
+    """One all-gather under way, of the factors of several layers in one dtype and over one group.
+
+    Args:
+        calls: the layers.
+    """
 
     def __init__(self, calls: Sequence[_Call]) -> None:
         self.calls, group, dtype = calls, calls[0].layer.group, calls[0].dtype
@@ -67,6 +74,7 @@ class Window:
         # Flat buffers: gloo takes no others.
         self._buffer = self._mine.new_empty(dist.get_world_size(group) * self._mine.numel())
         self._work = dist.all_gather_into_tensor(self._buffer, self._mine, group=group, async_op=True)
+        self._stand_ins = _stand_ins(group, [p for call in calls for p in (call.layer.lora_A, call.layer.lora_B)])
 
     def wait(self) -> None:
         """Until the buffers are filled, or no longer in use."""
@@ -78,13 +86,51 @@ class Window:
     def factors(self, layer: ShardedLayer) -> tuple[Tensor, Tensor]:
         """lora_A (E, I, R) and lora_B (E, O, R) by the experts' global numbers, copies."""
         self.wait()
-        place = 2 * next(i for i, call in enumerate(self.calls) if call.layer is layer)
+        place = self._place(layer)
         return self._whole(place), self._whole(place + 1)
+
+    def stand_ins(self, layer: ShardedLayer) -> tuple[Tensor, Tensor]:
+        """(E, I, R) and (E, O, R), never read; their gradients become those of the layer's lora_A and lora_B."""
+        place = self._place(layer)
+        return self._stand_ins[place], self._stand_ins[place + 1]
+
+    def _place(self, layer: ShardedLayer) -> int:
+        return 2 * next(i for i, call in enumerate(self.calls) if call.layer is layer)
 
     def _whole(self, j: int) -> Tensor:
         start, shape = sum(s.numel() for s in self._shapes[:j]), self._shapes[j]
         by_rank = self._buffer.view(-1, self._mine.numel())[:, start : start + shape.numel()]
         return by_rank.reshape(-1, *shape[1:])
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """(L, ...) parameters -> stand-ins of shape (E, ...); backward: one reduce-scatter of all gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, *params: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        ctx.set_materialize_grads(False)
+        ranks = dist.get_world_size(group)
+        return tuple(p.new_zeros(()).expand(ranks * len(p), *p.shape[1:]) for p in params)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ranks = dist.get_world_size(ctx.group)
+        there = [grad.reshape(ranks, -1) for grad in grads if grad is not None]
+        buffer = torch.cat(there, dim=1)
+        mine = buffer.new_empty(buffer.shape[1])
+        dist.reduce_scatter_tensor(mine, buffer.view(-1), group=ctx.group)
+        parts = iter(mine.split([part.shape[1] for part in there]))
+        return None, *(None if g is None else next(parts).view(-1, *g.shape[1:]) for g in grads)
+
+
+def _stand_ins(group: dist.ProcessGroup, factors: list[Tensor]) -> list[Tensor]:
+    """Of those that are trained; a frozen factor stands for itself."""
+    trained = [factor for factor in factors if factor.requires_grad]
+    # A window that a backward pass has issued may be used by what gradient checkpointing runs again.
+    with torch.enable_grad():
+        sums = iter(_SumOverProcesses.apply(group, *trained) if trained else ())
+    return [next(sums) if factor.requires_grad else factor.detach() for factor in factors]
 
 
 class Gathers:
@@ -140,14 +186,18 @@ class Gathers:
         return self._window
 
     def factors(self, layer: ShardedLayer, dtype: torch.dtype, backwards: bool = False) -> tuple[Tensor, Tensor]:
-        """lora_A (E, I, R) and lora_B (E, O, R) in `dtype`, started before or not."""
-        window = self._window
-        if window is None or not self._holds(_Call(layer, dtype), self._where()):
-            window = self.start(layer, dtype, backwards)
-        factors = window.factors(layer)
+        """lora_A (E, I, R) and lora_B (E, O, R) in `dtype`."""
+        factors = self.find(layer, dtype, backwards).factors(layer)
         if self._pass is None or (backwards and self._order and layer is self._order[0].layer):
             self._drop()  # no other layer will ask for it
         return factors
+
+    def find(self, layer: ShardedLayer, dtype: torch.dtype, backwards: bool = False) -> Window:
+        """The window that has the layer's experts in `dtype`, started before or not."""
+        window = self._window
+        if window is None or not self._holds(_Call(layer, dtype), self._where()):
+            window = self.start(layer, dtype, backwards)
+        return window
 
     def _where(self) -> tuple[str, int] | None:
         """The pass that is running: ("forward", 0), ("backward", its number), or None: outside of the model."""
@@ -175,13 +225,15 @@ class Gathers:
 
 
 class Gathered:
-    """`mixture.mixture.Transport` by gathering all experts; its operands have this process's factors.
-
-    lora_A is (L, I, R) and lora_B (L, O, R); gates are (T, E).
-    """
+    """`mixture.mixture.Transport` by gathering all experts; its operands have a window's stand-ins for the factors."""
 
     def __init__(self, layer: ShardedLayer, gathers: Gathers) -> None:
         self.layer, self.gathers = layer, gathers
+
+    def operands(self, dtype: torch.dtype, **others: Any) -> Operands:
+        """`mixture.operands.Operands` of the layer, for products in `dtype`."""
+        A, B = self.gathers.find(self.layer, dtype).stand_ins(self.layer)
+        return Operands(lora_A=A, lora_B=B, **others)
 
     def forward(
         self, products: Products, operands: Operands, base_out: Tensor, inplace: bool
@@ -202,17 +254,7 @@ class Gathered:
     ) -> Grads:
         A, B = self.gathers.factors(self.layer, p.dtype, backwards=True)
         grads = products.backward(replace(operands, lora_A=A, lora_B=B), p, dy, needs, onto, dlogits)
-        dA, dB = self._sum_over_processes([grads.A, grads.B], operands.lora_A.dtype)
+        # Summed in the parameters' dtype, as DeepSpeed sums them without expert parallelism.
+        dtype = operands.lora_A.dtype
+        dA, dB = (None if grad is None else grad.to(dtype) for grad in (grads.A, grads.B))
         return grads._replace(A=dA, B=dB)
-
-    def _sum_over_processes(self, grads: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-        """(E, ...) -> this process's (L, ...), summed in the parameters' dtype, as DeepSpeed sums them elsewhere."""
-        ranks = dist.get_world_size(self.layer.group)
-        there = [grad.to(dtype).view(ranks, -1) for grad in grads if grad is not None]
-        if not there:
-            return grads
-        buffer = torch.cat(there, dim=1)
-        mine = buffer.new_empty(buffer.shape[1])
-        dist.reduce_scatter_tensor(mine, buffer.view(-1), group=self.layer.group)
-        parts = iter(mine.split([part.shape[1] for part in there]))
-        return [None if grad is None else next(parts).view(-1, *grad.shape[1:]) for grad in grads]

@@ -151,9 +151,14 @@ class ShardedExperts(MoE):
             gates: (T, E), as in `mixture.operands.Operands`, which takes `options`. All else as in `mixture.mix`.
         """
         self._dtype = base_out.dtype
-        transport: Transport = Gathered(self, self.gathers) if self.dispatch == "weights" else Exchanged(self.group)
-        operands = Operands(x=x, lora_A=self.lora_A, lora_B=self.lora_B, gates=gates, **options)
-        products = self._products(base_out.dtype)
+        products, options = self._products(base_out.dtype), {"x": x, "gates": gates, **options}
+        if self.dispatch == "weights":
+            gathered = Gathered(self, self.gathers)
+            transport: Transport = gathered
+            operands = gathered.operands(base_out.dtype, **options)
+        else:
+            operands = Operands(lora_A=self.lora_A, lora_B=self.lora_B, **options)
+            transport = Exchanged(self.group)
         return mix(operands, base_out, inplace=inplace, products=products, transport=transport).y
 
     def _products(self, dtype: torch.dtype) -> Products:
@@ -172,9 +177,9 @@ class ShardedExperts(MoE):
         """
         rows, flat = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         gates = rows.new_full((len(rows), self.num_experts), 1 / self.num_experts, dtype=torch.float32)
-        start = InitialFactors(self)
-        operands = Operands(x=rows, lora_A=start.lora_A, lora_B=start.lora_B, scaling=scaling, gates=gates)
-        return mix(operands, flat, transport=Gathered(start, Gathers())).y.view(y.shape)
+        gathered = Gathered(InitialFactors(self), Gathers())
+        operands = gathered.operands(flat.dtype, x=rows, scaling=scaling, gates=gates)
+        return mix(operands, flat, transport=gathered).y.view(y.shape)
 
     def topology(self) -> Tensor:
         """[ep_size, distance between the ranks of a group]: which experts a rank's optimizer state belongs to.

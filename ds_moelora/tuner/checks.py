@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from .targets import candidates
@@ -42,6 +43,17 @@ def check_not_partitioned(state_dict: Mapping[str, Tensor]) -> None:
             "with deepspeed.zero.GatheredParameters first.",
             stacklevel=2,
         )
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuses to save weights that are not finite.
+
+    Raises:
+        ValueError: naming the first tensor with NaN or infinity.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} is not finite (NaN or infinity): such an adapter is not saved.")
 
 
 def check_complete(

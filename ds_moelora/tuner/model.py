@@ -13,7 +13,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from ..expert_parallel.spec import FACTORS, INITIAL_FACTORS
-from .checks import check_adapter_name, check_complete, check_not_partitioned
+from .checks import check_adapter_name, check_complete, check_finite, check_not_partitioned
 from .config import PATTERNS, MoELoRAConfig
 from .files.saving import cut_for_loading, sharded_experts, with_whole_experts
 from .layer import MoELoRALayer, refuse_merge, refuse_tied
@@ -195,6 +195,7 @@ class MoELoRAModel(BaseTuner):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
         )
         check_not_partitioned(selected)
+        check_finite(selected)
         return with_whole_experts(model, selected, state_dict, adapter_name)
 
     @classmethod

@@ -13,18 +13,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from ds_moelora.checkpoint.elastic_folder import read_manifest
 from ds_moelora.checkpoint.manifest import check_manifest, has_manifest
+from ds_moelora.checkpoint.processes import everyone, rank, world_size
+from ds_moelora.checkpoint.record import refuse_others
+from ds_moelora.checkpoint.state_folder import read_manifest
 from ds_moelora.checkpoint.whole import check_checkpoint
+from launch.checkpoint.lock import NAME as LOCK
+from launch.checkpoint.record import before_loading
 from launch.checks.arguments import Arguments
 from launch.checks.errors import UserError
 from launch.checks.flags import AUTO
-from launch.checks.trusted import check_trusted_checkpoint
 
 PARTIAL = ".partial"  # folder inside the output folder in which checkpoints are written
+STATE = "state"  # folder of a checkpoint: what a run needs to go on
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -45,11 +46,23 @@ def fault(checkpoint: str | Path) -> str | None:
     """Why a checkpoint is not complete, by the sizes in its manifest and the insides of its files; None: it is."""
     if not (Path(checkpoint) / "trainer_state.json").is_file():
         return f"{checkpoint} has no trainer_state.json."
+    if not has_manifest(checkpoint):
+        return f"{checkpoint} has no manifest.json: it was not written to its end, or by something else."
     try:
         check_checkpoint(checkpoint)
     except ValueError as error:
         return str(error)
     return None
+
+
+def without_state(checkpoint: str | Path) -> str | None:
+    """Why a complete checkpoint cannot be resumed: it holds the adapter alone; None: it can."""
+    if (Path(checkpoint) / STATE).is_dir():
+        return None
+    return (
+        f"{checkpoint} holds the adapter alone, without optimizer state (--save_only_model). Resume from another "
+        f"checkpoint, or start a new run from that adapter."
+    )
 
 
 def newest_complete(output_dir: str | Path) -> Path | None:
@@ -72,10 +85,9 @@ def check_output_dir(arguments: Arguments) -> None:
     if training.resume_from_checkpoint is not None:
         if arguments.run.overwrite_output_dir:
             raise UserError("--overwrite_output_dir and --resume_from_checkpoint contradict each other; keep one.")
-        if training.resume_from_checkpoint != AUTO:
-            check_resumed_topology(training.resume_from_checkpoint, arguments.adapter.ep_size)
         return
-    if not arguments.run.overwrite_output_dir and output_dir.is_dir() and any(output_dir.iterdir()):
+    taken = output_dir.is_dir() and any(not path.name.startswith(LOCK) for path in output_dir.iterdir())
+    if taken and not arguments.run.overwrite_output_dir:
         raise UserError(
             f"--output_dir {output_dir} is not empty. Choose another folder, go on from its newest complete checkpoint "
             "with --resume_from_checkpoint auto, or write over it with --overwrite_output_dir."
@@ -95,32 +107,6 @@ def _check_place(output_dir: Path) -> None:
         raise UserError(f"--output_dir {output_dir}: {nearest} cannot be written to; choose another folder.")
 
 
-def check_resumed_topology(folder: str, ep_size: int) -> None:
-    """Finds a checkpoint without elastic part whose experts lay on other ranks: their state cannot be moved.
-
-    Raises:
-        UserError: the checkpoint was saved with another `ep_size`, or its elastic part is incomplete.
-    """
-    elastic = Path(folder) / "elastic"
-    if elastic.is_dir():
-        try:
-            read_manifest(elastic)
-        except ValueError as error:
-            raise UserError(f"--resume_from_checkpoint: {error}") from error
-        return
-    files = sorted(Path(folder).glob("global_step*/layer_*_expert_*_model_states.pt"))
-    saved = 1
-    if files:
-        tensors = torch.load(files[0], map_location="cpu", weights_only=True)
-        saved = next((int(t[0]) for name, t in tensors.items() if name.endswith(".topology")), 0)
-    if saved != ep_size:
-        raise UserError(
-            f"--resume_from_checkpoint {folder} was saved with --ep_size {saved}, this run has {ep_size}, and it has "
-            f"no elastic part. Resume with --ep_size {saved}; the adapter in that folder can be loaded under any "
-            "ep_size, without optimizer state."
-        )
-
-
 def choose_checkpoint(arguments: Arguments) -> None:
     """Settles on all ranks together which checkpoint is loaded; a collective call.
 
@@ -128,7 +114,7 @@ def choose_checkpoint(arguments: Arguments) -> None:
     are passed over aloud.
 
     Raises:
-        UserError: on every rank, if the checkpoint that was named is damaged, or AUTO's cannot be resumed here.
+        UserError: on every rank, if the checkpoint that was named is damaged.
     """
     training = arguments.training
     wish = training.resume_from_checkpoint
@@ -139,8 +125,6 @@ def choose_checkpoint(arguments: Arguments) -> None:
         found = next((text for text in everyone(_damage(folder)) if text), None)
         if found is None:
             if wish == AUTO:
-                check_trusted_checkpoint(folder, arguments.run.unsafe_checkpoints)
-                check_resumed_topology(folder, arguments.adapter.ep_size)
                 _say(training, f"--resume_from_checkpoint auto: going on from {folder}.")
             training.resume_from_checkpoint = folder
             return
@@ -149,6 +133,25 @@ def choose_checkpoint(arguments: Arguments) -> None:
         _say(training, f"--resume_from_checkpoint auto: {folder} is passed over. {found}")
     _say(training, f"--resume_from_checkpoint auto: {training.output_dir} has no complete checkpoint: starting anew.")
     training.resume_from_checkpoint = None
+
+
+def check_settings(arguments: Arguments, config: Any) -> None:
+    """Compares the chosen checkpoint's record with flags and adapter configuration, before the model is loaded.
+
+    Args:
+        config: the run's `MoELoRAConfig`.
+
+    Raises:
+        UserError: on every rank; with both values of what cannot be meant.
+    """
+    folder = arguments.training.resume_from_checkpoint
+    if folder is None:
+        return
+    try:
+        saved = read_manifest(Path(folder) / STATE)["record"]
+        refuse_others(before_loading(saved, arguments, config), str(folder))
+    except ValueError as error:
+        raise UserError(f"--resume_from_checkpoint: {error}") from error
 
 
 def clear_partial(output_dir: str | Path) -> None:
@@ -174,7 +177,7 @@ def _meaning(wish: str | None, output_dir: Path) -> str | None:
         here = ", ".join(str(path) for path in reversed(checkpoints(output_dir)))
         known = f" {output_dir} has: {here}." if here else f" {output_dir} has none either."
         raise UserError(f"--resume_from_checkpoint {wish}: there is no checkpoint (no trainer_state.json).{known}")
-    found_fault = fault(wish)
+    found_fault = fault(wish) or without_state(wish)
     if found_fault:
         raise UserError(f"--resume_from_checkpoint: {found_fault}")
     return str(wish)
@@ -182,20 +185,8 @@ def _meaning(wish: str | None, output_dir: Path) -> str | None:
 
 def _damage(folder: str) -> str | None:
     """What this rank finds wrong with a checkpoint, having hashed its share of the files."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    found = fault(folder)
-    if found is None and has_manifest(folder):
-        found = check_manifest(folder, hashes=True, rank=rank, world_size=world_size)
-    return found
-
-
-def everyone(mine: Any) -> list[Any]:
-    """Every rank's value, on every rank."""
-    if not dist.is_initialized():
-        return [mine]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, mine)
-    return values
+    found = fault(folder) or without_state(folder)
+    return found or check_manifest(folder, hashes=True, rank=rank(), world_size=world_size())
 
 
 def _say(training: Any, text: str) -> None:

@@ -1,144 +1,334 @@
-"""Saves that are there as a whole, or not at all.
+"""Checkpoints of a run: written as a whole or not at all, in one format, and resumed from.
 
-A checkpoint is written into `<output_dir>/.partial/`, described by a manifest (`ds_moelora.checkpoint.manifest`) when
-every rank has written its part, and then renamed to its place. So a folder called `checkpoint-N` is complete, and
-older ones are deleted only when a newer one is.
+    checkpoint-N/
+        adapter_model.safetensors, adapter_config.json, tokenizer    for inference, as PEFT saves them
+        state/            weights, optimizer, scheduler, loss scale, record (`ds_moelora.checkpoint.elastic`)
+        random.json       the random states of every process
+        trainer_state.json
+        manifest.json     size and SHA-256 of every file, written last
+
+A checkpoint is written into `<output_dir>/.partial/` and then renamed to its place. So a folder called `checkpoint-N`
+is complete, and older ones are deleted only when a newer one is.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
+import random
 import shutil
 import socket
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 
+from ds_moelora.checkpoint.elastic import (
+    check_state,
+    gather_weights,
+    restore_state,
+    topology_changes,
+    why_not_elastic,
+    write_state,
+)
 from ds_moelora.checkpoint.manifest import describe_files, files_in, write_manifest
-from launch.checkpoint.resume import PARTIAL, checkpoints, everyone, newest_complete, step_of
-from launch.checkpoint.stopping import Stopping
+from ds_moelora.checkpoint.processes import NotFiniteError, everyone
+from ds_moelora.checkpoint.record import compare, refuse_others, run_record
+from ds_moelora.checkpoint.trained import Run
+from ds_moelora.optimizer.sharding.zero import is_partitioned
+from ds_moelora.tuner import sharded_experts
+from launch.checkpoint.record import TABLE, data_record
+from launch.checkpoint.resume import PARTIAL, STATE, checkpoints, newest_complete, step_of
+from launch.checkpoint.stopping import Stopping, ignore_signals
 from launch.checks.errors import UserError
 
+RANDOM = "random.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SCARCE = 1 << 26  # bytes free, below which a failed write is put down to the disk
+# Methods of transformers' Trainer that are replaced though they are private, with the parameters they must have.
+PRIVATE = {
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
+    "_load_best_model": ["self"],
+    "_load_rng_state": ["self", "checkpoint"],
+    "_run_epoch": None,  # its arguments are handed on
+}
 
 
-class AtomicTrainer(Trainer):
-    """A Trainer whose checkpoints appear when they are complete; `stopping` keeps broken weights out of them."""
+class CheckpointedTrainer(Trainer):
+    """A Trainer with this launcher's checkpoints, which stops in time and watches its losses.
+
+    `build_trainer` sets `stopping` and `settings` (`launch.checkpoint.record.settings`).
+    """
 
     stopping: Stopping | None = None
-    _writes_partial = False
+    settings: dict[str, Any]
+    data: dict[str, Any]  # `data_record` of the rows that are trained on
 
-    def _get_output_dir(self, trial: Any) -> str:
-        run_dir = super()._get_output_dir(trial)
-        return str(Path(run_dir) / PARTIAL) if self._writes_partial else run_dir
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.settings, self.data = {}, {}
+        # Deleting is `rotate`'s alone: transformers deletes before a newer checkpoint is complete.
+        self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.stopping is not None and not self.stopping.last_step_was_finite(self._gradient_norm()):
-            if self.is_world_process_zero():
-                print(f"Step {self.state.global_step} is not saved: its loss or gradient is not finite.", flush=True)
-            return
-        run_dir = Path(self._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        partial = run_dir / PARTIAL / name
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """transformers' own; the loss is watched."""
+        loss = super().training_step(*args, **kwargs)
+        if self.stopping is not None:
+            self.stopping.see(loss)
+        return loss
+
+    def get_train_dataloader(self) -> DataLoader:
+        """transformers' own; its workers leave signals to their process."""
+        return _deaf(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """As `get_train_dataloader`; rows that are evaluated are never dropped, whatever training does."""
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            self._begin(run_dir)
-            self._writes_partial = True
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._writes_partial = False
-            self._publish(partial, run_dir / name)
-        except (OSError, RuntimeError) as error:
-            raise _save_error(partial, run_dir, error) from error
+            return _deaf(super().get_eval_dataloader(*args, **kwargs))
+        finally:
+            self.args.dataloader_drop_last = drop
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's card with the adapter's part (`ds_moelora.tuner.files.card`), not those of transformers and TRL."""
+        if self.is_world_process_zero():
+            self.accelerator.unwrap_model(self.model).create_or_update_model_card(self.args.output_dir)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from the last checkpoint of a run that was finished, or nearly: transformers would do one more
+            # step before it looks.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    # -- saving -------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter alone. Its files replace older ones when all of them are written."""
-        if _internal_call:  # part of a checkpoint
-            super().save_model(output_dir, _internal_call)
-            return
+        """The adapter alone. Its files replace older ones when all of them are written; a collective call.
+
+        Raises:
+            UserError: its weights are not finite, or the disk is full.
+        """
         target = Path(output_dir or self.args.output_dir)
-        partial = target / PARTIAL / "model"
-        try:
-            self._begin(target)
-            super().save_model(str(partial), _internal_call=True)
-            _barrier()
+        folder = target / PARTIAL / "model"
+
+        def write() -> None:
+            self._write_adapter(folder, gather_weights(self.run_state()))
             if self.is_world_process_zero():
-                describe_files(partial, files_in(partial))  # flushes them
-                for name in sorted(files_in(partial)):
+                (folder / STATE).rmdir()
+                described = describe_files(folder, files_in(folder))  # flushes them
+                for name in sorted(described):
                     (target / name).parent.mkdir(exist_ok=True)
-                    (partial / name).replace(target / name)
+                    (folder / name).replace(target / name)
                 shutil.rmtree(target / PARTIAL)
-            _barrier()
-        except (OSError, RuntimeError) as error:
-            raise _save_error(partial, target, error) from error
 
-    def _begin(self, folder: Path) -> None:
-        if self.is_world_process_zero():
-            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-        _barrier()
+        self._save_safely(folder, target, write)
 
-    def _publish(self, partial: Path, final: Path) -> None:
-        """The manifest, the new name, and the end of checkpoints beyond `save_total_limit`."""
-        if self.is_world_process_zero():
-            self._correct_best(partial, final)
-        _barrier()  # every rank has written everything
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        # Not one rank's list: a network file system may show it late what others have written.
-        names = sorted(set().union(*everyone(files_in(partial))))
-        shares = everyone(describe_files(partial, names[rank::world_size]))
-        if rank == 0:
-            write_manifest(partial, {name: entry for share in shares for name, entry in share.items()})
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir = Path(self.args.output_dir)
+        final = run_dir / f"checkpoint-{self.state.global_step}"
+        folder = run_dir / PARTIAL / final.name
+
+        def write() -> None:
+            self.store_flos()
+            states = everyone(random_states())
+            weights, files = self._write_training_state(folder)
+            self._write_adapter(folder, weights)
+            if not self.is_world_process_zero():
+                return
+            if files:
+                (folder / RANDOM).write_text(json.dumps(states))
+            else:
+                (folder / STATE).rmdir()
+            self._write_trainer_state(folder, final)
+            rest = describe_files(folder, files_in(folder) - set(files))
+            write_manifest(folder, {**files, **rest})
             if final.exists():  # damaged, or of a run that went on from an older one
-                final.rename(final.parent / PARTIAL / f"replaced-{final.name}")
-            partial.rename(final)
-            _flush_folder(final.parent)
-            self._rotate(final)
-            shutil.rmtree(final.parent / PARTIAL, ignore_errors=True)
-        _barrier()
+                final.rename(run_dir / PARTIAL / f"replaced-{final.name}")
+            folder.rename(final)
+            _flush_folder(run_dir)
+            rotate(final, self.save_total_limit, self.state.best_model_checkpoint)
+            shutil.rmtree(run_dir / PARTIAL, ignore_errors=True)
 
-    def _correct_best(self, partial: Path, final: Path) -> None:
-        """transformers looked for the best checkpoint, and wrote down its path, where it is only being written."""
+        self._save_safely(folder, run_dir, write)
+
+    def _save_safely(self, folder: Path, run_dir: Path, write: Callable[[], None]) -> None:
+        """Makes a folder and fills it on every process; what went wrong on one is raised on all.
+
+        `write` may fail on process 0 alone after its last collective call only.
+        """
+        failure: Exception | None = None
+        try:
+            if self.is_world_process_zero():
+                shutil.rmtree(run_dir / PARTIAL, ignore_errors=True)
+                (folder / STATE).mkdir(parents=True)
+        except OSError as error:
+            failure = error
+        if not any(everyone(failure is not None)):
+            try:
+                write()
+            except (OSError, RuntimeError, ValueError) as error:
+                failure = error
+        step = self.state.global_step
+        found = next((e for e in everyone(failure and _save_error(folder, run_dir, failure, step)) if e), None)
+        if found is not None:
+            raise found from failure
+
+    def _write_training_state(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that a run needs to go on; (the trained weights, files described already) on process 0."""
+        if self.args.save_only_model:
+            return gather_weights(self.run_state()), {}
+        written = write_state(self.run_state(), folder / STATE, {**self.settings, **self.data})
+        return written.get("weights", {}), {f"{STATE}/{k}": entry for k, entry in written.get("files", {}).items()}
+
+    def _write_adapter(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """What PEFT saves, from the trained weights, and the tokenizer; a collective call, process 0 writes."""
+        model: PeftModel = self.accelerator.unwrap_model(self.model)
+        weights = {**weights, **_sharded_starts(model)}
+        if not self.is_world_process_zero():
+            return
+        entries = {
+            name: value.detach()
+            for name, value in model.state_dict(keep_vars=True).items()
+            if isinstance(value, Tensor) and not is_partitioned(value)
+        }
+        model.save_pretrained(str(folder), state_dict={**entries, **weights}, is_main_process=True)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _write_trainer_state(self, folder: Path, final: Path) -> None:
+        """trainer_state.json, with the states of callbacks, and the best checkpoint under its final name."""
         if self.state.best_global_step:
             best = final.with_name(f"checkpoint-{self.state.best_global_step}")
             if best == final or best.is_dir():
                 self.state.best_model_checkpoint = str(best)
-                self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+        for part in (*self.callback_handler.callbacks, self.control):
+            if isinstance(part, ExportableState):
+                kept = self.state.stateful_callbacks.get(type(part).__name__)
+                if isinstance(kept, list):
+                    kept.append(part.state())
+                else:
+                    self.state.stateful_callbacks[type(part).__name__] = part.state()
+        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
-    def _rotate(self, newest: Path) -> None:
-        """Deletes the oldest checkpoints beyond `save_total_limit`, but never the one just saved, or the best."""
-        limit = self.args.save_total_limit
-        if not limit or limit < 1:
-            return
-        best = self.state.best_model_checkpoint
-        kept = {newest.name} | ({Path(best).name} if best else set())
-        others = [path for path in checkpoints(newest.parent) if path.name not in kept]
-        # Steps beyond this one are left from before: damaged, or of another course.
-        others.sort(key=lambda path: (step_of(path) < step_of(newest), step_of(path)), reverse=True)
-        for path in others[max(limit - len(kept), 0) :]:
-            doomed = newest.parent / PARTIAL / path.name
-            path.rename(doomed)  # a process killed in the midst of deleting leaves no half checkpoint behind
-            shutil.rmtree(doomed, ignore_errors=True)
+    # -- resuming -----------------------------------------------------------------------------------------------------
 
-    def _finalize_training(self, *args: Any) -> Any:
-        # With save_total_limit=1, transformers deletes all checkpoints but the best here, even one that was saved a
-        # moment ago because the run is being preempted.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+    def run_state(self) -> Run:
+        """Model, optimizer and scheduler, as checkpoints see them."""
+        if self.is_deepspeed_enabled:
+            # Where the engine has no scheduler, it is this trainer's; otherwise accelerate's wrapper stands here.
+            own = self.lr_scheduler if isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LRScheduler) else None
+            return Run.of(self.deepspeed, None if self.deepspeed.lr_scheduler is not None else own)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return Run(
+            module=self.accelerator.unwrap_model(self.model),
+            wrapper=optimizer,
+            optimizer=optimizer,
+            scheduler=self.lr_scheduler,
+            device=self.args.device,
+            scaler=self.accelerator.scaler,
+        )
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # the engine exists from here on
+        strategy = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
+        obstacle = why_not_elastic(self.run_state())
+        if obstacle and (resume_from_checkpoint or (strategy != "no" and not self.args.save_only_model)):
+            raise UserError(
+                f"this run cannot write or read checkpoints: {obstacle} Or pass --save_strategy no (the adapter is "
+                "saved at the end), or --save_only_model."
+            )
+        self.data = everyone(data_record(self.train_dataset) if self.is_world_process_zero() else None)[0]
+        if resume_from_checkpoint is not None:
+            self._resume(resume_from_checkpoint)
+        return prepared
+
+    def _resume(self, checkpoint: str) -> None:
+        """Compares the checkpoint's record with this run, says what differs, and loads.
+
+        Raises:
+            UserError: it is of another run.
+        """
+        run, folder = self.run_state(), Path(checkpoint) / STATE
         try:
-            return super()._finalize_training(*args)
-        finally:
-            self.args.save_total_limit = limit
+            manifest = check_state(run, folder, contents=False)  # hashed when it was chosen
+            mine = {**self.settings, **self.data, **run_record(run.module, run.optimizer)}
+            lines = refuse_others(compare(manifest["record"], mine, TABLE), checkpoint)
+        except ValueError as error:
+            raise UserError(f"--resume_from_checkpoint: {error}") from error
+        changes = topology_changes(run, manifest)
+        if changes:
+            lines.append(f"{checkpoint}: the topology has changed, {', '.join(changes)}.")
+        if self.is_world_process_zero():
+            for line in lines:
+                print(line, flush=True)
+        restore_state(run, folder, manifest)
 
-    def _gradient_norm(self) -> float | None:
-        """The last step's gradient norm, if one that is not finite has reached the weights."""
-        if not self.is_deepspeed_enabled or self.deepspeed.fp16_enabled():  # fp16: such a step is left out
-            return None
-        norm = self.deepspeed.get_global_grad_norm()
-        return None if norm is None else float(norm)
+    def _load_best_model(self) -> None:
+        folder = Path(self.state.best_model_checkpoint) / STATE
+        if not folder.is_dir():
+            super()._load_best_model()
+            return
+        run = self.run_state()
+        restore_state(run, folder, check_state(run, folder))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        states = json.loads((Path(checkpoint) / RANDOM).read_text())
+        if self.args.process_index < len(states):  # further processes keep the states of their seeds
+            set_random_states(states[self.args.process_index])
+
+
+def rotate(newest: Path, limit: int | None, best: str | None) -> None:
+    """Deletes the oldest checkpoints beyond `save_total_limit`, but never the one just saved, or the best."""
+    if not limit or limit < 1:
+        return
+    kept = {newest.name} | ({Path(best).name} if best else set())
+    others = [path for path in checkpoints(newest.parent) if path.name not in kept]
+    # Steps beyond this one are left from before: damaged, or of another course.
+    others.sort(key=lambda path: (step_of(path) < step_of(newest), step_of(path)), reverse=True)
+    for path in others[max(limit - len(kept), 0) :]:
+        doomed = newest.parent / PARTIAL / path.name
+        path.rename(doomed)  # a process killed in the midst of deleting leaves no half checkpoint behind
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of this process's random generators, fit for JSON."""
+    kind, keys, *rest = np.random.get_state()
+    states = {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.random.get_rng_state().numpy().tobytes().hex(),
+    }
+    if torch.accelerator.is_available():
+        states["device"] = torch.get_device_module().get_rng_state().numpy().tobytes().hex()
+    return states
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """The reverse of `random_states`."""
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.random.set_rng_state(_bytes(states["torch"]))
+    if "device" in states and torch.accelerator.is_available():
+        torch.get_device_module().set_rng_state(_bytes(states["device"]))
 
 
 class StatusFile(TrainerCallback):
@@ -182,7 +372,7 @@ def check_shared(output_dir: str | Path) -> None:
         return
     if dist.get_rank() == 0:
         token.mkdir(parents=True, exist_ok=True)
-    _barrier()
+    dist.barrier()
     os.listdir(token.parent.parent if token.parent.parent.is_dir() else ".")  # refreshes what NFS remembers
     mine = None if token.is_dir() else f"rank {dist.get_rank()} on {socket.gethostname()}"
     blind = everyone(mine)
@@ -195,9 +385,24 @@ def check_shared(output_dir: str | Path) -> None:
         )
 
 
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def _deaf(loader: DataLoader) -> DataLoader:
+    loader.worker_init_fn = partial(ignore_signals, loader.worker_init_fn)
+    return loader
+
+
+def _sharded_starts(model: PeftModel) -> dict[str, Tensor]:
+    """A start from singular values, whole, of experts that are spread over processes; a collective call."""
+    found = {}
+    for name, module in sharded_experts(model).items():
+        for factor in module.factor_names():
+            whole = module.experts_shard().gather(factor) if factor.startswith("initial_") else None
+            if whole is not None:
+                found[f"{name}.{factor}"] = whole
+    return found
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -209,13 +414,16 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _save_error(partial: Path, run_dir: Path, error: Exception) -> Exception:
-    free = shutil.disk_usage(run_dir).free
+def _save_error(partial: Path, run_dir: Path, error: Exception, step: int) -> Exception:
+    """What is raised on every process for a failure of one: what remains, and what to do."""
     newest = newest_complete(run_dir)
-    text = (
-        f"{partial} could not be saved: {error} ({free:,} bytes are free there). "
-        f"{f'{newest} is complete' if newest else 'No checkpoint was saved before'}."
-    )
+    kept = f"{newest} is complete" if newest else "No checkpoint was saved before"
+    if isinstance(error, NotFiniteError):
+        return UserError(
+            f"step {step}: {error} {kept}. Lower --learning_rate, or look at the rows of the steps since then."
+        )
+    free = shutil.disk_usage(run_dir).free
+    text = f"{partial} could not be saved: {error} ({free:,} bytes are free there). {kept}."
     if free < SCARCE or (isinstance(error, OSError) and error.errno in FULL):
         return UserError(f"{text} Make room, and go on with --resume_from_checkpoint auto.")
     return RuntimeError(text)

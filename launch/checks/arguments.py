@@ -56,7 +56,16 @@ class Arguments:
 
 
 class _Parser(TrlParser):
-    """TrlParser whose complaints are exceptions, so that they take the same way out as every other error."""
+    """TrlParser whose complaints are exceptions, so that they take the same way out as every other error.
+
+    A flag that is true, false or, by default, neither may stand alone like every other flag of its kind: `--bf16`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            if getattr(action.type, "__name__", None) == "string_to_bool" and action.nargs is None:
+                action.nargs, action.const = "?", True
 
     def error(self, message: str) -> None:
         raise UsageError(message)

@@ -13,7 +13,7 @@ from typing import Any
 
 from launch.checks.arguments import Arguments, non_defaults
 from launch.checks.errors import UserError, say
-from launch.checks.flags import LANGUAGE, RunArguments, ScoringArguments
+from launch.checks.flags import LANGUAGE, AdapterArguments, DataArguments, RunArguments, ScoringArguments
 from launch.data.answering import wants_answers
 
 # Read by the launcher, TRL, transformers or accelerate, whatever their value is. `launch.checks.preflight` bounds some.
@@ -110,6 +110,18 @@ NEEDS: dict[str, tuple[Callable[[Arguments], bool], str]] = {
     "packing_strategy": (_is_set("packing", "eval_packing"), "it needs --packing"),
 }
 
+_SVD = (
+    lambda a: a.init_lora_weights.lower() not in ("true", "false"),
+    "it needs --init_lora_weights goat (or pissa, ...)",
+)
+_EXPERT_PARALLEL = (lambda a: a.ep_size > 1, "it needs --ep_size above 1")
+# Flags of the adapter that another one of them switches on.
+ADAPTER_NEEDS: dict[str, tuple[Callable[[AdapterArguments], bool], str]] = {
+    "eta": (lambda a: a.scaling == "goat", "it needs --scaling goat"),
+    **dict.fromkeys(("rho", "svd_cache_dir"), _SVD),
+    **dict.fromkeys(("ep_dispatch", "ep_bucket_layers"), _EXPERT_PARALLEL),
+}
+
 # The launcher's own flags. Which of them a task, a layout or another flag makes idle is refused by
 # `launch.checks.preflight`, `launch.checks.data` and the readers of the data.
 _OWN = """
@@ -117,10 +129,25 @@ task model_name_or_path revision attn_implementation dataset_name dataset_config
 prompt_template instruction_column input_column output_column prompt_column completion_column messages_column
 prompt_format completion_format text_column text_pair_column text_pattern image_column label_column show_traceback
 dataset_weights dataset_stopping streaming eval_dataset_name eval_dataset_split eval_fraction max_train_samples
-load_in_4bit regression overwrite_output_dir lost_rank_seconds stop_after_nan_steps status_file unsafe_checkpoints
+load_in_4bit regression overwrite_output_dir lost_rank_seconds stop_after_nan_steps status_file
 score answer_pattern answer_ignore max_new_tokens
 """
 OWN = frozenset(_OWN.split())
+
+# Flags of data, and the tasks that they are for.
+TASK_FLAGS = {
+    "prompt_template": ("causal-lm",),
+    "streaming": ("causal-lm",),
+    **{f"{name}_column": LANGUAGE for name in ("instruction", "input", "output", "prompt", "completion", "messages")},
+    "prompt_format": LANGUAGE,
+    "completion_format": LANGUAGE,
+    "text_column": ("causal-lm", "sequence-classification"),
+    "text_pair_column": ("sequence-classification",),
+    "text_pattern": ("sequence-classification",),
+    "image_column": ("image-classification", "image-text-to-text"),
+    "label_column": ("sequence-classification", "image-classification"),
+    "regression": ("sequence-classification", "image-classification"),
+}
 
 
 def idle_flags(arguments: Arguments) -> dict[str, str]:
@@ -129,6 +156,10 @@ def idle_flags(arguments: Arguments) -> dict[str, str]:
     for name in non_defaults(arguments.training):
         needs, reason = NEEDS.get(name, (None, UNUSED.get(name, "")))
         if name in UNUSED or (needs is not None and not needs(arguments)):
+            found[name] = reason
+    for name in non_defaults(arguments.adapter).keys() & ADAPTER_NEEDS.keys():
+        needs, reason = ADAPTER_NEEDS[name]
+        if not needs(arguments.adapter):
             found[name] = reason
     return found
 
@@ -139,7 +170,7 @@ def check_effects(arguments: Arguments) -> None:
     Raises:
         UserError: naming the flag, its value and the remedy.
     """
-    given = non_defaults(arguments.training)
+    given = non_defaults(arguments.training) | non_defaults(arguments.adapter)
     for name in given.keys() & REFUSED.keys():
         raise UserError(f"--{name} {_shown(given[name])} is not supported: {REFUSED[name]}.")
     for name, reason in idle_flags(arguments).items():
@@ -147,6 +178,18 @@ def check_effects(arguments: Arguments) -> None:
         shown = "" if "token" in name else f" {_shown(given[name])}"
         say(f"--{name}{shown} is not used: {reason}.")
     _check_own(arguments)
+
+
+def check_task(run: DataArguments) -> None:
+    """Refuses flags that mean nothing to the task.
+
+    Raises:
+        UserError: naming the flag and the tasks it is for.
+    """
+    for name, tasks in TASK_FLAGS.items():
+        default = getattr(RunArguments, name)
+        if run.task not in tasks and getattr(run, name, default) != default:
+            raise UserError(f"--{name} has no effect with --task {run.task}; it is for {' and '.join(tasks)}.")
 
 
 def _check_own(arguments: Arguments) -> None:

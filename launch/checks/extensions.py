@@ -6,6 +6,7 @@ A process killed in that time leaves the file behind, and every later run on the
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from launch.checks.errors import UserError
 # build may be running on another, and none takes longer than the second limit.
 ABANDONED_MINUTES = 5
 STALE_MINUTES = 30
+AHEAD_MINUTES = 1  # by which clocks of hosts that share a folder may differ
 LOADING_SECONDS = 5  # what loading a finished build takes at most
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -92,15 +94,19 @@ def check_build_lock() -> None:
             minutes = (time.time() - lock.stat().st_mtime) / 60
         except FileNotFoundError:
             continue  # a build that is running right now has just finished
+        if minutes < -AHEAD_MINUTES:  # a clock that was ahead, or was set back: the date says nothing, the owner does
+            minutes = math.inf if not _is_open(lock) else 0.0
         if minutes > LOADING_SECONDS / 60 and any(lock.parent.glob("*.so")) and not _is_open(lock):
             # Should the holder live where this process cannot see it, both load the same finished file.
             print(f"{lock}: left by a process that was killed while it loaded the extension; removed.", flush=True)
             lock.unlink(missing_ok=True)
             continue
         if minutes > STALE_MINUTES or (minutes > ABANDONED_MINUTES and not _is_open(lock)):
+            age = "dated in the future" if math.isinf(minutes) else f"{minutes:.0f} minutes old"
             raise UserError(
-                f"{lock} is {minutes:.0f} minutes old: a process was killed while it built or loaded an extension of "
-                "DeepSpeed, and every later one waits for it. Remove that file."
+                f"{lock} is {age}: a process "
+                "was killed while it built or loaded an extension of DeepSpeed, and every later one waits for it. "
+                "Remove that file."
             )
 
 

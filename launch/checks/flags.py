@@ -103,9 +103,6 @@ class RunArguments(DataArguments):
     lost_rank_seconds: float = flag(30.0, "Seconds without a sign of a rank's host until all ranks end.")
     stop_after_nan_steps: int = flag(3, "End after so many steps in a row with a loss not finite; 0: never.")
     status_file: str | None = flag(None, "launch/supervise.sh reads here how far the run has come.")
-    unsafe_checkpoints: bool = flag(
-        False, "Resume from files that hold Python objects, whose code is run. Only for checkpoints of your own."
-    )
 
     # The adapter that training goes on with (`launch.training.modeling.start_adapter`).
     start_adapter: str | None = field(default=None, init=False)

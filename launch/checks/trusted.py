@@ -1,4 +1,4 @@
-"""Nothing that a checkpoint or a model brings is executed, unless a flag says that it may be."""
+"""Nothing that a model brings is executed, unless a flag says that it may be."""
 
 from __future__ import annotations
 
@@ -7,46 +7,21 @@ import os
 from pathlib import Path
 
 from transformers import CONFIG_MAPPING
-from transformers.trainer_pt_utils import safe_globals
 
 from ds_moelora.checkpoint.data_only import check_data_only
 from launch.checks.arguments import Arguments
-from launch.checks.errors import UserError, process_rank
-from launch.checks.flags import AUTO
+from launch.checks.errors import UserError
 
 
 def check_trusted(arguments: Arguments) -> None:
-    """Looks for code in what will be loaded; every rank does, before any of them loads.
+    """Looks for code in the model that will be loaded; checkpoints of this launcher are safetensors and JSON.
 
     Raises:
         UserError: naming the file, and the flag that would accept it if there is one.
     """
-    check_trusted_checkpoint(arguments.training.resume_from_checkpoint, arguments.run.unsafe_checkpoints)
     name = arguments.run.model_name_or_path
     if name is not None and os.path.isdir(name):
         _check_model(Path(name), arguments.training.trust_remote_code)
-
-
-def check_trusted_checkpoint(folder: str | None, unsafe: bool) -> None:
-    """The part of `check_trusted` that concerns checkpoints. None and AUTO (not chosen yet) are no folders.
-
-    Raises:
-        UserError: naming the file.
-    """
-    if folder is None or folder == AUTO:
-        return
-    if unsafe:
-        if process_rank()[0] == 0:
-            print(f"WARNING: --unsafe_checkpoints: whatever code is in {folder} will be run.", flush=True)
-        return
-    try:
-        with safe_globals():  # the state of numpy's random generator
-            check_data_only(folder)
-    except ValueError as error:
-        raise UserError(
-            f"--resume_from_checkpoint: {error} Somebody may have changed that file. If you wrote it yourself, with "
-            "objects of your own in it, pass --unsafe_checkpoints."
-        ) from error
 
 
 def _check_model(folder: Path, trusted: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from launch.checks.errors import UserError, say
-from launch.data.files import PLACE, ROW
+from launch.data.files import MAX_CHARACTERS, PLACE, ROW
 
 Rows = Dataset | IterableDataset
 Row = dict[str, Any]
@@ -99,6 +99,11 @@ def text_of(row: Row, column: str, where: str, optional: bool = False) -> str:
             return ""
         raise UserError(f"{where}: column {column!r} is empty. Fill or remove this row.")
     if isinstance(value, str):
+        if len(value) > MAX_CHARACTERS:
+            raise UserError(
+                f"{where}: column {column!r} has {len(value):,} characters, more than {MAX_CHARACTERS:,}. Cut it, or "
+                "split it into several rows."
+            )
         return value
     if isinstance(value, bool | int | float):
         return json.dumps(value)

@@ -109,7 +109,7 @@ def _build(folder: Path) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    Console().print(f"The demo's base model is kept in {folder}")
+    Console(markup=False, emoji=False).print(f"The demo's base model is kept in {folder}")
 
 
 def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ SHOWN_NAMES = 12
 # Of an adapter that is trained further: what is this run's own choice, not part of what was saved.
 OF_THE_RUN = (
     *("lora_dropout", "router_aux_loss_coef", "router_z_loss_coef", "router_jitter", "ep_size", "ep_dispatch"),
-    *("ep_bucket_layers", "expert_compute", "svd_cache_dir"),
+    *("expert_compute", "svd_cache_dir"),
 )
 HEADED = ("Classification",)
 # PEFT trains these whole (`pre_classifier` of DistilBERT, too), and adapts a layer of one nevertheless.
@@ -123,39 +124,16 @@ def adapter_config(adapter: AdapterArguments, task: str) -> Any:
     Raises:
         UserError: a value outside its bounds.
     """
+    values = {item.name: getattr(adapter, item.name) for item in fields(adapter)}
+    values |= {name: _read_pattern(name, values[name]) for name in PATTERNS}
     # A single plain name means "modules called so"; a string would be a regular expression for the full path.
-    targets: Any = adapter.target_modules
-    if targets == ["all-linear"] or _is_pattern(targets):
-        targets = targets[0]
+    if adapter.target_modules == ["all-linear"] or _is_pattern(adapter.target_modules):
+        values["target_modules"] = adapter.target_modules[0]
+    start = adapter.init_lora_weights
+    values["init_lora_weights"] = {"true": True, "false": False}.get(start.lower(), start)
+    values["modules_to_save"] = adapter.modules_to_save or None
     try:
-        return ds_moelora.MoELoRAConfig(
-            task_type=TASK_TYPES[task],
-            r=adapter.r,
-            num_experts=adapter.num_experts,
-            top_k=adapter.top_k,
-            lora_alpha=adapter.lora_alpha,
-            lora_dropout=adapter.lora_dropout,
-            target_modules=targets,
-            scaling=adapter.scaling,
-            eta=adapter.eta,
-            rho=adapter.rho,
-            svd_cache_dir=adapter.svd_cache_dir,
-            init_lora_weights={"true": True, "false": False}.get(
-                adapter.init_lora_weights.lower(), adapter.init_lora_weights
-            ),
-            router_aux_loss_coef=adapter.router_aux_loss_coef,
-            router_z_loss_coef=adapter.router_z_loss_coef,
-            router_temperature=adapter.router_temperature,
-            router_jitter=adapter.router_jitter,
-            top_p=adapter.top_p,
-            shared_expert=adapter.shared_expert,
-            shared_A=adapter.shared_A,
-            **{name: _read_pattern(name, getattr(adapter, name)) for name in PATTERNS},
-            ep_size=adapter.ep_size,
-            ep_dispatch=adapter.ep_dispatch,
-            expert_compute=adapter.expert_compute,
-            modules_to_save=adapter.modules_to_save or None,
-        )
+        return ds_moelora.MoELoRAConfig(task_type=TASK_TYPES[task], **values)
     except (ValueError, TypeError) as error:
         raise UserError(f"adapter: {error}") from error
 

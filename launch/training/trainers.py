@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from functools import partial
-from pathlib import Path
+import inspect
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from torch.utils.data import DataLoader
 from transformers import (
     BaseImageProcessor,
     DataCollatorWithPadding,
@@ -22,15 +20,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
-from transformers.trainer import TRAINING_ARGS_NAME
 
-from ds_moelora import data_only, load_elastic, save_elastic
-from ds_moelora.checkpoint.elastic import topology_changes, why_not_elastic
-from ds_moelora.checkpoint.elastic_folder import read_manifest
-from ds_moelora.tuner import append_experts, sharded_experts, without_experts
-from launch.checkpoint.saving import AtomicTrainer
-from launch.checkpoint.stopping import Stopping, ignore_signals
+from launch.checkpoint.record import settings
+from launch.checkpoint.saving import PRIVATE, CheckpointedTrainer
+from launch.checkpoint.stopping import Stopping
 from launch.checks.arguments import Arguments
 from launch.checks.errors import UserError
 from launch.checks.flags import LANGUAGE
@@ -40,117 +33,10 @@ from launch.data.metrics import head_scores
 from launch.data.values import Rows
 from launch.training.preparation import CountingTrainer, PackingGuard, Truncation
 
-ELASTIC = "elastic"  # folder of a checkpoint
+TESTED = "5.23.0"  # of transformers
 
 
-class GatheringTrainer(AtomicTrainer):
-    """A Trainer that saves whole experts when they are spread over ranks (`ep_size > 1`), and resumes anywhere.
-
-    transformers calls `_save` on every rank, but `save_pretrained`, which would gather them, on one. So it saves the
-    rest, and the experts are gathered and added to the file afterwards, one factor of one layer at a time.
-
-    Every checkpoint has an elastic part (`ELASTIC`) beside DeepSpeed's own files. In the same topology those are
-    resumed, equal to the bit; in another, which DeepSpeed cannot do, the elastic part.
-    """
-
-    saves_elastic = False
-    unsafe_checkpoints = False
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """transformers' own; the loss is watched."""
-        loss = super().training_step(*args, **kwargs)
-        if self.stopping is not None:
-            self.stopping.see(loss)
-        return loss
-
-    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
-        # Rows that are evaluated are never dropped, whatever training does with its last batch.
-        drop = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = drop and is_training
-        try:
-            loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = drop
-        loader.worker_init_fn = partial(ignore_signals, loader.worker_init_fn)
-        return loader
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:
-            # Resumed from the last checkpoint of a run that was finished, or nearly: transformers would do one more
-            # step before it looks.
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        if state_dict is None or not sharded_experts(model):
-            super()._save(output_dir, state_dict)
-            self._remove_arguments(output_dir)
-            return
-        with without_experts():
-            super()._save(output_dir, state_dict)
-            self._remove_arguments(output_dir)
-        append_experts(model, output_dir if output_dir is not None else self.args.output_dir)
-
-    def _remove_arguments(self, output_dir: str | None) -> None:
-        """transformers pickles its arguments beside the weights; nothing reads them, and nobody should have them."""
-        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """PEFT's card with the adapter's part (`ds_moelora.tuner.files.card`), not those of transformers and TRL."""
-        if self.is_world_process_zero():
-            self.accelerator.unwrap_model(self.model).create_or_update_model_card(self.args.output_dir)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.saves_elastic:
-            save_elastic(self.deepspeed, Path(output_dir) / ELASTIC)
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
-    ) -> tuple[Any, Any]:
-        if not self.is_deepspeed_enabled:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # the engine exists from here on
-        if self.deepspeed.checkpoint_engine.is_decoupled():
-            raise UserError(
-                'the DeepSpeed config\'s "checkpoint.writer" writes in the background: a checkpoint would be called '
-                "complete before it is. Remove it."
-            )
-        obstacle = why_not_elastic(self.deepspeed)
-        self.saves_elastic = obstacle is None
-        if obstacle and self.is_world_process_zero():
-            print(f"Checkpoints will fit this topology alone: {obstacle}", flush=True)
-        if resume_from_checkpoint is not None:
-            self._load_training_state(resume_from_checkpoint)
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
-            self._load_scaler(resume_from_checkpoint)
-        return prepared
-
-    def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:  # it may be older than a change of topology
-            self._load_training_state(self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
-
-    def _load_training_state(self, checkpoint: str) -> None:
-        """Weights and optimizer state: DeepSpeed's own files if they fit the topology, otherwise the elastic part."""
-        elastic = Path(checkpoint) / ELASTIC
-        changes = topology_changes(self.deepspeed, elastic) if elastic.is_dir() else []
-        if not changes:
-            with nullcontext() if self.unsafe_checkpoints else data_only():
-                deepspeed_load_checkpoint(self.deepspeed, checkpoint, load_module_strict=False)
-            return
-        batches = read_manifest(elastic)["train_batch_size"], self.deepspeed.train_batch_size()
-        if batches[0] != batches[1]:
-            changes.append(f"samples per step {batches[0]} -> {batches[1]}")
-        if self.is_world_process_zero():
-            print(f"{checkpoint}: the topology has changed, {', '.join(changes)}. Resuming from {elastic}.", flush=True)
-        load_elastic(self.deepspeed, elastic)
-
-
-class MixtureSFTTrainer(TokenScores, GatheringTrainer, CountingTrainer):
+class MixtureSFTTrainer(TokenScores, CheckpointedTrainer, CountingTrainer):
     """SFTTrainer that trains on the model's own `loss`.
 
     TRL 1.16 computes the loss from the log-probabilities that its fused head returns, and so leaves out what a tuner
@@ -174,7 +60,7 @@ class MixtureSFTTrainer(TokenScores, GatheringTrainer, CountingTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class HeadTrainer(RowScores, GatheringTrainer):
+class HeadTrainer(RowScores, CheckpointedTrainer):
     """The trainer of models with a classification head."""
 
 
@@ -237,17 +123,36 @@ def build_trainer(
     Raises:
         UserError: no training row has an answer within `max_length`.
     """
+    check_private_methods()
+    recorded = settings(arguments)
     common = {"model": model, "args": arguments.training, "processing_class": processor}
     if arguments.run.task in LANGUAGE:
         trainer = _language_trainer(train, evaluation, callbacks, **common)
     else:
         trainer = _head_trainer(arguments.run.task, train, evaluation, callbacks, **common)
+    trainer.settings = recorded
     for callback in callbacks:
         if isinstance(callback, OptimizerGuard | PackingGuard):
             callback.trainer = trainer
         if isinstance(callback, Stopping):
             trainer.stopping = callback
     return trainer
+
+
+def check_private_methods() -> None:
+    """Makes sure that this transformers has the private methods that `CheckpointedTrainer` replaces.
+
+    Raises:
+        UserError: one is missing, or takes other arguments; the version is named.
+    """
+    for name, expected in PRIVATE.items():
+        method = getattr(Trainer, name, None)
+        found = None if method is None else list(inspect.signature(method).parameters)
+        if found is None or expected not in (None, found):
+            raise UserError(
+                f"transformers {transformers.__version__} has no Trainer.{name}({', '.join(expected or [])}), which "
+                f"checkpoints need: use one of the versions that pyproject.toml allows (tested: {TESTED})."
+            )
 
 
 def _language_trainer(

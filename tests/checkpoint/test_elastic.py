@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import random
 import shutil
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 
 import ds_moelora
+from ds_moelora.checkpoint import elastic, state_folder
 from ds_moelora.checkpoint.elastic import topology_changes
-from ds_moelora.checkpoint.elastic_folder import read_manifest
+from ds_moelora.checkpoint.state_folder import read_manifest
+from ds_moelora.checkpoint.trained import Run
 
 from ..support.expert_parallel import adapted, batches, whole_weights
 from ..support.ranks import close_pool, run_on_ranks
@@ -46,14 +49,19 @@ def train(
     load: str | None = None,
     save: str | None = None,
     precision: str = "fp32",
+    zero: dict[str, Any] | None = None,
+    more: dict[str, Any] | None = None,
     **model: Any,
 ) -> dict[str, Any]:
     """On every rank: steps first..last of the one run; mean loss of every step, learning rates, whole weights."""
     import deepspeed
 
     world = dist.get_world_size()
-    config = engine_config(stage, kind, clip=1.0, accumulate=MICRO_BATCHES // world, precision=precision)
-    config["scheduler"] = copy.deepcopy(WARMUP)
+    clip = 0.0 if precision != "fp32" and stage == 0 and ep_size > 1 else 1.0
+    config = engine_config(
+        stage, kind, clip=clip, accumulate=MICRO_BATCHES // world, precision=precision, **(zero or {})
+    )
+    config |= {"scheduler": copy.deepcopy(WARMUP), **(more or {})}
     module = adapted(ep_size, **model)
     trained = [p for p in module.parameters() if p.requires_grad]
     if load:  # what was trained must come from the checkpoint
@@ -63,7 +71,7 @@ def train(
     engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=config)
     result: dict[str, Any] = {"losses": [], "lr": [], "changes": None}
     if load:
-        result["changes"] = topology_changes(engine, load)
+        result["changes"] = topology_changes(Run.of(engine), read_manifest(load))
         ds_moelora.load_elastic(engine, load)
         assert engine.global_steps == first
     dtype = next(engine.module.parameters()).dtype
@@ -126,6 +134,56 @@ def test_goes_on_in_other_topologies(chain: str, kind: str, tmp_path: Path, reco
     assert rates == pytest.approx(whole["lr"], rel=1e-12)
     assert loss_error < 1e-5
     assert weight_error < 1e-5
+
+
+OFFLOAD = {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
+EXACT = {
+    "stage 0": {"stage": 0},
+    "stage 0, ep 2": {"stage": 0, "ep_size": 2},
+    "stage 0, bf16": {"stage": 0, "precision": "bf16"},
+    "stage 0, fp16": {"stage": 0, "precision": "fp16"},
+    "stage 1, round robin, ep 2": {
+        "stage": 1,
+        "ep_size": 2,
+        "zero": {"round_robin_gradients": True, "overlap_comm": False},
+    },
+    "stage 1, bf16, fp32 accumulation": {
+        "stage": 1,
+        "precision": "bf16",
+        "more": {"data_types": {"grad_accum_dtype": "fp32"}},
+    },
+    "stage 1, SGD": {"stage": 1, "kind": "GateRiemannianSGD"},
+    "stage 1, fp16, ep 2": {"stage": 1, "ep_size": 2, "precision": "fp16"},
+    "stage 2": {"stage": 2},
+    "stage 2, bf16, ep 2": {"stage": 2, "ep_size": 2, "precision": "bf16"},
+    "stage 2, AdamW, round robin": {"stage": 2, "kind": "AdamW", "zero": {"round_robin_gradients": True}},
+    "stage 2, offload": {"stage": 2, "zero": {"offload_optimizer": {"device": "cpu"}}, "more": OFFLOAD},
+    "stage 3": {"stage": 3},
+    "stage 3, bf16, sub-groups of 50": {"stage": 3, "precision": "bf16", "zero": {"sub_group_size": 50}},
+    "stage 3, fp16": {"stage": 3, "precision": "fp16"},
+    "stage 3, offload": {"stage": 3, "zero": {"offload_optimizer": {"device": "cpu"}}, "more": OFFLOAD},
+}
+
+
+@pytest.mark.parametrize("name", list(EXACT))
+def test_the_same_topology_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
+    """Saved after three of six steps: losses, learning rates and weights of the rest are the uninterrupted run's."""
+    options: dict[str, Any] = {"ep_size": 1, "kind": "GateRiemannianAdamW", **EXACT[name]}
+    if options.get("precision") == "fp16" and not get_accelerator().is_fp16_supported():
+        with pytest.raises(AssertionError, match="fp16"):
+            run_on_ranks(2, train, first=0, last=1, **options)
+        return
+    folder = str(tmp_path / "saved")
+    whole = run_on_ranks(2, train, first=0, last=6, **options)
+    run_on_ranks(2, train, first=0, last=3, save=folder, **options)
+    resumed = run_on_ranks(2, train, first=3, last=6, load=folder, **options)
+    for expected, got in zip(whole, resumed, strict=True):
+        assert got["changes"] == []
+        assert got["losses"] == expected["losses"][3:]
+        assert got["lr"] == expected["lr"][3:]
+        assert got["weights"].keys() == expected["weights"].keys()
+        for weight, value in expected["weights"].items():
+            assert torch.equal(got["weights"][weight], value), weight
 
 
 def resave(config: dict[str, Any], ep_size: int, load: str, save: str) -> None:
@@ -219,11 +277,11 @@ def refused(damage: str, folder: str) -> tuple[str, bool]:
 
 
 DAMAGE = {
-    "truncated": "00001.safetensors is incomplete",
-    "missing": "00001.safetensors is incomplete: 0 of",
+    "truncated": "00000.safetensors is incomplete",
+    "missing": "00000.safetensors is incomplete: 0 of",
     "no manifest": "is no elastic checkpoint",
     "half a manifest": "is damaged",
-    "newer": "this version reads 1",
+    "newer": "this version reads 2",
     "optimizer": "saved by GateRiemannianAdamW, this run trains with AdamW",
     "rank": "r, num_experts and the base model must be those",
     "frozen": "are not trained here",
@@ -234,7 +292,7 @@ DAMAGE = {
 def test_refuses_before_it_changes_anything(damage: str, trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(trained, folder)
-    manifest, second = folder / "elastic.json", folder / "00001.safetensors"
+    manifest, second = folder / "elastic.json", folder / "00000.safetensors"
     if damage == "truncated":
         second.write_bytes(second.read_bytes()[:-4])
     elif damage == "missing":
@@ -244,37 +302,129 @@ def test_refuses_before_it_changes_anything(damage: str, trained: Path, tmp_path
     elif damage == "half a manifest":
         manifest.write_text(manifest.read_text()[:100])
     elif damage == "newer":
-        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 2}))
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 3}))
     for text, same in run_on_ranks(2, refused, damage=damage, folder=str(folder)):
         assert DAMAGE[damage] in text
         assert same
+
+
+def change(path: Path, draw: random.Random) -> str:
+    """Damages a file of a checkpoint at a drawn place; says how."""
+    if path.suffix == ".json" and draw.random() < 0.7:
+        found = json.loads(path.read_text())
+        owner, key = found, draw.choice(list(found))
+        while isinstance(owner[key], dict) and owner[key] and draw.random() < 0.8 and key != "record":
+            owner, key = owner[key], draw.choice(list(owner[key]))
+        value = draw.choice([None, [], {}, "x", -1, [1], {"../../x": 1}])
+        if draw.random() < 0.3 or value == owner[key]:
+            del owner[key]
+            value = "gone"
+        else:
+            owner[key] = value
+        path.write_text(json.dumps(found))
+        return f"{key} -> {value!r}"
+    data = bytearray(path.read_bytes())
+    place = draw.randrange(len(data))
+    if draw.random() < 0.5:
+        path.write_bytes(data[:place])
+        return f"cut at {place}"
+    data[place] ^= 1 << draw.randrange(8)
+    path.write_bytes(data)
+    return f"bit of byte {place}"
+
+
+def loads_drawn_damage(folder: str, scratch: str, draws: int) -> list[str]:
+    """On every rank: which damages were not refused with the engine as it was."""
+    import deepspeed
+
+    module = adapted()
+    params = [p for p in module.parameters() if p.requires_grad]
+    config = {**engine_config(1, "GateRiemannianAdamW"), "scheduler": copy.deepcopy(WARMUP)}
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=params, config=config)
+    sound, bad, wrong = Path(folder), Path(scratch), []
+    before = [p.detach().clone() for p in params]
+    counters = (engine.global_steps, engine.micro_steps)
+    for seed in range(draws):
+        draw = random.Random(seed)
+        name = draw.choice(sorted(path.name for path in sound.iterdir()) + ["elastic.json"] * 5)
+        if dist.get_rank() == 0:
+            shutil.rmtree(bad, ignore_errors=True)
+            shutil.copytree(sound, bad)
+        dist.barrier()
+        how = change(bad / name, draw) if dist.get_rank() == 0 else ""
+        dist.barrier()
+        try:
+            ds_moelora.load_elastic(engine, bad)
+            said = "loaded"
+        except (ValueError, RuntimeError) as error:
+            said = "" if str(bad) in str(error) else f"named no file: {error}"
+        same = all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+        if said or not same or counters != (engine.global_steps, engine.micro_steps):
+            wrong.append(f"{seed}: {name}, {how}: {said}, weights {'kept' if same else 'changed'}")
+    engine.destroy()
+    return wrong
+
+
+def test_drawn_damage_is_refused_before_anything_changes(trained: Path, tmp_path: Path) -> None:
+    options = {"folder": str(trained), "scratch": str(tmp_path / "bad"), "draws": 80}
+    wrong = run_on_ranks(2, loads_drawn_damage, **options)[0]
+    assert wrong == []
+
+
+def saves_what_is_not_finite(folder: str, where: str) -> tuple[str, bool]:
+    """On every rank: one weight, or one number of the optimizer's, is NaN on the last rank alone."""
+    import deepspeed
+
+    module = adapted()
+    params = [p for p in module.parameters() if p.requires_grad]
+    stage = 2 if where == "state" else 0
+    engine, *_ = deepspeed.initialize(
+        model=module, model_parameters=params, config=engine_config(stage, "GateRiemannianAdamW")
+    )
+    x, target = batches(1, 1, 1)[0][0][0]
+    engine.backward(engine(x, target)["loss"])
+    engine.step()
+    if where == "weight":
+        with torch.no_grad():
+            params[0].view(-1)[3] = math.nan
+    elif dist.get_rank() == dist.get_world_size() - 1:
+        next(iter(engine.basic_optimizer.state.values()))["exp_avg"][0] = math.inf
+    with pytest.raises(ValueError, match="is not finite") as caught:
+        ds_moelora.save_elastic(engine, folder)
+    engine.destroy()
+    return str(caught.value), Path(folder).exists()
+
+
+@pytest.mark.parametrize("where", ["weight", "state"])
+def test_what_is_not_finite_is_not_saved(where: str, tmp_path: Path) -> None:
+    for text, published in run_on_ranks(2, saves_what_is_not_finite, folder=str(tmp_path / "x"), where=where):
+        assert ("its weights" if where == "weight" else "exp_avg") in text
+        assert not published
 
 
 def fails_to_write(folder: str) -> str:
     """On every rank: the disk of rank 0 is full from the second file on."""
     import deepspeed
 
-    from ds_moelora.checkpoint import elastic_folder
-
     module = adapted()
     params = [p for p in module.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=module, model_parameters=params, config=engine_config(2, "GateRiemannianAdamW")
     )
-    written, original = [], elastic_folder.save_file
+    written, original = [], state_folder.save
 
-    def full(tensors: Any, path: Path, **options: Any) -> None:
+    def full(tensors: Any, **options: Any) -> bytes:
         if written:
             raise OSError(28, "No space left on device")
-        written.append(path)
-        original(tensors, path, **options)
+        written.append(tensors)
+        return original(tensors, **options)
 
-    elastic_folder.save_file = full  # type: ignore[assignment]
+    state_folder.save, state_folder.FILE_BYTES = full, 1  # type: ignore[assignment]
     try:
         with pytest.raises(RuntimeError) as caught:
             ds_moelora.save_elastic(engine, folder)
     finally:
-        elastic_folder.save_file = original
+        state_folder.save, state_folder.FILE_BYTES = original, 1 << 26
     engine.destroy()
     return str(caught.value)
 
@@ -298,8 +448,8 @@ def test_a_newer_checkpoint_takes_the_place_of_an_older_one(trained: Path, tmp_p
     assert not (folder / "stale.safetensors").exists()
 
 
-def watched_save(folder: str) -> tuple[int, int]:
-    """On every rank: the most bytes of whole tensors alive at once while saving, and the bytes of all of them."""
+def watched_save(folder: str) -> tuple[list[int], int]:
+    """On every rank: bytes of every reduction while saving in buckets of 1,000 bytes, and what is saved."""
     import deepspeed
 
     module = adapted(target_modules="all-linear", modules_to_save=None)
@@ -310,37 +460,27 @@ def watched_save(folder: str) -> tuple[int, int]:
     x, target = batches(1, 1, 1)[0][0][0]
     engine.backward(engine(x, target)["loss"])
     engine.step()
-    alive: list[weakref.ref[torch.Tensor]] = []
-    peak = total = 0
-    original = dist.reduce
+    sizes: list[int] = []
+    original, limit = dist.reduce, elastic.gather.__defaults__
 
     def reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        nonlocal peak, total
-        alive.append(weakref.ref(tensor.untyped_storage()))
-        storages = [s for s in (ref() for ref in alive) if s is not None]
-        peak, total = max(peak, sum(s.nbytes() for s in storages)), total + tensor.nbytes
+        sizes.append(tensor.nbytes)
         return original(tensor, *args, **kwargs)
 
-    dist.reduce = reduce  # type: ignore[assignment]
+    dist.reduce, elastic.gather.__defaults__ = reduce, (1000,)  # type: ignore[assignment]
     try:
         ds_moelora.save_elastic(engine, folder)
     finally:
-        dist.reduce = original
+        dist.reduce, elastic.gather.__defaults__ = original, limit
     engine.destroy()
-    return peak, total
+    return sizes, sum(4 * p.ds_numel * 3 for p in params)
 
 
-def test_rank_0_never_holds_more_than_one_layer(tmp_path: Path) -> None:
-    folder = tmp_path / "saved"
-    peak, total = run_on_ranks(2, watched_save, folder=str(folder))[0]
-    manifest = read_manifest(folder)
-    layers: dict[str, int] = {}
-    for entry in manifest["parameters"].values():
-        size = 4 * math.prod(entry["shape"]) * (1 + len(entry["states"]))
-        layers[entry["file"]] = layers.get(entry["file"], 0) + size
-    assert sum(layers.values()) == total
-    assert len(layers) == 3
-    assert max(layers.values()) / 2 < peak <= max(layers.values())
+def test_small_tensors_share_a_reduction_and_large_ones_are_cut(tmp_path: Path) -> None:
+    for limit_sizes, total in run_on_ranks(2, watched_save, folder=str(tmp_path / "saved")):
+        assert max(limit_sizes) <= 1000
+        assert total <= sum(limit_sizes) <= 1.1 * total
+        assert len(limit_sizes) <= total / 1000 + 2
 
 
 def saves_too_early(folder: str) -> str:

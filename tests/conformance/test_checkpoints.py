@@ -187,20 +187,18 @@ def damage(folder: Path, how: str) -> str:
     return victim.name
 
 
-@pytest.mark.parametrize("how", ["missing", "truncated"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("stage", "how"), [(1, "missing"), (2, "truncated"), (3, "missing"), (3, "truncated")])
 def test_a_damaged_checkpoint_never_loads_as_if_whole(stage: int, how: str, tmp_path: Path) -> None:
     """The error names the file, and the checkpoint before it still loads."""
     config = engine_config(stage, "GateRiemannianAdamW")
     run = functools.partial(run_on_ranks, 2, train, config=config, folder=str(tmp_path), data_ranks=2)
-    whole = run(start=0, stop=4)
     run(start=0, stop=2, save=True)
     (tmp_path / "latest").rename(tmp_path / "older")
-    run(start=0, stop=3, save=True)
+    whole = run(start=0, stop=4, save=True)
     check_checkpoint(tmp_path)
     name = damage(tmp_path, how)
     with pytest.raises(AssertionError) as error:
-        run(start=3, stop=4, load=True)
+        run(start=4, stop=5, load=True)
     if how == "missing":  # DeepSpeed says so itself; of a truncated file it only says that something is
         assert name in str(error.value)
     else:

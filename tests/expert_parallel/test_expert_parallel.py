@@ -15,7 +15,7 @@ from ds_moelora.expert_parallel.exchange import Exchanged
 from ds_moelora.expert_parallel.gather import Gathered, Gathers
 from ds_moelora.mixture.dense import DENSE
 from ds_moelora.mixture.grouped import GROUPED
-from ds_moelora.mixture.mixture import Transport, mix
+from ds_moelora.mixture.mixture import LOCAL, mix
 from ds_moelora.mixture.operands import Operands
 from ds_moelora.mixture.routing import route
 from ds_moelora.pairs import GATE_SCALINGS, GateSettings
@@ -134,15 +134,17 @@ def layer(
         leaves = [x.clone(), A.clone(), B.clone(), W[:, :, 0].clone()]
         x, A, B, router = (leaf.requires_grad_() for leaf in leaves)
         gates = route(x @ router.t(), k).gates
-        operands = Operands(x=x, lora_A=A, lora_B=B, scaling=s, gates=gates, settings=settings)
+        rest = {"x": x, "scaling": s, "gates": gates, "settings": settings}
+        operands = Operands(lora_A=A, lora_B=B, **rest)
+        transport: Any = LOCAL
         base = torch.zeros(len(x), O, dtype=x.dtype)
-        if sharded:
-            shard = SimpleNamespace(lora_A=A, lora_B=B, group=dist.group.WORLD)
-            weights: Transport = Gathered(shard, Gathers())
-            transport = weights if dispatch == "weights" else Exchanged(dist.group.WORLD)
-            y = mix(operands, base, inplace=inplace, products=products, transport=transport).y
-        else:
-            y = mix(operands, base).y
+        if sharded and dispatch == "weights":
+            transport = Gathered(SimpleNamespace(lora_A=A, lora_B=B, group=dist.group.WORLD), Gathers())
+            operands = transport.operands(x.dtype, **rest)
+        elif sharded:
+            transport = Exchanged(dist.group.WORLD)
+        options = {"inplace": inplace, "products": products} if sharded else {}
+        y = mix(operands, base, transport=transport, **options).y
         (y * dy).sum().backward()
         return {"y": y.detach(), "dx": x.grad, "dA": A.grad, "dB": B.grad, "drouter": router.grad}
 

@@ -27,12 +27,15 @@ COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor")
 
 
 class Deep(nn.Module):
-    """Five layers; `blocks` of them between checkpoints (0: none); `path` names the layers in order of their calls."""
+    """Five layers; `blocks` of them between checkpoints (0: none); `path` names the layers in order of their calls.
 
-    def __init__(self, blocks: int, reentrant: bool, path: list[int]) -> None:
+    only_first: layers behind the first checkpoint are called without one.
+    """
+
+    def __init__(self, blocks: int, reentrant: bool, only_first: bool, path: list[int]) -> None:
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(LAYERS)])
-        self.blocks, self.reentrant, self.path = blocks, reentrant, path
+        self.blocks, self.reentrant, self.only_first, self.path = blocks, reentrant, only_first, path
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         size = self.blocks or len(self.path)
@@ -44,7 +47,8 @@ class Deep(nn.Module):
                 return x
 
             part = tuple(self.path[start : start + size])
-            x = checkpoint(block, x, part, use_reentrant=self.reentrant) if self.blocks else block(x, part)
+            checkpointed = self.blocks and not (start and self.only_first)
+            x = checkpoint(block, x, part, use_reentrant=self.reentrant) if checkpointed else block(x, part)
         return {"loss": x.square().sum()}
 
 
@@ -53,6 +57,7 @@ def train(
     stage: int = 0,
     blocks: int = 0,
     reentrant: bool = False,
+    only_first: bool = False,
     path: list[int] | None = None,
     later: list[int] | None = None,
     evaluate: bool = False,
@@ -80,7 +85,7 @@ def train(
         ep_dispatch="weights",
         expert_compute="dense",
     )
-    model = get_peft_model(Deep(blocks, reentrant, path), adapter)
+    model = get_peft_model(Deep(blocks, reentrant, only_first, path), adapter)
     if two_adapters:
         model.add_adapter("other", adapter)
         model.base_model.set_adapter(["default", "other"])
@@ -144,15 +149,16 @@ def collectives(**options: Any) -> dict[int, list[int]]:
     return calls
 
 
-def test_fewer_gathers() -> None:
-    """Per window a gather each way; one reduce-scatter per layer."""
-    assert collectives(stage=2) == {1: [10, 5], 2: [6, 5], 5: [2, 5]}
+def test_fewer_collectives() -> None:
+    """Per window a gather each way, and one reduce-scatter."""
+    assert collectives(stage=2) == {1: [10, 5], 2: [6, 3], 5: [2, 1]}
 
 
 def test_gradient_checkpointing() -> None:
     """Blocks of three layers: what is run again has windows of its own, which the backward pass uses as well."""
-    assert collectives(blocks=3) == {1: [13, 5], 2: [7, 5], 5: [3, 5]}
+    assert collectives(blocks=3) == {1: [13, 5], 2: [7, 3], 5: [3, 1]}
     collectives(blocks=3, reentrant=True)
+    assert collectives(blocks=3, only_first=True)[LAYERS] == [2, 1]
 
 
 def test_passes_that_end_early_leave_nothing_behind() -> None:

@@ -104,6 +104,12 @@ def test_what_has_an_effect_is_not_named(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_flags_of_the_launcher_that_do_nothing_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--eta", "2", "--rho", "3", "--svd_cache_dir", "x", "--ep_dispatch", "tokens"]
+    check_effects(parse_arguments([*NAMED, *flags, "--scaling", "goat", "--init_lora_weights", "goat"], {}))
+    assert capsys.readouterr().out == "--ep_dispatch tokens is not used: it needs --ep_size above 1.\n"
+    check_effects(parse_arguments([*NAMED, *flags, "--ep_size", "2"], {}))
+    said = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert said == {"--eta", "--rho", "--svd_cache_dir"}
     flags = ["--model_name_or_path", str(tmp_path), "--dataset_name", "d"]
     check_effects(parse_arguments([*flags, "--revision", "v2", "--max_new_tokens", "3"], {}))
     said = capsys.readouterr().out.splitlines()

@@ -44,6 +44,11 @@ def test_tensorboard_is_on_by_default_and_remote_code_off():
         assert training.trust_remote_code is False
 
 
+@pytest.mark.parametrize(("words", "value"), [([], None), (["--bf16"], True), (["--bf16", "false"], False)])
+def test_a_flag_of_three_values_may_stand_alone(words: list[str], value: bool | None):
+    assert parse_arguments([*NAMED, *words, "--seed", "3"], {}).training.bf16 is value
+
+
 def test_parsing_opens_nothing():
     import torch.distributed as dist
 

@@ -48,6 +48,17 @@ def test_an_abandoned_lock_of_a_finished_build_is_removed(lock: Path):
     assert not lock.exists()
 
 
+def test_a_lock_from_the_future_is_judged_by_its_owner(lock: Path):
+    age(lock, -24 * 60)
+    with lock.open():
+        extensions.check_build_lock()
+    with pytest.raises(UserError, match=r"dated in the future.*Remove that file"):
+        extensions.check_build_lock()
+    (lock.parent / "op.so").touch()
+    extensions.check_build_lock()
+    assert not lock.exists()
+
+
 def test_a_held_lock_is_a_build_until_it_is_too_old(lock: Path):
     with lock.open():
         age(lock, extensions.ABANDONED_MINUTES + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from ds_moelora.checkpoint.manifest import MANIFEST, check_manifest, describe_files, files_in, write_manifest
 from ds_moelora.checkpoint.whole import check_checkpoint
 from launch.checkpoint.resume import check_output_dir, checkpoints, choose_checkpoint, newest_complete, step_of
-from launch.checkpoint.saving import AtomicTrainer
+from launch.checkpoint.saving import rotate
 from launch.checks.errors import UserError
 
 
@@ -23,11 +24,19 @@ def save(output_dir: Path, step: int) -> Path:
     """A checkpoint with a few files and a manifest."""
     folder = output_dir / f"checkpoint-{step}"
     (folder / "inside").mkdir(parents=True)
+    (folder / "state").mkdir()
+    (folder / "state" / "elastic.json").write_text("{}")
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     (folder / "inside" / "data").write_bytes(bytes(range(200)))
     (folder / "empty").touch()
     write_manifest(folder, describe_files(folder, files_in(folder)))
     return folder
+
+
+def save_without_state(folder: Path) -> None:
+    """As with --save_only_model."""
+    shutil.rmtree(folder / "state")
+    write_manifest(folder, describe_files(folder, files_in(folder)))
 
 
 def change_bit(path: Path) -> None:
@@ -42,6 +51,11 @@ DAMAGE = {
     "no trainer state": lambda folder: (folder / "trainer_state.json").unlink(),
     "a broken manifest": lambda folder: (folder / MANIFEST).write_text('{"format": 1, "files": {"x"'),
     "a manifest of something else": lambda folder: (folder / MANIFEST).write_text("[1]"),
+    "no manifest": lambda folder: (folder / MANIFEST).unlink(),
+    "a manifest that leaves the folder": lambda folder: (folder / MANIFEST).write_text(
+        json.dumps({"format": 1, "files": {"../x": {"size": 0, "sha256": ""}}})
+    ),
+    "the adapter alone": lambda folder: save_without_state(folder),
     "a bit changed": lambda folder: change_bit(folder / "inside" / "data"),
 }
 
@@ -50,7 +64,7 @@ def arguments(output_dir: Path, wish: str | None) -> Any:
     training = SimpleNamespace(output_dir=str(output_dir), resume_from_checkpoint=wish, process_index=0)
     return SimpleNamespace(
         training=training,
-        run=SimpleNamespace(overwrite_output_dir=False, unsafe_checkpoints=False),
+        run=SimpleNamespace(overwrite_output_dir=False),
         adapter=SimpleNamespace(ep_size=1),
     )
 
@@ -122,10 +136,7 @@ def test_rotation_keeps_what_was_just_saved(steps: set[int], newest: int, limit:
             (root / f"checkpoint-{step}").mkdir(exist_ok=True)  # without a manifest or anything in it
         saved = save(root, newest) if newest not in steps else root / f"checkpoint-{newest}"
         path = str(root / f"checkpoint-{best}") if best in steps | {newest} else None
-        trainer = SimpleNamespace(
-            args=SimpleNamespace(save_total_limit=limit), state=SimpleNamespace(best_model_checkpoint=path)
-        )
-        AtomicTrainer._rotate(trainer, saved)
+        rotate(saved, limit, path)
         left = [step_of(path) for path in checkpoints(root)]
         assert newest in left
         if newest not in steps:

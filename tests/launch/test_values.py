@@ -19,6 +19,7 @@ from launch.data.causal import causal_rows
 from launch.data.classification import classification_texts
 from launch.data.files import MAX_CHARACTERS
 from launch.data.rows import load_rows
+from launch.data.values import text_of
 from tests.support.launch_support import CHAT_TEMPLATE, chat_tokenizer, values, write_jsonl
 
 USER = {"role": "user", "content": "q"}
@@ -171,6 +172,8 @@ def test_a_row_of_20_megabytes_does_not_stall(tmp_path: Path) -> None:
         read(tmp_path / "x.jsonl")
     assert time.monotonic() - started < 20  # a minute and more where it is tokenised
     assert MAX_CHARACTERS < 20_000_000
+    with pytest.raises(UserError, match="column 'a' has 2,100,000 characters, more than 2,000,000"):  # parquet, the hub
+        text_of({"a": "a" * 2_100_000}, "a", "row 0")
 
 
 def test_a_template_that_refuses_a_row_names_it() -> None:

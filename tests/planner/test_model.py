@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 from transformers import CONFIG_MAPPING
 
 from ds_moelora.planner import Workload, describe_model, hardware, make_plan
+from ds_moelora.tuner.start.base_weight import in_out_features
 
 WORK = Workload(num_experts=4, rank=2, gpus=2, sequence_length=64)
 
@@ -99,3 +102,11 @@ def test_architectures_name_models_only(tmp_path: Path) -> None:
     values = {"model_type": "llama", "architectures": ["set_seed", "pipeline", 3], **small}
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert describe_model(tmp_path).num_adapted == 7
+
+
+def test_sizes_of_a_layer_may_be_tensors() -> None:
+    """As in transformers' Inkling."""
+    layer = nn.Linear(3, 4)
+    layer.in_features = torch.tensor(3)
+    assert in_out_features(layer) == (3, 4)
+    assert in_out_features(nn.LayerNorm(3)) is None

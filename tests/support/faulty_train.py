@@ -45,14 +45,14 @@ def complain() -> None:
 
 
 def count_steps() -> None:
-    original = trainers.GatheringTrainer.training_step
+    original = saving.CheckpointedTrainer.training_step
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         global step
         step = self.state.global_step + 1
         return original(self, *args, **kwargs)
 
-    trainers.GatheringTrainer.training_step = training_step
+    saving.CheckpointedTrainer.training_step = training_step
 
 
 def spoil_losses() -> None:
@@ -74,11 +74,11 @@ elif KIND == "raise":
 elif KIND == "all-reduce":
     replace(GroupCall, "_all_reduce", die)
 elif KIND == "saving":
-    replace(trainers, "save_elastic", die)
+    replace(saving, "write_state", die)
 elif KIND == "manifest":
     replace(saving, "write_manifest", die)
 elif KIND == "end":
-    replace(saving.AtomicTrainer, "_finalize_training", die)
+    replace(saving.CheckpointedTrainer, "_finalize_training", die)
 elif KIND == "nan":
     spoil_losses()
 else:

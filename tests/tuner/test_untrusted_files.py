@@ -124,6 +124,9 @@ def test_loading_names_the_file(saved: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{WEIGHTS} is damaged or cut short"):
             model.load_adapter(str(folder), "second")
         assert list(model.peft_config) == ["default"]
+    (folder / CONFIG).write_text("{")
+    with pytest.raises(ValueError, match=f"{CONFIG} cannot be used"):
+        PeftModel.from_pretrained(llama(), str(folder))
     copied(saved, folder, num_experts=10**11)
     with pytest.raises(ValueError, match=f"{CONFIG} cannot be used: num_experts=100000000000 must be at most"):
         PeftModel.from_pretrained(llama(), str(folder))

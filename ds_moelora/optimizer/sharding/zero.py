@@ -81,17 +81,17 @@ def is_stage_3(param: Any) -> bool:
 
 
 def is_partitioned(param: Any) -> bool:
-    """True for a parameter that ZeRO-3 cuts up, from `zero.Init` on."""
+    """True for a parameter that ZeRO-3 partitions, from `zero.Init` on."""
     return hasattr(param, "ds_id")
 
 
 def whole_shape(param: Any) -> tuple[int, ...]:
-    """A parameter's shape, though ZeRO-3 may have cut it up."""
+    """A parameter's shape before ZeRO-3 partitioned it."""
     return tuple(_read(param, "ds_shape") if is_partitioned(param) else param.shape)
 
 
-def told_boundary(engine: Any) -> bool | None:
-    """Whether the last micro-batch completed a step, if somebody counts for the engine (accelerate); None: it does."""
+def accumulation_boundary(engine: Any) -> bool | None:
+    """Whether the last micro-batch completed a step, if accelerate counts them; None: the engine counts itself."""
     return getattr(engine, "_is_gradient_accumulation_boundary", None)
 
 
@@ -118,10 +118,10 @@ def trained_groups(wrapper: Any) -> list[tuple[int, list[Any]]]:
 
 
 def write_parameter(param: Any, values: Any, placement: Placement) -> None:
-    """Sets a model's parameter, whatever part of it is here.
+    """Sets a model's parameter, or this process's partition of it.
 
     Args:
-        values: flat, the rank's whole parameter. placement: what the rank owns of it.
+        values: of the whole parameter, flat. placement: what this process owns of it.
     """
     if not is_partitioned(param):
         param.copy_(values.view(param.shape))

@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -64,21 +65,11 @@ class SavedAdapter:
     num_bytes: int
 
 
-def is_saved_adapter(folder: str | os.PathLike[str]) -> bool:
-    """Whether a local folder has a configuration that says that it is ours; False also where it cannot be read."""
-    path = Path(folder) / CONFIG_NAME
-    try:
-        values = json.loads(_small_text(path)) if path.is_file() else None
-    except (ValueError, OSError, RecursionError):
-        return False
-    return isinstance(values, dict) and values.get("peft_type") in (PEFT_TYPE, PEFT_TYPE_IN_FILES)
-
-
-def read_config(folder: str | os.PathLike[str]) -> MoELoRAConfig:
-    """The configuration of a saved adapter; anybody may have written the file.
+def saved_fields(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What an adapter's adapter_config.json holds; of any type of adapter.
 
     Raises:
-        ValueError: naming the file: it is not there, too large, not JSON, of another type of adapter, or out of bounds.
+        ValueError: naming the file: it is not there, too large, or not a JSON object.
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
@@ -87,15 +78,31 @@ def read_config(folder: str | os.PathLike[str]) -> MoELoRAConfig:
             "--output_dir of a finished run."
         )
     try:
-        values = json.loads(_small_text(path))
+        size = path.stat().st_size
+        if size > MOST_CONFIG_BYTES:
+            raise ValueError(f"it has {size} bytes, and a configuration at most {MOST_CONFIG_BYTES}")
+        values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise TypeError("it is not a JSON object")
+    except (ValueError, TypeError, OSError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+    return values
+
+
+def read_config(folder: str | os.PathLike[str]) -> MoELoRAConfig:
+    """The configuration of a saved adapter; anybody may have written the file.
+
+    Raises:
+        ValueError: as `saved_fields`; or the file is of another type of adapter, or out of bounds.
+    """
+    values = saved_fields(folder)
+    try:
         kind = values.get("peft_type")
         if kind not in (PEFT_TYPE, PEFT_TYPE_IN_FILES):
             raise ValueError(f"peft_type {kind!r:.80} is another type of adapter; {PEFT_TYPE} is needed here")
         return MoELoRAConfig.from_peft_type(**MoELoRAConfig.check_kwargs(**values))
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be used: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{Path(folder) / CONFIG_NAME} cannot be used: {error}") from error
 
 
 def check_weights_file(path: str | os.PathLike[str]) -> None:
@@ -147,13 +154,6 @@ def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
         raise ValueError(f"{weights} has no experts; it has: {', '.join(list(tensors)[:3]) or 'nothing'}.")
     layers = [_read_layer(name, entries, config) for name, entries in parts.items()]
     return SavedAdapter(config, layers, others, weights.stat().st_size)
-
-
-def _small_text(path: Path) -> str:
-    size = path.stat().st_size
-    if size > MOST_CONFIG_BYTES:
-        raise ValueError(f"it has {size} bytes, and a configuration at most {MOST_CONFIG_BYTES}")
-    return path.read_text(encoding="utf-8")
 
 
 def _read_layer(name: str, entries: dict[str, Tensor], adapter: MoELoRAConfig) -> SavedLayer:

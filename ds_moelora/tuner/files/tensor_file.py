@@ -31,7 +31,7 @@ def append_tensors(
         tensors: these tensors in the same order, each asked for when the one before it is written.
 
     Raises:
-        ValueError: a tensor is not as announced. OSError: the disk is full, and the like.
+        ValueError: a tensor is not as announced, or not finite. OSError: the disk is full, and the like.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -50,6 +50,8 @@ def append_tensors(
             for (name, (dtype, shape)), tensor in zip(specs.items(), tensors, strict=True):
                 if tensor.dtype != dtype or tuple(tensor.shape) != shape:
                     raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}.")
+                if not bool(torch.isfinite(tensor).all()):
+                    raise ValueError(f"{name} is not finite (NaN or infinity): such an adapter is not saved.")
                 new.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
             new.flush()
             os.fsync(new.fileno())

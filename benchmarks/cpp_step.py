@@ -1,6 +1,6 @@
-"""What the compiled optimizer step's time goes to: its kernels, and the rest, beside torch's fused AdamW.
+"""What the time of an optimizer step with C++ kernels goes to: the kernels, and the rest, beside torch's fused AdamW.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.compiled_step
+    OMP_NUM_THREADS=1 python -m benchmarks.cpp_step
 
 112 modules of two (20, 1024, 4) factors, as in bench_optimizer.py; milliseconds, medians over steps in turn.
 """
@@ -41,7 +41,7 @@ def main() -> None:
         medians = {name: statistics.median(found) for name, found in measure(steps, rounds=15).items()}
     parts = {name: statistics.median(found) for name, found in seconds.items()}
     rest = medians["compiled"] - sum(parts.values())
-    for name, found in {**medians, **parts, "rest of the compiled step": rest}.items():
+    for name, found in {**medians, **parts, "rest of that step": rest}.items():
         print(f"{name:28s} {found * 1e3:6.2f} ms")
 
 

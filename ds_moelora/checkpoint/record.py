@@ -1,0 +1,192 @@
+"""What a run was: compared with the run that wants to go on from its checkpoint, before anything is loaded.
+
+A record is flat: {"adapter.default.r": 8, "base.hidden_size": 2048, "optimizer.class": "AdamW", ...}. What becomes of a
+difference is decided by the first pattern of `TABLE` that fits the name; docs/checkpoints.md has the table for people.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..optimizer.sharding.zero import is_partitioned, whole_shape
+
+REFUSE, SAY, IGNORE = "refuse", "say", "ignore"
+SAMPLED_PARAMETERS, SAMPLED_VALUES = 8, 16
+SAMPLED_NUMEL = 1 << 24  # larger parameters are not gathered for a sample
+# Two loads of the same weights differ by rounding: a residual (W - s B A) by sums in another order, a bf16 copy more.
+SAME_DTYPE, OTHER_DTYPE = 1e-5, 1e-2
+
+TABLE: tuple[tuple[str, str], ...] = (
+    # Places, and how the same mathematics is computed.
+    ("adapter.*.base_model_name_or_path", IGNORE),
+    ("adapter.*.revision", IGNORE),
+    ("adapter.*.inference_mode", IGNORE),
+    ("adapter.*.peft_version", IGNORE),
+    ("adapter.*.svd_cache_dir", IGNORE),
+    ("adapter.*.expert_compute", IGNORE),
+    ("adapter.*.ep_*", IGNORE),  # said as topology
+    # Regularisation may change in the course of a run.
+    ("adapter.*.lora_dropout", SAY),
+    ("adapter.*.router_aux_loss_coef", SAY),
+    ("adapter.*.router_z_loss_coef", SAY),
+    ("adapter.*.router_jitter", SAY),
+    ("adapter.*", REFUSE),
+    ("base.*name_or_path", IGNORE),
+    ("base.*transformers_version", IGNORE),
+    ("base.*dtype", IGNORE),  # said as precision by the launcher; weights are compared
+    ("base.*use_cache", IGNORE),
+    ("base.*attn_implementation*", IGNORE),
+    ("base.*output_*", IGNORE),
+    ("base.*return_dict", IGNORE),
+    ("base.*token_id", SAY),
+    ("base.*", REFUSE),
+    ("trained.*", REFUSE),
+    ("optimizer.class", REFUSE),
+    ("optimizer.foreach", IGNORE),
+    ("optimizer.fused", IGNORE),
+    ("optimizer.capturable", IGNORE),
+    ("optimizer.*", SAY),
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One entry in which two records differ; `None` stands for one that is not there."""
+
+    name: str
+    saved: Any
+    mine: Any
+    verdict: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {_short(self.saved)} -> {_short(self.mine)}"
+
+
+def verdict(name: str, table: Iterable[tuple[str, str]] = TABLE) -> str:
+    """What becomes of a difference in an entry; entries that no pattern fits are said."""
+    return next((found for pattern, found in table if fnmatchcase(name, pattern)), SAY)
+
+
+def compare(
+    saved: Mapping[str, Any], mine: Mapping[str, Any], table: Iterable[tuple[str, str]] = TABLE
+) -> list[Difference]:
+    """All differences of two records that are not ignored."""
+    table = tuple(table)
+    differences = []
+    for name in sorted({*saved, *mine}):
+        if name == "base.samples":
+            differences += _compare_samples(saved.get(name) or {}, mine.get(name) or {})
+        elif _plain(saved.get(name)) != _plain(mine.get(name)):
+            found = verdict(name, table)
+            if found != IGNORE:
+                differences.append(Difference(name, saved.get(name), mine.get(name), found))
+    return differences
+
+
+def refuse_others(differences: Iterable[Difference], what: str) -> list[str]:
+    """The lines to say.
+
+    Raises:
+        ValueError: differences that cannot be meant, with both values of each.
+    """
+    refused = [str(d) for d in differences if d.verdict == REFUSE]
+    if refused:
+        more = f", and {len(refused) - 6} more" if len(refused) > 6 else ""
+        raise ValueError(
+            f"{what} is of another run: {'; '.join(refused[:6])}{more}. Go on with the settings of the run that saved "
+            "it, or start a new run in another folder."
+        )
+    return [f"{what}: {d}; this run's value holds." for d in differences if d.verdict == SAY]
+
+
+def adapter_record(config: Any, name: str = "default") -> dict[str, Any]:
+    """The entries of one adapter's PEFT configuration."""
+    return {f"adapter.{name}.{key}": _plain(value) for key, value in config.to_dict().items()}
+
+
+def run_record(module: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """Adapters, base model and optimizer of a run. Every process has to call it: ZeRO-3's samples are gathered."""
+    record: dict[str, Any] = {}
+    for name, config in getattr(module, "peft_config", {}).items():
+        record |= adapter_record(config, name)
+    config = getattr(module, "config", None)
+    if hasattr(config, "to_dict"):
+        record |= {f"base.{key}": _plain(value) for key, value in config.to_dict().items()}
+    record["base.samples"] = sample_weights(module)
+    record["optimizer.class"] = type(optimizer).__name__
+    for key in sorted({key for group in optimizer.param_groups for key in group} - _NOT_SETTINGS):
+        values = [_plain(group.get(key)) for group in optimizer.param_groups]
+        record[f"optimizer.{key}"] = values[0] if all(value == values[0] for value in values) else values
+    return record
+
+
+_NOT_SETTINGS = {
+    *("params", "lr", "initial_lr", "group_index", "name", "moe", "step", "param_names"),
+    *("is_expert_group", "max_lr", "min_lr"),
+}
+
+
+@torch.no_grad()
+def sample_weights(module: nn.Module) -> dict[str, Any]:
+    """{name: [dtype, values]} of a few frozen parameters: enough to tell one base model from another."""
+    frozen = sorted(
+        (name, param)
+        for name, param in module.named_parameters()
+        if not param.requires_grad
+        and param.is_floating_point()
+        and not param.is_meta
+        and 0 < math.prod(whole_shape(param)) <= SAMPLED_NUMEL
+    )
+    chosen = frozen[:: max(len(frozen) // SAMPLED_PARAMETERS, 1)][:SAMPLED_PARAMETERS]
+    samples: dict[str, Any] = {}
+    for name, param in chosen:
+        if is_partitioned(param):
+            from deepspeed.runtime.zero import GatheredParameters
+
+            with GatheredParameters([param]):
+                samples[name] = _sample(param)
+        else:
+            samples[name] = _sample(param)
+    return samples
+
+
+def _sample(param: torch.Tensor) -> list[Any]:
+    flat = param.detach().reshape(-1)
+    values = flat[:: max(flat.numel() // SAMPLED_VALUES, 1)][:SAMPLED_VALUES]
+    return [str(param.dtype), values.float().cpu().tolist()]
+
+
+def _compare_samples(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> list[Difference]:
+    for name in sorted({*saved, *mine}):
+        if name not in saved or name not in mine:
+            return [Difference(f"frozen parameter {name}", name in saved, name in mine, REFUSE)]
+        (dtype, old), (own_dtype, new) = saved[name], mine[name]
+        scale = max(map(abs, [*old, *new]), default=0.0)
+        allowed = (SAME_DTYPE if dtype == own_dtype else OTHER_DTYPE) * scale
+        if len(old) != len(new) or any(abs(a - b) > allowed for a, b in zip(old, new, strict=True)):
+            return [Difference(f"weights of the base model ({name})", old[:3], new[:3], REFUSE)]
+    return []
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back; sets in order, objects by their text."""
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=str)
+    return json.loads(json.dumps(value, default=_as_text, sort_keys=True))
+
+
+def _as_text(value: Any) -> Any:
+    return sorted(value, key=str) if isinstance(value, set | frozenset) else str(getattr(value, "value", value))
+
+
+def _short(value: Any) -> str:
+    text = "not there" if value is None else json.dumps(_plain(value), ensure_ascii=True)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,186 @@
+"""One run a folder: a lock file that says who writes there, on this host or another.
+
+The file is linked into its place in one act (a rename or an open with O_EXCL is not one on every NFS), and its time is
+set anew every `BEAT_SECONDS`. It is taken over only when its owner is provably gone: the same host and boot, and no
+process of that number and start time. The owner on another host may be cut off and alive: then only a person can tell.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from launch.checks.errors import UserError
+
+NAME = ".lock"
+BEAT_SECONDS = 30.0
+ATTEMPTS = 5
+
+
+class OutputLock:
+    """Held by process 0 of a run from before its first write to its end.
+
+    Args:
+        output_dir: the folder of the run.
+    """
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.path = Path(output_dir) / NAME
+        self._mine: dict[str, Any] | None = None
+        self._ended = threading.Event()
+
+    def take(self) -> None:
+        """Takes the lock, or that of a run that is gone, aloud.
+
+        Raises:
+            UserError: another run holds it, or may hold it; says who, and what to do.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        mine = {**identity(), "id": uuid.uuid4().hex, "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        own = self.path.with_name(f"{NAME}.{mine['id']}")
+        try:
+            own.write_text(json.dumps(mine))
+            for _ in range(ATTEMPTS):
+                if _place(own, self.path):
+                    break
+                self._remove_dead()
+            else:
+                raise UserError(f"{self.path} is taken by another run each time that it is free; start again.")
+        finally:
+            own.unlink(missing_ok=True)
+        self._mine = mine
+        atexit.register(self.release)
+        threading.Thread(target=self._beat, name="lock", daemon=True).start()
+
+    def release(self) -> None:
+        """Gives the folder free, if it is still this run's."""
+        self._ended.set()
+        mine, self._mine = self._mine, None
+        if mine is not None and (read(self.path) or {}).get("id") == mine["id"]:
+            self.path.unlink(missing_ok=True)
+
+    def _remove_dead(self) -> None:
+        """Removes the lock of a run that is provably gone.
+
+        Raises:
+            UserError: it is not.
+        """
+        holder = read(self.path)
+        if holder is None:
+            return  # released meanwhile
+        if not is_gone(holder):
+            raise UserError(_refusal(self.path, holder))
+        # Of two runs that see the same dead owner, one moves its lock away; the other one's rename fails, or takes
+        # what the first one has just placed: it looks, and puts it back.
+        aside = self.path.with_name(f"{NAME}.{uuid.uuid4().hex}")
+        try:
+            self.path.rename(aside)
+        except FileNotFoundError:
+            return
+        if (read(aside) or {}).get("id") != holder.get("id"):
+            _place(aside, self.path)
+        else:
+            print(f"{self.path}: its run ({_describe(holder)}) is gone; the folder is taken over.", flush=True)
+        aside.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            try:
+                os.utime(self.path)
+            except OSError:
+                continue  # a server that is away for a while, or somebody removed the lock by hand
+
+
+def identity() -> dict[str, Any]:
+    """What names this process among those of all hosts."""
+    return {
+        "host": socket.gethostname(),
+        "boot": _text("/proc/sys/kernel/random/boot_id"),
+        "pids": _link("/proc/self/ns/pid"),  # process numbers mean nothing in another container
+        "pid": os.getpid(),
+        "started": _start_time(os.getpid()),
+    }
+
+
+def is_gone(holder: dict[str, Any]) -> bool:
+    """Whether the owner of a lock provably does not run any more."""
+    me = identity()
+    if holder.get("boot") is None or any(holder.get(name) != me[name] for name in ("host", "boot", "pids")):
+        return False
+    pid = holder.get("pid")
+    return isinstance(pid, int) and _start_time(pid) != holder.get("started")
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """What a lock says; {} if that is nothing; None without a lock."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _place(source: Path, target: Path) -> bool:
+    """Gives a complete file a second name, unless something has that name."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        try:
+            with target.open("x") as file:
+                file.write(source.read_text())
+        except FileExistsError:
+            return False
+    return True
+
+
+def _refusal(path: Path, holder: dict[str, Any]) -> str:
+    try:
+        seconds = time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        seconds = 0.0
+    sign = f"last sign {seconds:.0f} s ago" if seconds >= 0 else "its clock is ahead"
+    here = all(holder.get(name) == value for name, value in identity().items() if name in ("host", "boot", "pids"))
+    remedy = (
+        "Wait for it, end it, or choose another --output_dir."
+        if here
+        else f"Whether it still runs cannot be told from here: look there, and if it does not, remove {path}."
+    )
+    return f"--output_dir {path.parent} is in use by another run ({_describe(holder)}, {sign}). {remedy}"
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('pid', '?')} on {holder.get('host', '?')} since {holder.get('since', '?')}"
+
+
+def _start_time(pid: int) -> str | None:
+    """When a process began, in clock ticks since the boot; None if it does not run."""
+    text = _text(f"/proc/{pid}/stat")
+    if text is None:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _text(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
+
+
+def _link(path: str) -> str | None:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return None
