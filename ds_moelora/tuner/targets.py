@@ -83,7 +83,7 @@ def _warn_of_stacked(model: nn.Module) -> None:
     for name, module in candidates(model).items():
         for key, param in module.named_parameters(recurse=False):
             shape = tuple(getattr(param, "ds_shape", param.shape))
-            is_conv = isinstance(module, nn.modules.conv._ConvNd)
+            is_conv = isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
             if len(shape) == 3 and min(shape) > 1 and not is_conv and param.is_floating_point():
                 stacked[f"{name}.{key}"] = math.prod(shape)
     if stacked:
