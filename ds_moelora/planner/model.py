@@ -224,7 +224,7 @@ def _model_classes(config: Any) -> Iterator[type[nn.Module]]:
     own = [
         c
         for c in vars(module).values()
-        if isinstance(c, type) and issubclass(c, PreTrainedModel) and c.config_class is type(config)
+        if isinstance(c, type) and issubclass(c, PreTrainedModel) and getattr(c, "config_class", None) is type(config)
         if not c.__name__.endswith("PreTrainedModel")  # the base class of the others
     ]
     yield from sorted(own, key=lambda c: ("ForConditionalGeneration" not in c.__name__, len(c.__name__)))

@@ -314,7 +314,7 @@ def _check_int(name: str, value: Any, remedy: str) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name}={_shown(value)} must be an integer >= 1. {remedy}")
     most = MOST.get(PATTERNS.get(name.partition("[")[0], name))
-    if most is not None and value > most:
+    if most is not None and int(value) > most:
         raise ValueError(f"{name}={_shown(value)} must be at most {most}. {remedy}")
 
 

@@ -60,7 +60,8 @@ def by_itself(run: Run, step: int) -> float:
 
 def signalled(victim: Callable[[Run], int], number: int = signal.SIGTERM) -> Callable[[Run, int], float]:
     def act(run: Run, step: int) -> float:
-        wait_for_step(run, step - 1)
+        # A stopped rank saves nothing more: the step before has to be saved, which its number on the bar does not say.
+        wait_for_step(run, step if number == signal.SIGSTOP else step - 1)
         os.kill(victim(run), number)
         return time.monotonic()
 

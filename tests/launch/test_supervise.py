@@ -65,6 +65,19 @@ def test_wrong_flags(flags: list[str]) -> None:
     assert "supervise: " in finished.stderr
 
 
+def test_its_own_places_come_first(tmp_path: Path) -> None:
+    """Without a status file, or a command, nothing is started whose end could not be learnt."""
+    ran = tmp_path / "ran"
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "nowhere")}
+    for command, variables, code in ((["touch", str(ran)], environment, 1), ([str(tmp_path / "absent")], None, 2)):
+        finished = subprocess.run(
+            [str(SUPERVISE), "--pause", "0", *command], capture_output=True, text=True, check=False, env=variables
+        )
+        assert finished.returncode == code, finished.stderr
+        assert "nothing was started" in finished.stderr.lower()
+    assert not ran.exists()
+
+
 @pytest.mark.parametrize("started", [f"started PID {os.uname().nodename}", "started 1 elsewhere"])
 def test_sigterm_is_passed_on(tmp_path: Path, started: str) -> None:
     attempts = tmp_path / "attempts"

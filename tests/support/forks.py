@@ -80,7 +80,7 @@ def run_ranks(
         process.join(timeout=40)
         process.kill()
         process.join()
-    sys.exit(code if code >= 0 else 128 - code)
+    sys.exit(code)
 
 
 def run_script(script: str, arguments: list[str], environment: dict[str, str], output: str) -> None:

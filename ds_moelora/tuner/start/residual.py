@@ -107,7 +107,8 @@ def unfold(layer: AdaptedLayer, adapter: str) -> None:
             f"{experts.pair.name}: with ep_size > 1 no rank has all starting factors of adapter {adapter!r}, which the "
             "base weight needs to become W0 again. Load the adapter with ep_size=1 for that, or the base model anew."
         )
-    _add_to_base(layer, mean_product(*experts.initial_factors(), experts.scaling), 1.0)
+    A, B = experts.initial_factors()
+    _add_to_base(layer, mean_product(A, B, experts.scaling), 1.0)
     residual.folded = False
 
 
@@ -135,7 +136,8 @@ def original_weight(layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
             f"{experts.pair.name}: a second adapter from singular values cannot be made beside {folded!r}, whose "
             "starting factors are spread over ranks (ep_size > 1); use ep_size=1, or one adapter."
         )
-    return weight + mean_product(*experts.initial_factors(), experts.scaling), experts.base_hash
+    A, B = experts.initial_factors()
+    return weight + mean_product(A, B, experts.scaling), experts.base_hash
 
 
 def original_hash(layer: AdaptedLayer) -> Tensor:
