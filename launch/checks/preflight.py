@@ -187,6 +187,9 @@ def check_numbers(arguments: Arguments) -> None:
     low, high = LOST_RANK_SECONDS
     if not low <= run.lost_rank_seconds <= high:
         raise UserError(f"--lost_rank_seconds {run.lost_rank_seconds} must be from {low} to {high}.")
+    folder = Path(run.status_file or "").absolute().parent
+    if run.status_file is not None and not os.access(folder, os.W_OK):
+        raise UserError(f"--status_file {run.status_file}: {folder} is not there, or cannot be written to.")
     if not 0.0 <= run.eval_fraction < 1.0:
         raise UserError(f"--eval_fraction {run.eval_fraction} must be at least 0 and below 1.")
     if run.eval_fraction and run.eval_dataset_name:

@@ -111,6 +111,7 @@ RUN = [
     ({"eval_strategy": "epoch"}, ["--eval_dataset_name", "--eval_fraction"]),
     ({"score": "answers"}, ["--eval_dataset_name", "--eval_fraction"]),
     ({"eval_fraction": 2}, ["--eval_fraction", "2"]),
+    ({"status_file": "/nowhere/file"}, ["--status_file", "/nowhere"]),
     ({"max_train_samples": 0}, ["--max_train_samples", "0"]),
     ({"label_smoothing_factor": 0.1}, ["--label_smoothing_factor", "load-balancing"]),
     ({"loss_type": "dft"}, ["dft"]),

@@ -19,6 +19,6 @@ import launch.train  # noqa: F401
 
 torch.set_num_threads(1)
 # DeepSpeed collects garbage many times while it builds an engine. What has been imported is no garbage: without a look
-# at it a stage-3 engine takes 0.1 s instead of 0.5 s.
+# at it a rank builds and ends a small stage-3 engine in 0.3 s of a core instead of 0.5 s.
 gc.collect()
 gc.freeze()
