@@ -32,6 +32,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from ds_moelora.redaction import redact
 from launch.checks.arguments import Arguments, command_line, read_flags
+from launch.checks.effects import check_task
 from launch.checks.errors import UserError, run_guarded
 from launch.checks.flags import (
     SCORED_TASKS,
@@ -43,7 +44,6 @@ from launch.checks.flags import (
     ScoringArguments,
     flag,
 )
-from launch.checks.preflight import check_task
 from launch.data import answering, classification, images
 from launch.data.causal import causal_rows
 from launch.data.rows import load_rows

@@ -13,7 +13,7 @@ from typing import Any
 
 from launch.checks.arguments import Arguments, non_defaults
 from launch.checks.errors import UserError, say
-from launch.checks.flags import LANGUAGE, AdapterArguments, RunArguments, ScoringArguments
+from launch.checks.flags import LANGUAGE, AdapterArguments, DataArguments, RunArguments, ScoringArguments
 from launch.data.answering import wants_answers
 
 # Read by the launcher, TRL, transformers or accelerate, whatever their value is. `launch.checks.preflight` bounds some.
@@ -134,6 +134,21 @@ score answer_pattern answer_ignore max_new_tokens
 """
 OWN = frozenset(_OWN.split())
 
+# Flags of data, and the tasks that they are for.
+TASK_FLAGS = {
+    "prompt_template": ("causal-lm",),
+    "streaming": ("causal-lm",),
+    **{f"{name}_column": LANGUAGE for name in ("instruction", "input", "output", "prompt", "completion", "messages")},
+    "prompt_format": LANGUAGE,
+    "completion_format": LANGUAGE,
+    "text_column": ("causal-lm", "sequence-classification"),
+    "text_pair_column": ("sequence-classification",),
+    "text_pattern": ("sequence-classification",),
+    "image_column": ("image-classification", "image-text-to-text"),
+    "label_column": ("sequence-classification", "image-classification"),
+    "regression": ("sequence-classification", "image-classification"),
+}
+
 
 def idle_flags(arguments: Arguments) -> dict[str, str]:
     """Flags that were given and do nothing in this run, with the reason."""
@@ -163,6 +178,18 @@ def check_effects(arguments: Arguments) -> None:
         shown = "" if "token" in name else f" {_shown(given[name])}"
         say(f"--{name}{shown} is not used: {reason}.")
     _check_own(arguments)
+
+
+def check_task(run: DataArguments) -> None:
+    """Refuses flags that mean nothing to the task.
+
+    Raises:
+        UserError: naming the flag and the tasks it is for.
+    """
+    for name, tasks in TASK_FLAGS.items():
+        default = getattr(RunArguments, name)
+        if run.task not in tasks and getattr(run, name, default) != default:
+            raise UserError(f"--{name} has no effect with --task {run.task}; it is for {' and '.join(tasks)}.")
 
 
 def _check_own(arguments: Arguments) -> None:

@@ -20,10 +20,9 @@ from launch.checkpoint.resume import check_output_dir
 from launch.checks.arguments import Arguments, non_defaults
 from launch.checks.bounds import check_bounds
 from launch.checks.deepspeed_config import check_deepspeed_config
-from launch.checks.effects import check_effects
+from launch.checks.effects import check_effects, check_task
 from launch.checks.errors import UserError, process_rank, say
 from launch.checks.extensions import check_build_lock
-from launch.checks.flags import LANGUAGE, DataArguments, RunArguments
 from launch.checks.trusted import check_trusted
 from launch.data.answering import wants_answers
 from launch.data.data_checks import check_data
@@ -36,19 +35,6 @@ FILLED_IN = {
     "adam_epsilon": "eps",
     "adam_beta1": "betas",
     "adam_beta2": "betas",
-}
-TASK_FLAGS = {
-    "prompt_template": ("causal-lm",),
-    "streaming": ("causal-lm",),
-    **{f"{name}_column": LANGUAGE for name in ("instruction", "input", "output", "prompt", "completion", "messages")},
-    "prompt_format": LANGUAGE,
-    "completion_format": LANGUAGE,
-    "text_column": ("causal-lm", "sequence-classification"),
-    "text_pair_column": ("sequence-classification",),
-    "text_pattern": ("sequence-classification",),
-    "image_column": ("image-classification", "image-text-to-text"),
-    "label_column": ("sequence-classification", "image-classification"),
-    "regression": ("sequence-classification", "image-classification"),
 }
 LOST_RANK_SECONDS = (6, 3600)  # keepalive counts in whole seconds, and takes six of its intervals
 OURS = ("GateRiemannianAdamW", "GateRiemannianSGD")
@@ -202,18 +188,6 @@ def check_numbers(arguments: Arguments) -> None:
         raise UserError("--eval_strategy needs an evaluation set: --eval_dataset_name, or --eval_fraction.")
     if wants_answers(arguments.scoring, run.task) and not has_eval:
         raise UserError("--score answers (or --answer_pattern) needs --eval_dataset_name, or --eval_fraction.")
-
-
-def check_task(run: DataArguments) -> None:
-    """Refuses flags that mean nothing to the task.
-
-    Raises:
-        UserError: naming the flag and the tasks it is for.
-    """
-    for name, tasks in TASK_FLAGS.items():
-        default = getattr(RunArguments, name)
-        if run.task not in tasks and getattr(run, name, default) != default:
-            raise UserError(f"--{name} has no effect with --task {run.task}; it is for {' and '.join(tasks)}.")
 
 
 def check_loss(arguments: Arguments) -> None:

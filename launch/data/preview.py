@@ -29,7 +29,7 @@ from transformers import Trainer
 
 from launch.checks import preflight as checks
 from launch.checks.arguments import Arguments, parse_arguments
-from launch.checks.effects import check_effects
+from launch.checks.effects import check_effects, check_task
 from launch.checks.errors import run_guarded
 from launch.demo import defaults as demo
 from launch.train import quieten
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The run's own folder may exist already, and stays as it is.
         arguments.training.output_dir, arguments.training.report_to = folder, "none"
         checks.check_numbers(arguments)
-        checks.check_task(arguments.run)
+        check_task(arguments.run)
         checks.check_data(arguments)
         check_effects(arguments)
         show(arguments, console, options.rows, color)

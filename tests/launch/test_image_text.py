@@ -15,9 +15,10 @@ from PIL import Image as Picture
 from torch import nn
 
 from launch.checks.arguments import parse_arguments
+from launch.checks.effects import check_task
 from launch.checks.errors import UsageError, UserError
 from launch.checks.flags import RunArguments
-from launch.checks.preflight import check_data, check_task
+from launch.checks.preflight import check_data
 from launch.data import image_text, sources
 from launch.training import modeling, trainers
 from launch.training.processors import processor_of_run

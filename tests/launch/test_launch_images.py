@@ -22,9 +22,9 @@ from transformers import (
 
 from launch import evaluate
 from launch.checks.arguments import parse_arguments
+from launch.checks.effects import check_task
 from launch.checks.errors import UserError
 from launch.checks.flags import RunArguments
-from launch.checks.preflight import check_task
 from launch.data import classification, images
 from launch.data.rows import load_rows
 from tests.launch.test_launch_runs import SMALL, check_outputs
