@@ -175,7 +175,7 @@ def expert_parallel() -> tuple[Patch, ...]:
             owner="deepspeed.runtime.engine:DeepSpeedEngine",
             name="clip_fp32_gradients",
             wrapper=engine.clip_exactly,
-            reason="At stage 0 DeepSpeed averages the ranks' norms over their own experts; and clips by ep_size.",
+            reason="At stage 0 DeepSpeed averages the norms that ranks take over their own experts.",
         ),
         Patch(
             library="deepspeed",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import CONFIG_NAME
 from peft.utils.peft_types import PeftType
 
 from ..expert_parallel.spec import DISPATCHES, check_ep_size
@@ -17,6 +20,8 @@ from ..mixture.choice import COMPUTES
 from ..mixture.goat import VARIANTS, goat_scaling
 
 PEFT_TYPE = "MOELORA"
+# What a saved configuration calls it: where this package was not imported, PEFT's KeyError shows these words.
+PEFT_TYPE_IN_FILES = "MOELORA (pip install ds_moelora, and import ds_moelora before loading)"
 # How a run spreads and computes the experts; the adapter is the same, so its file says nothing of it.
 RUN_FIELDS = ("ep_size", "ep_dispatch", "expert_compute", "svd_cache_dir")
 SCALINGS = ("alpha", "rslora", "goat")
@@ -78,10 +83,11 @@ class MoELoRAConfig(PeftConfig):
         ValueError: a value out of range; the message gives the value, the bound and the remedy.
     """
 
-    r: int = field(default=4, metadata={"help": "Rank of one expert."})
+    # The alias is for torchrun, which takes `--r` for one of its own flags, even behind the script's name.
+    r: int = field(default=8, metadata={"help": "Rank of one expert.", "aliases": ["--lora_r"]})
     num_experts: int = field(default=8, metadata={"help": "Number of LoRA experts in each adapted module."})
     top_k: int = field(default=2, metadata={"help": "Number of experts that each token uses."})
-    lora_alpha: float = field(default=16, metadata={"help": "Numerator of the scaling."})
+    lora_alpha: float = field(default=16.0, metadata={"help": "Numerator of the scaling."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the experts' input."})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Module names, a regular expression, or 'all-linear'."}
@@ -289,6 +295,14 @@ class MoELoRAConfig(PeftConfig):
         if self.scaling == "goat":
             return goat_scaling(in_features, self.r, self.eta)
         return self.lora_alpha / (self.r if self.scaling == "alpha" else math.sqrt(self.r))
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's; the file's `peft_type` also tells whoever loads it without this package what is missing."""
+        super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / CONFIG_NAME
+        content = json.loads(path.read_text())
+        content["peft_type"] = PEFT_TYPE_IN_FILES
+        path.write_text(json.dumps(content, indent=2, sort_keys=True))
 
     def to_dict(self) -> dict[str, Any]:
         """The adapter's fields, without the run's, and with sets as sorted lists: saving twice writes the same file.

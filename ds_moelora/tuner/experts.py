@@ -16,8 +16,8 @@ from ..mixture.operands import Operands, RoutingRule
 from ..mixture.routing import route
 from ..pairs import GateSettings, LoraPair, tag_pair
 from .config import MoELoRAConfig
-from .losses import AuxLosses, RouterRecord, active_collector
-from .router import Router, has_no_hooks
+from .losses import RouterRecord, active_collector, coefs_of
+from .router import Router, as_in_forward, has_no_hooks
 from .shared_expert import SharedExpert
 from .start.base_weight import HASH_SHAPE
 from .start.residual import Residual
@@ -52,9 +52,10 @@ class MoELoRAExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.adapter_name = adapter_name
+        self.was_called = False
         self.num_experts, self.rank, self.top_k, self.top_p = config.num_experts, config.r, config.top_k, config.top_p
         self.scaling = config.scaling_of(in_features)
-        self.aux_loss_coef, self.z_loss_coef = float(config.router_aux_loss_coef), float(config.router_z_loss_coef)
+        self.coefs = coefs_of(config)
         self.dropout = nn.Dropout(config.lora_dropout)
         names = (layer_name, adapter_name)
         self.router = Router(in_features, config.num_experts, names, config.router_temperature, config.router_jitter)
@@ -187,6 +188,7 @@ class MoELoRAExperts(nn.Module):
         Returns:
             (..., O) in the dtype of `base_out`.
         """
+        self.was_called = True
         x_TI = x.reshape(-1, x.shape[-1])
         # A reshape to the same shape would be a view, onto which nothing may be added in place.
         base_TO = base_out if base_out.dim() == 2 else base_out.reshape(-1, base_out.shape[-1])
@@ -200,27 +202,34 @@ class MoELoRAExperts(nn.Module):
             y, logits, chosen = self._mix_with_router(x_TI, base_TO, inplace, base_weight)
         else:
             y, logits, chosen = self._mix_after_router(x_TI, dropped_TI, base_TO, inplace, base_weight)
-        collector, coefs = active_collector(), AuxLosses(self.aux_loss_coef, self.z_loss_coef)
-        listener = collector.listener if collector is not None and self.training else None
+        self._hand_over(tuple(x.shape[:-1]), logits, chosen)
+        return y if base_out.dim() == 2 else y.view(base_out.shape)
+
+    def _hand_over(self, lead: tuple[int, ...], logits: Tensor, chosen: Tensor) -> None:
+        """Gives the router's decision to the active collector, if it wants it."""
+        collector = active_collector()
+        if collector is None or not (self.training or collector.asked):
+            return
+        listener = collector.listener if self.training else None
         if listener is not None:
             listener.saw_experts(self)
-        if collector is not None and self.training and (any(coefs) or listener is not None):
+        if any(self.coefs) or listener is not None:
             collector.records.append(
                 RouterRecord(
                     adapter=self.adapter_name,
-                    coefs=coefs,
+                    coefs=self.coefs,
                     layer=self.pair.name,
-                    lead=tuple(x.shape[:-1]),
+                    lead=lead,
                     logits=logits,
                     chosen=chosen,
                     grad_enabled=torch.is_grad_enabled(),
                 )
             )
-        return y if base_out.dim() == 2 else y.view(base_out.shape)
 
     def _sees_what_router_sees(self) -> bool:
         """Whether router and experts get the same input, here, and nobody wants the router to be called."""
-        return self.see_input_of_base() and not (self.training and self.router.jitter) and has_no_hooks(self.router)
+        is_plain = as_in_forward(self, "_router_is_plain", has_no_hooks(self.router))
+        return self.see_input_of_base() and not (self.training and self.router.jitter) and is_plain
 
     def _mix_with_router(
         self, x: Tensor, base_out: Tensor, inplace: bool, base_weight: Tensor | None

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..mixture.goat import mean_product
 from .config import MoELoRAConfig
 from .experts import MoELoRAExperts
-from .router import has_no_hooks
+from .router import as_in_forward, has_no_hooks
 from .start.base_weight import in_out_features
 from .start.residual import check_ready, correct, unfold
 
@@ -109,7 +109,7 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
         return (
             type(base) is nn.Linear
             and type(base.weight) is nn.Parameter
-            and has_no_hooks(base)
+            and as_in_forward(self, "_base_is_plain", has_no_hooks(base))
             and not base.weight.requires_grad
             and (base.bias is None or not base.bias.requires_grad)
         )
@@ -189,4 +189,14 @@ def refuse_merge(adapter_name: str, num_experts: int) -> None:
             f"Adapter {adapter_name!r} has num_experts={num_experts}: its gates depend on the token, so no single "
             "weight matrix equals it and it cannot be merged. Keep the adapter beside the base model, or train with "
             "num_experts=1, which merges exactly."
+        )
+
+
+def refuse_tied(layer_name: str, others: list[str]) -> None:
+    """Raises ValueError if the base weight of a layer belongs to other modules too, which a merge would change."""
+    if others:
+        raise ValueError(
+            f"{layer_name}: its weight is the same parameter as {', '.join(others)}, which merging would change as "
+            "well. Give the layer a weight of its own before the adapter is put on (tie_word_embeddings=False and a "
+            "copy), leave it out of target_modules, or keep the adapter beside the base model."
         )

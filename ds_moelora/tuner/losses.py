@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..mixture.routing import sequence_balance_loss, sequence_z_loss
+from .config import MoELoRAConfig
 
 _ACTIVE: ContextVar[Collector | None] = ContextVar("ds_moelora_collector", default=None)
 
@@ -30,6 +31,11 @@ class AuxLosses(NamedTuple):
 
     balance: Any
     z: Any
+
+
+def coefs_of(config: MoELoRAConfig) -> AuxLosses:
+    """The coefficients of an adapter."""
+    return AuxLosses(float(config.router_aux_loss_coef), float(config.router_z_loss_coef))
 
 
 @dataclass(eq=False)
@@ -67,12 +73,14 @@ class RouterListener(Protocol):
 class Collector:
     """The records of one forward pass of `owner`; `outer` is the collector of a forward pass around it.
 
-    Without a `listener`, layers whose auxiliary losses are switched off hand nothing over.
+    Without a `listener`, layers whose auxiliary losses are switched off hand nothing over; nor do layers in eval mode
+    unless they are `asked`.
     """
 
     owner: Any
     outer: Collector | None
     listener: RouterListener | None = None
+    asked: bool = False
     records: list[RouterRecord] = field(default_factory=list)
 
 
@@ -81,10 +89,10 @@ def active_collector() -> Collector | None:
     return _ACTIVE.get()
 
 
-def start_collecting(owner: Any, listener: RouterListener | None = None) -> None:
+def start_collecting(owner: Any, listener: RouterListener | None = None, asked: bool = False) -> None:
     """Makes a new collector for `owner` active. What an earlier, aborted pass of the same owner left is dropped."""
     stop_collecting(owner)
-    _ACTIVE.set(Collector(owner, _ACTIVE.get(), listener))
+    _ACTIVE.set(Collector(owner, _ACTIVE.get(), listener, asked))
 
 
 def stop_collecting(owner: Any) -> list[RouterRecord]:

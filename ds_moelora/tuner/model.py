@@ -1,37 +1,29 @@
-"""The tuner: PEFT's view of a model with mixtures of LoRA experts, and the load-balancing loss."""
+"""The tuner: PEFT's view of a model with mixtures of LoRA experts."""
 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..expert_parallel.spec import FACTORS, INITIAL_FACTORS
-from .checks import (
-    check_adapter_name,
-    check_complete,
-    check_finite,
-    check_not_partitioned,
-    check_targets,
-    target_names,
-    without_absent,
-)
+from .checks import check_adapter_name, check_complete, check_finite, check_not_partitioned
 from .config import PATTERNS, MoELoRAConfig
 from .files.saving import cut_for_loading, sharded_experts, with_whole_experts
-from .layer import MoELoRALayer, refuse_merge
-from .losses import RouterListener, auxiliary_loss, batch_layout, start_collecting, stop_collecting
+from .layer import MoELoRALayer, refuse_merge, refuse_tied
+from .loss_hooks import LossHooks
+from .losses import RouterListener
 from .patterns import check_patterns, layer_config
+from .start.base_weight import shared_weights
 from .start.residual import unfold
 from .start.svd_init import check_base_weights, check_svd_targets, start_from_singular_values, take_over_start
+from .targets import check_targets, expand, target_names
 
 PREFIX = "moelora_"
 
@@ -39,7 +31,7 @@ PREFIX = "moelora_"
 class MoELoRAModel(BaseTuner):
     """A model whose target modules carry mixtures of LoRA experts; made by `peft.get_peft_model`.
 
-    The load-balancing loss joins the model's own loss in two hooks on the base model's forward, not in
+    The load-balancing loss joins the model's own loss in hooks on the base model's forward (`loss_hooks`), not in
     `MoELoRAModel.forward`: PEFT's plain `PeftModel` (no `task_type`) calls the base model directly.
 
     Attributes:
@@ -56,14 +48,14 @@ class MoELoRAModel(BaseTuner):
     last_aux_loss: Tensor | None = None
     last_router_z_loss: Tensor | None = None
     router_listener: RouterListener | None = None
-    _warned_no_loss = False
+
+    _loss_hooks: LossHooks | None = None
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-        self._hooks = [
-            model.register_forward_pre_hook(self._before_base_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_base_forward, with_kwargs=True, always_call=True),
-        ]
+        self._loss_hooks = LossHooks(self, model)
+        for config in self.peft_config.values():
+            self._loss_hooks.offer_aux_loss(config)
 
     # Injection
 
@@ -73,6 +65,8 @@ class MoELoRAModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if config.from_svd:
             start_from_singular_values(model, adapter_name, config)
+        if self._loss_hooks is not None:  # a further adapter
+            self._loss_hooks.offer_aux_loss(config)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         from_mapping = peft_config.target_modules is None
@@ -82,8 +76,8 @@ class MoELoRAModel(BaseTuner):
                 "target_modules=[...] with the names of the modules to adapt, or 'all-linear'."
             )
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
-        if from_mapping:
-            peft_config.target_modules = without_absent(peft_config.target_modules, self.model)
+        if from_mapping or isinstance(peft_config.target_modules, str):
+            peft_config.target_modules = expand(peft_config, self.model)
         return peft_config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
@@ -91,8 +85,7 @@ class MoELoRAModel(BaseTuner):
         if any(getattr(peft_config, pattern) for pattern in PATTERNS):
             check_patterns(peft_config, target_names(peft_config, model, self._check_target_module_exists))
         if peft_config.from_svd:
-            named = _maybe_include_all_linear_layers(peft_config, model)
-            check_svd_targets(named, model, self._check_target_module_exists)
+            check_svd_targets(peft_config, model, self._check_target_module_exists)
 
     def _create_and_replace(
         self,
@@ -134,68 +127,23 @@ class MoELoRAModel(BaseTuner):
             )
         yield
 
-    # The load-balancing loss
-
-    @torch.compiler.disable
-    def _before_base_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if model.training:
-            start_collecting(self, self.router_listener)
-
-    @torch.compiler.disable
-    def _after_base_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """Adds coef * L to the loss in `output`; None (an aborted forward) just ends the collection."""
-        records = stop_collecting(self)
-        if output is None or not records or not model.training:
-            return output
-        config = getattr(model, "config", None)
-        is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        shifted = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not is_encoder_decoder
-        layout = batch_layout(kwargs, shifted, is_encoder_decoder)
-        if self.router_listener is not None:
-            self.router_listener.saw_batch(records, layout)
-            records = [record for record in records if any(record.coefs)]
-            if not records:
-                return output
-        loss, put = _find_loss(output)
-        if loss is None:
-            self._warn_no_loss()
-            return output
-        if torch.is_grad_enabled() and not all(record.grad_enabled for record in records):
-            layer = next(record.layer for record in records if not record.grad_enabled)
-            raise ValueError(
-                f"{layer} ran without autograd inside a training forward pass, as under reentrant gradient "
-                "checkpointing: its load-balancing loss (or router z-loss) would carry no gradient. Use "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}, or router_aux_loss_coef=0 and "
-                "router_z_loss_coef=0."
-            )
-        scaled, plain = auxiliary_loss(records, layout)
-        self.last_aux_loss, self.last_router_z_loss = (None if value is None else value.detach() for value in plain)
-        return put(loss + scaled.to(loss))
-
-    def _warn_no_loss(self) -> None:
-        if not self._warned_no_loss and torch.is_grad_enabled():
-            self._warned_no_loss = True
-            warnings.warn(
-                "The model's forward returned no loss, so the load-balancing loss (or router z-loss) was not added to "
-                "it: pass labels to the model (a label smoother or a compute_loss_func of the Trainer takes them "
-                "away), or set router_aux_loss_coef=0 and router_z_loss_coef=0.",
-                stacklevel=2,
-            )
-
     # Merging and unloading
 
     def _refuse_merge(self, adapter_names: list[str] | None) -> None:
-        for layer in self.model.modules():
+        shared = shared_weights(self.model)
+        for layer_name, layer in self.model.named_modules():
             if isinstance(layer, MoELoRALayer):
                 for name in self.active_adapters if adapter_names is None else adapter_names:
                     if name in layer.moelora_experts:
                         refuse_merge(name, layer.experts(name).num_experts)
+                        tied = shared.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
+                        refuse_tied(layer_name, [other for other in tied if not other.startswith(f"{layer_name}.")])
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """W += s B A; exact, and allowed, for adapters with one expert only.
 
         Raises:
-            ValueError: an adapter has several experts.
+            ValueError: an adapter has several experts, or a weight belongs to other modules too.
         """
         self._refuse_merge(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -217,8 +165,8 @@ class MoELoRAModel(BaseTuner):
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
-        for hook in self._hooks:
-            hook.remove()
+        assert self._loss_hooks is not None
+        self._loss_hooks.remove()
         return model
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -268,24 +216,3 @@ class MoELoRAModel(BaseTuner):
         check_base_weights(model, adapter_name, whole)
         take_over_start(model, adapter_name, whole)
         return remapped
-
-
-def _find_loss(output: Any) -> tuple[Tensor | None, Any]:
-    """The loss in a model's output, and a function that returns the output with another loss in its place."""
-    if isinstance(output, dict):  # ModelOutput is one
-        loss = output.get("loss")
-
-        def put_item(new_loss: Tensor) -> Any:
-            output["loss"] = new_loss
-            return output
-
-        return (loss if _is_scalar(loss) else None), put_item
-    if isinstance(output, tuple) and output and _is_scalar(output[0]):
-        return output[0], lambda new_loss: (new_loss, *output[1:])
-    if _is_scalar(output):
-        return output, lambda new_loss: new_loss
-    return None, None
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()

@@ -49,3 +49,17 @@ def has_no_hooks(module: nn.Module) -> bool:
     return "forward" not in module.__dict__ and not (  # e.g. replaced by accelerate
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def as_in_forward(owner: nn.Module, name: str, found: bool) -> bool:
+    """`found`; in a recomputation (gradient checkpointing), what was found in the forward pass before it.
+
+    Hooks come and go between the two (DeepSpeed's flops profiler), and another path would save other tensors.
+
+    Args:
+        owner: remembers the answer under `name`.
+    """
+    if torch._C._current_graph_task_id() != -1:  # inside a backward pass
+        return getattr(owner, name, found)
+    setattr(owner, name, found)
+    return found

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
-from typing import Any
+import functools
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
+from peft import PeftConfig
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from ds_moelora import MoELoRAConfig
 from ds_moelora.redaction import redact
+from ds_moelora.tuner.config import PATTERNS
 
 TASKS = ("causal-lm", "sequence-classification", "image-classification", "image-text-to-text")
 AUTO = "auto"  # --resume_from_checkpoint: the newest complete one, if there is one
@@ -22,13 +26,6 @@ DEFAULT_OPTIM = "adamw_torch"
 def flag(default: Any, help_text: str) -> Any:
     """A dataclass field with a help text."""
     return field(default=default, metadata={"help": help_text})
-
-
-def _pattern(name: str) -> Any:
-    """A flag that gives single layers another value; JSON on the command line, a mapping in a recipe."""
-    return flag(
-        None, f"Layers whose {name} differs, as JSON, e.g. '{{\"q_proj\": 4}}'; keys may be regular expressions."
-    )
 
 
 @dataclass
@@ -115,44 +112,49 @@ class RunArguments(DataArguments):
             self.dataset_name = [self.dataset_name]
 
 
-@dataclass
-class AdapterArguments:
-    """The mixture of LoRA experts; each field is the one of the same name in `ds_moelora.MoELoRAConfig`."""
+# Fields of the configuration that are no flags: a regular expression in --target_modules says the same.
+_NO_FLAGS = {item.name for item in fields(PeftConfig)} | {"exclude_modules", "layers_to_transform", "layers_pattern"}
+# What a command line must write otherwise than Python: type, default, and what is said of it.
+_FLAG_FORMS: dict[str, tuple[Any, Any, str]] = {
+    "target_modules": (list[str], ["all-linear"], "Module names, one regular expression, or all-linear."),
+    "init_lora_weights": (
+        str,
+        "true",
+        "true: B starts at zero. goat, goat_mini, pissa, milora: from the weight's SVD.",
+    ),
+    "modules_to_save": (list[str], [], "Modules trained and saved in full beside the adapter."),
+    **{
+        name: (str | None, None, f"As JSON, e.g. '{{\"q_proj\": 4}}': modules whose {PATTERNS[name]} differs.")
+        for name in PATTERNS
+    },
+}
 
-    # The alias is for torchrun, which takes `--r` for one of its own flags, even behind the script's name.
-    r: int = field(default=8, metadata={"help": "Rank of one expert.", "aliases": ["--lora_r"]})
-    num_experts: int = flag(8, "Experts per layer.")
-    top_k: int = flag(2, "Experts that a token uses.")
-    lora_alpha: float = flag(16.0, "Numerator of the scaling.")
-    lora_dropout: float = flag(0.0, "Dropout on the adapter's input.")
-    target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "Module names, one regular expression, or all-linear: where the mixture is put."},
-    )
-    scaling: str = flag("alpha", "alpha: alpha/r. rslora: alpha/sqrt(r). goat: sqrt(3 eta in/r).")
-    eta: float = flag(1.0, "With --scaling goat: learning rate of full fine-tuning over that of LoRA.")
-    init_lora_weights: str = flag(
-        "true", "true: B starts at zero. goat, goat_mini, pissa, milora: from the base weights' singular values."
-    )
-    rho: float = flag(10.0, "With such a start: how far the factors are scaled down.")
-    svd_cache_dir: str | None = flag(None, "With such a start: a folder that keeps decompositions.")
-    router_aux_loss_coef: float = flag(1e-3, "Weight of the load-balancing loss; 0 switches it off.")
-    router_z_loss_coef: float = flag(0.0, "Weight of the router z-loss; 0 switches it off.")
-    router_temperature: float = flag(1.0, "What the router's logits are divided by.")
-    router_jitter: float = flag(0.0, "eps: in training the router's input is times uniform(1 - eps, 1 + eps).")
-    top_p: float | None = flag(None, "Use the most probable experts up to this probability, at most top_k of them.")
-    shared_expert: bool = flag(False, "One more expert per layer that every token uses.")
-    shared_A: bool = flag(False, "One A for all experts of a layer (HydraLoRA).")
-    rank_pattern: str | None = _pattern("r")
-    alpha_pattern: str | None = _pattern("lora_alpha")
-    num_experts_pattern: str | None = _pattern("num_experts")
-    top_k_pattern: str | None = _pattern("top_k")
-    ep_size: int = flag(1, "Ranks that share the experts; divides num_experts and the number of ranks. ZeRO 1 or 2.")
-    ep_dispatch: str = flag("auto", "With --ep_size > 1: move weights, tokens, or auto.")
-    expert_compute: str = flag("auto", "auto, dense or grouped (chosen experts alone).")
-    modules_to_save: list[str] = field(
-        default_factory=list, metadata={"help": "Modules trained and saved in full beside the adapter."}
-    )
+
+def _adapter_flags() -> list[tuple[str, Any, Any]]:
+    """Name, type and dataclass field of every flag that is a field of `MoELoRAConfig`, with that field's help."""
+    types, flags = get_type_hints(MoELoRAConfig), []
+    for item in fields(MoELoRAConfig):
+        if item.name in _NO_FLAGS:
+            continue
+        form = (types[item.name], item.default, item.metadata["help"])
+        kind, default, help_text = _FLAG_FORMS.get(item.name, form)
+        metadata = {**item.metadata, "help": help_text}
+        if isinstance(default, list):
+            made = field(default_factory=functools.partial(list, default), metadata=metadata)
+        else:
+            made = field(default=default, metadata=metadata)
+        flags.append((item.name, kind, made))
+    return flags
+
+
+if TYPE_CHECKING:
+
+    class AdapterArguments:
+        """The mixture of LoRA experts; each field is the one of the same name in `ds_moelora.MoELoRAConfig`."""
+
+        def __getattr__(self, name: str) -> Any: ...
+else:
+    AdapterArguments = make_dataclass("AdapterArguments", _adapter_flags(), namespace={"__module__": __name__})
 
 
 @dataclass

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from peft import PeftConfig
 
 from ds_moelora import MoELoRAConfig
 from launch.checks.arguments import parse_arguments
 from launch.checks.errors import UsageError, UserError
-from launch.checks.flags import CausalConfig, ClassificationConfig
+from launch.checks.flags import AdapterArguments, CausalConfig, ClassificationConfig
 from launch.training.modeling import PATTERNS, adapter_config
 from tests.support.launch_support import ROOT
 
@@ -165,3 +167,14 @@ def test_without_flags_every_routing_option_is_off():
     for name in ("router_z_loss_coef", "router_temperature", "router_jitter", "top_p", "shared_expert", "shared_A"):
         assert getattr(config, name) == getattr(default, name)
     assert not any(getattr(config, name) for name in PATTERNS)
+
+
+def test_every_field_of_the_adapter_is_a_flag_with_its_default() -> None:
+    """A new option of `MoELoRAConfig` needs no line in the launcher."""
+    flags = {item.name: item for item in fields(AdapterArguments)}
+    own = {item.name: item for item in fields(MoELoRAConfig) if item.name not in {f.name for f in fields(PeftConfig)}}
+    assert own.keys() - flags.keys() == {"exclude_modules", "layers_to_transform", "layers_pattern"}
+    assert flags.keys() <= own.keys()
+    spelled = {"target_modules", "init_lora_weights", "modules_to_save", *PATTERNS}
+    for name in flags.keys() - spelled:
+        assert (flags[name].default, flags[name].metadata) == (own[name].default, own[name].metadata)

@@ -24,6 +24,8 @@ ENUM = "Python's, of an enum; add_peft_type checks what comes out"
 # (file, attribute) that other modules read, and why that is right.
 ALLOWED = {
     ("tuner/start/base_weight.py", "ds_shape"): "a fallback stands beside it",
+    ("tuner/targets.py", "ds_shape"): "as above",
+    ("tuner/router.py", "_current_graph_task_id"): "torch's, as its own checkpointing asks for it",
     ("tuner/tags.py", "ds_shape"): "as above; without it the shape is (0,), and tagging refuses the layer",
     ("expert_parallel/groups.py", "_create_expert_and_data_parallel"): CHECKED,
     ("expert_parallel/groups.py", "_get_expert_parallel_group_dict"): CHECKED,

@@ -35,7 +35,7 @@ def test_names_in_the_file(saved):
     layer = "base_model.model.model.layers.0.self_attn.q_proj.moelora_experts."
     assert {layer + "lora_A", layer + "lora_B", layer + "router.weight"} < names
     assert names == {name.replace(".default", "") for name in weights(model)}
-    assert json.loads((path / "adapter_config.json").read_text())["peft_type"] == "MOELORA"
+    assert json.loads((path / "adapter_config.json").read_text())["peft_type"].startswith("MOELORA ")
 
 
 @pytest.mark.parametrize("builder", [llama, gpt2, bert])

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ds_moelora.cli import main
+from ds_moelora.tuner.config import PEFT_TYPE_IN_FILES
 from ds_moelora.tuner.files.adapter_file import read_adapter
 from ds_moelora.tuner.files.inspection import layer_facts, router_shares
 
@@ -108,7 +109,7 @@ def truncate(folder: Path) -> None:
 
 def rename(folder: Path) -> None:
     config = folder / "adapter_config.json"
-    config.write_text(config.read_text().replace('"MOELORA"', '"LORA"'))
+    config.write_text(config.read_text().replace(f'"{PEFT_TYPE_IN_FILES}"', '"LORA"'))
 
 
 def lower_rank(folder: Path) -> None:

@@ -1,0 +1,76 @@
+"""What PEFT and transformers do with an adapter by its type's name: load it, say what it is, swap it, or refuse it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+from transformers import AutoModelForCausalLM
+
+from ..support.adapter_support import adapted, batch, config, llama
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory):
+    """(logits, folder of the base model, folder of the adapter)."""
+    folder = tmp_path_factory.mktemp("conventions")
+    llama().save_pretrained(folder / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), config()).eval()
+    model.save_pretrained(folder / "adapter")
+    with torch.no_grad():
+        return model(**batch()).logits, folder / "base", folder / "adapter"
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(**batch()).logits
+
+
+def test_transformers_loads_an_adapter(saved) -> None:
+    expected, base, adapter = saved
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(adapter)), expected)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.load_adapter(str(adapter))
+    assert torch.equal(logits(model), expected)
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(base)))
+
+
+def test_the_status_says_the_type(saved) -> None:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved[1]), saved[2])
+    status = model.get_model_status()
+    assert status.peft_types == {"default": "MOELORA"}
+    assert status.num_adapter_layers == len(model.get_layer_status()) == 6
+    assert PeftConfig.from_pretrained(saved[2]).peft_type.value == "MOELORA"
+
+
+def test_what_takes_lora_alone_is_refused_by_name(saved) -> None:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved[1]), saved[2])
+    with pytest.raises(ValueError, match=r"Hotswapping only supports .* but MOELORA was passed"):
+        hotswap_adapter(model, str(saved[2]), adapter_name="default")
+    with pytest.raises(ValueError, match="'MOELORA' is not compatible with the `PeftMixedModel`"):
+        get_peft_model(llama(), config(), mixed=True)
+
+
+def test_peft_alone_is_told_what_to_install(saved) -> None:
+    code = (
+        "import sys; from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
+        "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(saved[1]), str(saved[2])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "pip install ds_moelora, and import ds_moelora before loading" in done.stderr.splitlines()[-1]
+
+
+def test_files_with_the_short_name_load(saved, tmp_path) -> None:
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "MOELORA"}))
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
