@@ -138,8 +138,8 @@ class CheckpointedTrainer(Trainer):
         self._save_safely(folder, target, write)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # DeepSpeed may leave such a step out, so that weights stay finite: the checkpoint would lack the step.
         if self.stopping is not None and not self.stopping.last_step_was_finite():
+            # The weights may be finite all the same: a step whose gradients are not is left out.
             if self.is_world_process_zero():
                 print(f"Step {self.state.global_step} is not saved: its loss is not finite.", flush=True)
             return
