@@ -102,9 +102,13 @@ def write_state(run: Run, folder: Path, extra: Mapping[str, Any] | None = None) 
     buffers = _buffers(run.module)
     segments = [segment for trained in parameters for segment in _segments(parameters, trained)]
     files, weights, failure = (TensorFiles(folder) if rank() == 0 else None), {}, None
+    module = None
     for segment, whole in gather(segments, run.device):
         assert files is not None
         failure = failure or _not_finite(segment, whole)
+        if module not in (None, _module(segment.trained.name)):
+            files.end_file()
+        module = _module(segment.trained.name)
         files.add(f"{segment.trained.name}|{segment.key}", whole)
         if segment.key == "weight":
             weights[segment.trained.name] = whole.to(segment.trained.param.dtype)
@@ -411,6 +415,11 @@ def _entry(
         "lr": float(group["lr"]),
         "base_lr": base_rate(parameters.optimizer, group),
     }
+
+
+def _module(name: str) -> str:
+    """The adapted module that a parameter belongs to; its own module for parameters outside the adapter."""
+    return name.split(".moelora_experts.")[0] if ".moelora_experts." in name else name.rpartition(".")[0]
 
 
 def _not_finite(segment: Segment, whole: Tensor) -> Exception | None:

@@ -40,9 +40,19 @@ def agree(failure: Exception | None, what: str, kind: type[Exception] = RuntimeE
     if not found:
         return
     if any(not_finite for _, (not_finite, _) in found):
-        raise NotFiniteError(next(text.partition(": ")[2] for _, (bad, text) in found if bad)) from failure
+        raise _agreed(NotFiniteError(next(text.partition(": ")[2] for _, (bad, text) in found if bad))) from failure
     by_text: dict[str, list[int]] = {}
     for number, (_, text) in found:
         by_text.setdefault(text, []).append(number)
     said = "; ".join(f"rank {', '.join(map(str, numbers[:8]))}: {text}" for text, numbers in by_text.items())
-    raise kind(f"{what} ({said}).") from failure
+    raise _agreed(kind(f"{what} ({said}).")) from failure
+
+
+def is_agreed(error: Exception) -> bool:
+    """Whether `agree` raised this error, and so on every process: the others are in no collective call meanwhile."""
+    return bool(getattr(error, "agreed", False))
+
+
+def _agreed(error: Exception) -> Exception:
+    vars(error)["agreed"] = True
+    return error

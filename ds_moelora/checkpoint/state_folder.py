@@ -56,7 +56,7 @@ class TensorFiles:
         self._tensors[key] = tensor
         self.where[key] = f"{self._number:05d}.safetensors"
         if sum(t.nbytes for t in self._tensors.values()) >= FILE_BYTES:
-            self._submit()
+            self.end_file()
 
     def close(self) -> dict[str, dict[str, Any]]:
         """Waits until all is on disk.
@@ -67,14 +67,15 @@ class TensorFiles:
         Raises:
             OSError: a file could not be written.
         """
-        self._submit()
+        self.end_file()
         self._wait()
         self._thread.shutdown()
         if self._failure is not None:
             raise self._failure
         return self.files
 
-    def _submit(self) -> None:
+    def end_file(self) -> None:
+        """What comes next goes into another file."""
         self._wait()
         if self._tensors and self._failure is None:
             name = f"{self._number:05d}.safetensors"

@@ -138,6 +138,11 @@ class CheckpointedTrainer(Trainer):
         self._save_safely(folder, target, write)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.stopping is not None and not self.stopping.last_step_was_finite():
+            # The weights may be finite all the same: a step whose gradients are not is left out.
+            if self.is_world_process_zero():
+                print(f"Step {self.state.global_step} is not saved: its loss is not finite.", flush=True)
+            return
         run_dir = Path(self.args.output_dir)
         final = run_dir / f"checkpoint-{self.state.global_step}"
         folder = run_dir / PARTIAL / final.name

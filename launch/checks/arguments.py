@@ -184,7 +184,12 @@ def _read_recipe(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         raise UserError(f"--config {path} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path} holds {type(recipe).__name__}; write one `flag: value` per line.")
-    remember(recipe)
+    try:
+        remember(recipe)
+    except RecursionError:
+        raise UserError(
+            f"--config {path} is nested too deeply, or contains itself: an anchor (&name) stands in its own value."
+        ) from None
     return recipe, [*words[:position], *words[position + 2 :]]
 
 

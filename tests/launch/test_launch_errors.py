@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
+from ds_moelora.checkpoint.manifest import describe_files, files_in, write_manifest
 from launch import train
 from launch.checks import errors
 from launch.checks.errors import UserError
@@ -205,12 +207,16 @@ def test_resuming_from_a_checkpoint_that_was_cut_short(good: dict[str, Any]):
     checkpoint = Path(good["output_dir"]) / "checkpoint-7"
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer_state.json").write_text("{}")
-    torch.save({"x": torch.zeros(100)}, checkpoint / "rng_state.pth")
+    (checkpoint / "state").mkdir()
+    tensors = checkpoint / "state" / "00000.safetensors"
+    save_file({"x": torch.zeros(100)}, tensors)
+    with pytest.raises(UserError, match=r"has no manifest\.json: it was not written to its end"):
+        run({**good, "resume_from_checkpoint": "true"})
+    write_manifest(checkpoint, describe_files(checkpoint, files_in(checkpoint)))
     with pytest.raises(PassedError):
         run({**good, "resume_from_checkpoint": "true"})
-    data = (checkpoint / "rng_state.pth").read_bytes()
-    (checkpoint / "rng_state.pth").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=r"rng_state\.pth is incomplete.*checkpoint before it"):
+    tensors.write_bytes(tensors.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"00000\.safetensors .*checkpoint before it"):
         run({**good, "resume_from_checkpoint": "true"})
 
 
@@ -261,7 +267,7 @@ FAILING_SCRIPT = """
 import os, sys
 sys.path.insert(0, {root!r})
 import launch.train as train
-from transformers import Trainer
+from launch.checkpoint import saving
 
 def fail(*args, **kwargs):
     raise RuntimeError("rank 1 alone")
@@ -275,7 +281,7 @@ train.run_guarded(train.main, debug=False)
 @pytest.mark.dist
 @pytest.mark.parametrize(
     "patch",
-    ["train.prepare = fail", "Trainer._save_checkpoint = fail"],
+    ["train.prepare = fail", "saving.CheckpointedTrainer._write_training_state = fail"],
     ids=["before the others wait", "in training"],
 )
 def test_a_failure_on_one_rank_ends_all(good: dict[str, Any], tmp_path: Path, patch: str):
@@ -287,5 +293,5 @@ def test_a_failure_on_one_rank_ends_all(good: dict[str, Any], tmp_path: Path, pa
     finished = launch(argv, script=script)
     assert finished.code != 0
     assert re.search(r"\[rank 1\] error: RuntimeError: .*rank 1 alone", finished.output), finished.output[-4000:]
-    if "checkpoint" in patch:
+    if "saving" in patch:
         assert re.search(r"\[rank 0\] error: rank 1 \(.*\) failed: RuntimeError: .*rank 1 alone", finished.output)

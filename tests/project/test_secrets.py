@@ -11,6 +11,7 @@ import pickle
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,7 +108,9 @@ def test_training_arguments(task: str, tmp_path: Path) -> None:
 def test_summary_and_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--hub-token", SECRET, "--seed", "1"])
     assert command_line() == f"train.py --hub-token {REDACTED} --seed 1"
-    found = configuration(nn.Linear(1, 1), {"comet": {"api_key": SECRET}, "train_batch_size": 2})
+    found = configuration(
+        nn.Linear(1, 1), SimpleNamespace(config={"comet": {"api_key": SECRET}, "train_batch_size": 2})
+    )
     assert SECRET not in json.dumps(found)
     assert found["deepspeed"]["train_batch_size"] == 2
 
