@@ -245,7 +245,7 @@ def add_peft_type(name: str) -> None:
         return
     member = str.__new__(PeftType, name)
     member._name_, member._value_ = name, name
-    member._sort_order_ = len(PeftType)  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
     PeftType._member_names_.append(name)

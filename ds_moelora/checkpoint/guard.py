@@ -62,6 +62,7 @@ def compare_when_loaded(load: Callable[..., Any]) -> Callable[..., Any]:
                 failure = error
             agree(failure, f"{path / RECORD} cannot be read", ValueError)
             if all(everyone(isinstance(saved, dict))):
+                assert saved is not None
                 options = inspect.signature(load).bind(self, load_dir, tag, *args, **kwargs).arguments
                 alone = options.get("load_module_only") or not options.get("load_optimizer_states", True)
                 differences = compare(saved, engine_record(self))

@@ -117,9 +117,9 @@ def run_record(module: nn.Module, optimizer: Any) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for name, config in getattr(module, "peft_config", {}).items():
         record |= adapter_record(config, name)
-    config = getattr(module, "config", None)
-    if hasattr(config, "to_dict"):
-        record |= {f"base.{key}": _plain(value) for key, value in config.to_dict().items()}
+    base: Any = getattr(module, "config", None)
+    if hasattr(base, "to_dict"):
+        record |= {f"base.{key}": _plain(value) for key, value in base.to_dict().items()}
     record["base.samples"] = sample_weights(module)
     record["optimizer.class"] = type(optimizer).__name__
     for key in sorted({key for group in optimizer.param_groups for key in group} - _NOT_SETTINGS):

@@ -197,9 +197,9 @@ def _whole_names(model: torch.nn.Module) -> dict[int, tuple[str, tuple[int, ...]
             prefix, offset = module_name, 0
             if id(module) in sharded:
                 prefix = module_name.removesuffix(".shard")
-                offset = module.first_expert * param[0].numel()  # type: ignore[operator]
-                shape = (module.num_experts, *shape[1:])  # type: ignore[arg-type]
-            names.setdefault(id(param), (f"{prefix}.{own_name}".lstrip("."), tuple(shape), offset))  # type: ignore[arg-type]
+                offset = module.first_expert * param[0].numel()
+                shape = (module.num_experts, *shape[1:])
+            names.setdefault(id(param), (f"{prefix}.{own_name}".lstrip("."), tuple(shape), offset))
     return names
 
 

@@ -54,14 +54,15 @@ def expand(config: MoELoRAConfig, model: nn.Module) -> Any:
     all-linear is PEFT's: every nn.Linear and Conv1D but the output head; also those that another adapter adapts. What
     no forward pass calls is left out with a warning, and so are experts that are stacked in one parameter.
     """
-    targets = config.target_modules
+    targets: Any = config.target_modules
     if not isinstance(targets, str):
         names = list(candidates(model))
         return {entry for entry in targets if _matches(entry, names)} or targets
     if targets.lower() != "all-linear":
         return targets
-    found = set(_maybe_include_all_linear_layers(copy.copy(config), model).target_modules)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found: set[str] = set(_maybe_include_all_linear_layers(copy.copy(config), model).target_modules)
+    of_head: Any = getattr(model, "get_output_embeddings", None)
+    head = of_head() if of_head is not None else None
     for name, module in model.named_modules():
         adapted = isinstance(module, MoELoRALayer) and isinstance(module.base_layer, (nn.Linear, Conv1D))
         if adapted and module is not head:
@@ -150,7 +151,7 @@ def uncalled(model: nn.Module) -> dict[str, str]:
     modules = dict(model.named_modules())
     often = _OFTEN_UNCALLED.get(getattr(getattr(model, "config", None), "model_type", ""), ())
     for name, module in modules.items():
-        for child in weights_read_by(type(module)):
+        for child in weights_read_by(type(module)):  # type: ignore[arg-type]
             found[f"{name}.{child}" if name else child] = type(module).__name__
         if "mamba" in type(module).__name__.lower() or "mixer" in type(module).__name__.lower():
             found |= {f"{name}.{child}": type(module).__name__ for child in often}
@@ -181,8 +182,9 @@ def weights_read_by(cls: type) -> frozenset[str]:
                 called.add(path)
                 todo += [path] if path and "." not in path else []
         for node in ast.walk(tree):
-            is_weight = isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)
-            if is_weight and id(node) not in harmless:
+            if not isinstance(node, ast.Attribute) or node.attr != "weight" or not isinstance(node.ctx, ast.Load):
+                continue
+            if id(node) not in harmless:
                 read.add(_path_from_self(node.value))
     return frozenset(path for path in read - called if path)
 
