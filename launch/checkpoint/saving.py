@@ -43,7 +43,7 @@ from ds_moelora.checkpoint.elastic import (
     write_state,
 )
 from ds_moelora.checkpoint.manifest import describe_files, files_in, write_manifest
-from ds_moelora.checkpoint.processes import NotFiniteError, everyone
+from ds_moelora.checkpoint.processes import NotFiniteError, everyone, is_agreed
 from ds_moelora.checkpoint.record import compare, refuse_others, run_record
 from ds_moelora.checkpoint.trained import Run
 from ds_moelora.optimizer.sharding.zero import is_partitioned
@@ -173,7 +173,8 @@ class CheckpointedTrainer(Trainer):
     def _save_safely(self, folder: Path, run_dir: Path, write: Callable[[], None]) -> None:
         """Makes a folder and fills it on every process; what went wrong on one is raised on all.
 
-        `write` may fail on process 0 alone after its last collective call only.
+        `write` may fail on process 0 alone after its last collective call only. Where another process fails alone, the
+        others are in the midst of collective calls: it ends at once, and the watchdog tells them.
         """
         failure: Exception | None = None
         try:
@@ -186,6 +187,8 @@ class CheckpointedTrainer(Trainer):
             try:
                 write()
             except (OSError, RuntimeError, ValueError) as error:
+                if not self.is_world_process_zero() and not is_agreed(error):
+                    raise
                 failure = error
         step = self.state.global_step
         found = next((e for e in everyone(failure and _save_error(folder, run_dir, failure, step)) if e), None)

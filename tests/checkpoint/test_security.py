@@ -68,7 +68,7 @@ def test_while_loading_too(tmp_path: Path) -> None:
     """DeepSpeed's engine asks for weights_only=False; inside `data_only` torch's own switch overrules it."""
     load = torch.load
     planted = plant(tmp_path, "states.pt", tmp_path / "marker")
-    with data_only(), pytest.raises(ValueError, match=r"states\.pt holds more than data"):
+    with pytest.raises(ValueError, match=r"states\.pt holds more than data"), data_only():
         torch.load(planted, weights_only=False)
     assert not (tmp_path / "marker").exists()
     assert torch.load is load
@@ -104,7 +104,7 @@ def test_getattr_reaches_members_of_enums_alone(tmp_path: Path) -> None:
         assert torch.load(member)["stage"] is ZeroStageEnum.gradients
     for owner, name in ((DynamicLossScaler, "__init__"), (ZeroStageEnum, "__class__"), (ZeroStageEnum, "mro")):
         torch.save({"stage": Attribute(owner, name)}, tmp_path / "other.pt")
-        with data_only(), pytest.raises(ValueError, match=r"other.pt holds more than data"):
+        with pytest.raises(ValueError, match=r"other.pt holds more than data"), data_only():
             torch.load(tmp_path / "other.pt")
 
 

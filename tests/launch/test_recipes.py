@@ -71,7 +71,9 @@ def arguments_of(run: tuple[Path, list[str]], folder: Path) -> list[str]:
     path, more = run
     recipe = yaml.safe_load(path.read_text())
     model, data = stand_ins(recipe, path.stem, folder / name_of(run))
-    arguments = ["--config", str(path), "--model_name_or_path", str(model), "--dataset_name", str(data),
+    own = folder / path.name
+    own.write_text(yaml.safe_dump({name: value for name, value in recipe.items() if name != "dataset_config"}))
+    arguments = ["--config", str(own), "--model_name_or_path", str(model), "--dataset_name", str(data),
                  "--output_dir", str(folder / name_of(run) / "out"), "--max_steps", str(STEPS), "--save_strategy", "no",
                  "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--logging_steps", "1",
                  "--max_grad_norm", "1"]  # fmt: skip

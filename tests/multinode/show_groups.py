@@ -9,14 +9,14 @@ import sys
 import deepspeed
 import torch.distributed as dist
 
-from ds_moelora.expert_parallel.engine import create_groups, expert_group
+from ds_moelora.expert_parallel.groups import create_groups, expert_parallel_group
 from launch.checks.errors import adopt_rank
 
 adopt_rank()
 deepspeed.init_distributed(verbose=False)
 data_before_expert = "--data_before_expert" in sys.argv
 create_groups(2, data_before_expert)
-members = dist.get_process_group_ranks(expert_group("ep_size_2"))
+members = dist.get_process_group_ranks(expert_parallel_group("ep_size_2"))
 print(f"rank {dist.get_rank()} {socket.gethostname()} {os.environ['LOCAL_RANK']} {members}", flush=True)
 dist.barrier()
 dist.destroy_process_group()
