@@ -25,8 +25,9 @@ demo: $(VENV)/.ready
 
 # Two processes of pytest: a test in one process leaves a core to the other. PYTEST_ARGS="-n 0" for a debugger.
 TWO_AT_A_TIME := -n 2 --dist loadgroup --no-loadscope-reorder
+# Left to `make test-multinode`: whole runs by every launcher.
 test: $(VENV)/.ready
-	python -m pytest $(TWO_AT_A_TIME) $(PYTEST_ARGS)
+	python -m pytest $(TWO_AT_A_TIME) --ignore tests/multinode/test_launchers.py $(PYTEST_ARGS)
 
 # Every launcher on two hosts out of network namespaces: root, and openssh-server, pdsh, openmpi-bin, iproute2.
 test-multinode: $(VENV)/.ready
