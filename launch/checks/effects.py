@@ -119,7 +119,7 @@ _EXPERT_PARALLEL = (lambda a: a.ep_size > 1, "it needs --ep_size above 1")
 ADAPTER_NEEDS: dict[str, tuple[Callable[[AdapterArguments], bool], str]] = {
     "eta": (lambda a: a.scaling == "goat", "it needs --scaling goat"),
     **dict.fromkeys(("rho", "svd_cache_dir"), _SVD),
-    **dict.fromkeys(("ep_dispatch", "ep_bucket_layers"), _EXPERT_PARALLEL),
+    "ep_dispatch": _EXPERT_PARALLEL,
 }
 
 # The launcher's own flags. Which of them a task, a layout or another flag makes idle is refused by

@@ -25,7 +25,7 @@ from launch.training.modeling import adapter_config
 FLAGS = ["--model_name_or_path", "m", "--dataset_name", "d", "--target_modules", "q_proj"]
 FLAGS += ["--deepspeed", "configs/zero2.json", "--r", "2", "--num_experts", "4"]
 # Adapter flags that say how the same mixture is computed or prepared.
-SAME_MIXTURE = {"svd_cache_dir", "ep_size", "ep_dispatch", "ep_bucket_layers", "expert_compute"}
+SAME_MIXTURE = {"svd_cache_dir", "ep_size", "ep_dispatch", "expert_compute"}
 MODEL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
 MODEL |= {"num_attention_heads": 2, "num_key_value_heads": 2}
 
