@@ -26,6 +26,7 @@ FIRST = ("launch", "multinode", "conformance")
 _tables: dict[str, list[str]] = defaultdict(list)
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long folders first; a file's tests stay together, for their module's fixtures (`--dist loadgroup`)."""
     tests = Path(__file__).parent
