@@ -24,10 +24,10 @@ demo: $(VENV)/.ready
 	OMP_NUM_THREADS=1 deepspeed --num_gpus $(RANKS) launch/train.py --deepspeed configs/zero2.json --overwrite_output_dir
 
 # Two processes of pytest: a test in one process leaves a core to the other. PYTEST_ARGS="-n 0" for a debugger.
-TWO_AT_A_TIME := -n 2 --dist loadgroup --no-loadscope-reorder
-# Left to `make test-multinode`: whole runs by every launcher.
+TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
+# tests/multinode, which needs root, is left to `make test-multinode`.
 test: $(VENV)/.ready
-	python -m pytest $(TWO_AT_A_TIME) --ignore tests/multinode/test_launchers.py $(PYTEST_ARGS)
+	python -m pytest $(TWO_AT_A_TIME) --ignore tests/multinode $(PYTEST_ARGS)
 
 # Every launcher on two hosts out of network namespaces: root, and openssh-server, pdsh, openmpi-bin, iproute2.
 test-multinode: $(VENV)/.ready

@@ -13,22 +13,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Files that share what is dear to set up: one process of pytest-xdist runs them all.
-TOGETHER = {
-    "test_failures_network": "failures",
-    "test_failures": "failures",
-    "test_host_checks": "hosts",
-    "test_launchers": "hosts",
-}
 # The folders with the longest single tests come first, so that no process is left alone with one at the end.
-FIRST = ("launch", "multinode", "conformance")
+FIRST = ("launch", "conformance")
 
 _tables: dict[str, list[str]] = defaultdict(list)
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long folders first; a file's tests stay together, for their module's fixtures (`--dist loadgroup`)."""
+    """Long folders first."""
     tests = Path(__file__).parent
 
     def place(item: pytest.Item) -> int:
@@ -36,8 +28,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return FIRST.index(folder) if folder in FIRST else len(FIRST)
 
     items.sort(key=place)
-    for item in items if config.pluginmanager.hasplugin("xdist") else ():
-        item.add_marker(pytest.mark.xdist_group(TOGETHER.get(item.path.stem, str(item.path.relative_to(tests)))))
 
 
 @pytest.fixture
