@@ -199,7 +199,10 @@ def _text_config(model: nn.Module) -> Any:
     """The configuration in which transformers and TRL look for a language model's router settings; None without one."""
     config = getattr(model, "config", None)
     find = getattr(config, "get_text_config", None)
-    return find() if callable(find) else None
+    try:
+        return find() if callable(find) else None
+    except ValueError:  # several text configs, none of which TRL's trainers would find either
+        return None
 
 
 def _layout(model: nn.Module, kwargs: dict[str, Any]) -> BatchLayout:
