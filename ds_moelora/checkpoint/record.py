@@ -47,6 +47,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("base.*output_*", IGNORE),
     ("base.*return_dict", IGNORE),
     ("base.*token_id", SAY),
+    ("base.*router_aux_loss_coef", SAY),  # the adapter puts its own coefficient there for TRL (loss_hooks.py)
     ("base.*", REFUSE),
     ("trained.*", REFUSE),
     ("optimizer.class", REFUSE),
