@@ -197,13 +197,11 @@ def load_evaluation_rows(
     )
     if source.task == "causal-lm":
         return causal_rows(rows, wish, where, processor)
-    usual = images.LABELS_OF_PICTURES if pictures else classification.LABEL_COLUMNS
-    names = source.classes or classification.class_names(rows, wish.label_column, usual)
+    names = source.classes or classification.class_names(rows, wish)
     convert = images.labelled_images if pictures else classification.classification_texts
     rows = convert(rows, wish, where, source.regression)
-    if source.regression:
-        return rows.rename_column("label", "labels")
-    return classification.number_labels(rows, classification.label_names(rows, where, names), where)
+    names = [] if source.regression else classification.label_names(rows, where, names)
+    return classification.number_labels(rows, names, where)
 
 
 def build_evaluator(

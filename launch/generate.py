@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 from launch.checks.arguments import read_flags
 from launch.checks.errors import UserError, run_guarded
 from launch.checks.flags import DataArguments, flag
-from launch.data.answering import Worded, word_prompt, write_answers
+from launch.data.answering import prompt_tokens, write_answers
 from launch.data.causal import causal_rows
 from launch.training.loading import find_source, inference_precision, load_for_inference, load_processor, quieten
 
@@ -141,15 +141,15 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     return answers
 
 
-def worded(texts: list[str], wish: GenerationArguments, tokenizer: PreTrainedTokenizerBase) -> list[Worded]:
+def worded(texts: list[str], wish: GenerationArguments, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """What the model reads. Worded as in training, by the same function."""
     if wish.prompt_template == "none":
-        return [word_prompt(text, tokenizer) for text in texts]
+        return [prompt_tokens(text, tokenizer) for text in texts]
     system = {} if wish.system is None else {"system": [wish.system] * len(texts)}
     rows = Dataset.from_dict({"instruction": texts, "output": ["-"] * len(texts), **system})
     run = DataArguments(prompt_template=wish.prompt_template)
     prompts = causal_rows(rows, run, f"--prompt_template {wish.prompt_template}", tokenizer)["prompt"]
-    return [word_prompt(prompt, tokenizer) for prompt in prompts]
+    return [prompt_tokens(prompt, tokenizer) for prompt in prompts]
 
 
 def _read_prompts(name: str) -> list[str]:

@@ -45,35 +45,30 @@ def load_data(
     parts, held_out, names, worded = [], [], None, False
     for number, name in enumerate(run.dataset_name):
         train, aside = load_splits(run, seed, number)
-        if run.task not in LANGUAGE and number == 0:
-            usual = images.LABELS_OF_PICTURES if run.task == "image-classification" else classification.LABEL_COLUMNS
-            names = classification.class_names(train, run.label_column, usual)
-        worded |= run.task in LANGUAGE and causal.layout_of(train, run, f"--dataset_name {name}")[0] == "instruction"
+        if run.task in LANGUAGE:
+            worded |= causal.layout_of(train, run, f"--dataset_name {name}")[0] == "instruction"
+        elif number == 0:
+            names = classification.class_names(train, run)
         parts.append(convert(train, run, flag=f"--dataset_name {name}"))
         if aside is not None:
             held_out.append(convert(aside, run, flag=f"--dataset_name {name}"))
     if run.prompt_template != RunArguments.prompt_template and not worded:
         say(f"--prompt_template {run.prompt_template} is not used: no data set has instruction rows.")
-    flag = f"--dataset_name {' '.join(run.dataset_name)}"
-    train = mix(parts, run, seed)
-    evaluation = load_evaluation(run)
+    flag = flag_of_evaluation = f"--dataset_name {' '.join(run.dataset_name)}"
+    train, evaluation = mix(parts, run, seed), load_evaluation(run)
     if evaluation is not None:
         flag_of_evaluation = f"--eval_dataset_name {run.eval_dataset_name}"
         evaluation = convert(evaluation, run, flag=flag_of_evaluation)
     elif held_out:
-        flag_of_evaluation, evaluation = flag, mix(held_out, replace(run, dataset_weights=[]), seed)
+        evaluation = mix(held_out, replace(run, dataset_weights=[]), seed)
         evaluation = evaluation if run.max_eval_samples is None else evaluation.take(run.max_eval_samples)
     if run.task in LANGUAGE:
         return train, evaluation, {}
 
-    if run.regression:
-        targets = partial(Dataset.rename_column, original_column_name="label", new_column_name="labels")
-        return targets(train), evaluation and targets(evaluation), classification.REGRESSION
-    names = classification.label_names(train, flag, names)
-    train = classification.number_labels(train, names, flag)
-    if evaluation is not None:
-        evaluation = classification.number_labels(evaluation, names, flag_of_evaluation)
-    return train, evaluation, classification.class_options(names)
+    names = [] if run.regression else classification.label_names(train, flag, names)
+    targets = partial(classification.number_labels, names=names)
+    evaluation = None if evaluation is None else targets(evaluation, flag=flag_of_evaluation)
+    return targets(train, flag=flag), evaluation, classification.class_options(names)
 
 
 def mix(parts: list[Rows], run: RunArguments, seed: int) -> Rows:

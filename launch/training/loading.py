@@ -20,7 +20,7 @@ from transformers.image_processing_base import IMAGE_PROCESSOR_NAME
 import ds_moelora  # noqa: F401  (so that PEFT knows the adapter)
 from launch.checks.errors import UserError
 from launch.checks.flags import SCORED_TASKS
-from launch.data.classification import REGRESSION, class_options
+from launch.data.classification import class_options
 from launch.training import processors
 from launch.training.fit import check_weights
 from launch.training.modeling import AUTO_CLASSES, TASK_TYPES, pad_with
@@ -157,7 +157,7 @@ def load_for_inference(source: Source, processor: Processor) -> nn.Module:
     if source.regression or source.classes:
         # The adapter brings its own head.
         options = {"ignore_mismatched_sizes": source.adapter is not None}
-        options |= dict(REGRESSION) if source.regression else class_options(source.classes)
+        options |= class_options(source.classes)
     if source.attn_implementation is not None:
         options["attn_implementation"] = source.attn_implementation
     try:

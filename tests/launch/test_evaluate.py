@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from ds_moelora import MoELoRAConfig
 from launch import evaluate, generate
 from launch.checks.errors import UserError
-from launch.data.answering import word_prompt, write_answers
+from launch.data.answering import prompt_tokens, write_answers
 from tests.support.launch_support import (
     CHAT_TEMPLATE,
     ROOT,
@@ -103,7 +103,7 @@ def test_answers_do_not_depend_on_the_batch(base: Path, adapter: Path, tmp_path:
     assert len(set(expected)) > 1
     model.train()
     for size in (1, 3, ROWS):
-        worded = [word_prompt(prompt, tokenizer) for prompt in prompts]
+        worded = [prompt_tokens(prompt, tokenizer) for prompt in prompts]
         assert write_answers(model, tokenizer, worded, size, max_new_tokens=6) == expected
     assert model.training
     if template:
