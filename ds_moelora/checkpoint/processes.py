@@ -33,8 +33,8 @@ def agree(failure: Exception | None, what: str, kind: type[Exception] = RuntimeE
     """Raises on every process if any has failed: none goes on alone, and none waits for one that is gone.
 
     Args:
-        what: begins the message, unless all processes failed alike or weights were not finite: those speak for
-            themselves.
+        what: begins the message, unless weights were not finite, or all processes raised the same plain ValueError:
+            those speak for themselves.
 
     Raises:
         NotFiniteError: some process raised that. kind: every other failure.
@@ -47,7 +47,7 @@ def agree(failure: Exception | None, what: str, kind: type[Exception] = RuntimeE
     not_finite = [text for bad, _, text in found if bad]
     if not_finite:
         error: Exception = NotFiniteError(not_finite[0])
-    elif len(set(told)) == 1 and isinstance(failure, ValueError):
+    elif len(set(told)) == 1 and type(failure) is ValueError:
         error = kind(str(failure))
     else:
         ranks = {report: [str(n) for n, other in enumerate(told) if other == report][:8] for report in found}

@@ -162,15 +162,24 @@ def test_adapter_fields_are_refused_unless_the_table_says_otherwise(saved: dict[
         assert verdict(f"adapter.default.{name}", TABLE) in (REFUSE, SAY), name
 
 
-def test_nothing_secret_is_recorded() -> None:
+def test_nothing_secret_is_recorded(tmp_path: Path) -> None:
+    """By the names of flags, in nested values, in DeepSpeed's config, in addresses."""
+
     @dataclasses.dataclass
     class Training(TRAINING_CLASSES["causal-lm"]):
         some_api_key: str = "hf_another"
         output_secret: str = "hf_third"
 
-    arguments = parsed("--hub_token", "hf_secret")
-    arguments.training = Training(hub_token="hf_secret")
-    assert "hf_" not in json.dumps(settings(arguments))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"comet": {"enabled": True, "api_key": "hf_fourth"}}))
+    arguments = parsed("--dataset_name", "https://me:hf_fifth@host/rows.jsonl")
+    arguments.training = Training(
+        hub_token="hf_secret", deepspeed=str(config), model_init_kwargs={"token": "hf_sixth", "attn": "eager"}
+    )
+    found = record(arguments, name_or_path="https://me:hf_seventh@host/model")
+    assert "hf_" not in json.dumps(found)
+    assert found["deepspeed.comet.enabled"] is True
+    assert found["flag.model_init_kwargs"]["attn"] == "eager"
 
 
 def test_ignored_flags_exist_or_are_patterns() -> None:
