@@ -34,7 +34,6 @@ from transformers import (
 
 from ds_moelora import MoELoRAConfig
 from launch import train
-from launch.checks import preflight
 from launch.checks.arguments import Arguments, parse_arguments
 from launch.checks.errors import UserError
 from launch.checks.preflight import check_bounds
