@@ -1,4 +1,4 @@
-"""Evaluation that does not depend on batches: every token, or every row of a model with a head, weighs alike."""
+"""Evaluation of language that does not depend on batches: every token weighs alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from launch.data.metrics import head_loss, token_scores
+from launch.data.metrics import token_scores
 
 
 class TokenScores(Trainer):
@@ -38,14 +38,4 @@ class TokenScores(Trainer):
         nll, right, tokens = torch.stack(self._sums).sum(0).tolist()
         scores = token_scores(nll, right, tokens)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
-        return output
-
-
-class RowScores(Trainer):
-    """A Trainer of a model with a head whose `eval_loss` is the mean over rows; see `TokenScores`."""
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
-        output.metrics[f"{metric_key_prefix}_loss"] = head_loss(logits, output.label_ids)
         return output

@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from launch.data.answering import word_prompt, write_answers_on_all_ranks
+from launch.data.answering import prompt_tokens, write_answers_on_all_ranks
 from launch.demo.base import base_model, describe_base
 from launch.demo.tasks import split_lines
 
@@ -99,10 +99,10 @@ class ExactMatch(TrainerCallback):
         given = write_answers_on_all_ranks(
             model,
             self.tokenizer,
-            [word_prompt(prompt, self.tokenizer) for _, prompt, _ in lines],
+            [prompt_tokens(prompt, self.tokenizer) for _, prompt, _ in lines],
             args,
             batch_size=EVALUATION_BATCH,
-            description=title,
+            title=title,
             max_new_tokens=MAX_ANSWER_TOKENS,
         )
         right = Counter(skill for (skill, _, answer), text in zip(lines, given, strict=True) if text == answer)

@@ -28,7 +28,7 @@ from launch.checks.arguments import Arguments
 from launch.checks.errors import UserError
 from launch.checks.flags import LANGUAGE
 from launch.data import images
-from launch.data.evaluation import RowScores, TokenScores
+from launch.data.evaluation import TokenScores
 from launch.data.metrics import head_scores
 from launch.data.values import Rows
 from launch.training.preparation import CountingTrainer, PackingGuard, Truncation
@@ -60,7 +60,7 @@ class MixtureSFTTrainer(TokenScores, CheckpointedTrainer, CountingTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class HeadTrainer(RowScores, CheckpointedTrainer):
+class HeadTrainer(CheckpointedTrainer):
     """The trainer of models with a classification head."""
 
 

@@ -41,7 +41,6 @@ def test_folder_with_splits(tmp_path: Path):
     [
         ("gone.jsonl", None, "no such file"),
         ("empty.jsonl", "", "is empty"),
-        ("broken.jsonl", '{"a": 1}\n{"a": ', "could not be read"),
         ("notes.doc", "hello", "is not read; use .jsonl"),
     ],
 )

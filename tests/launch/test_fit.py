@@ -211,7 +211,7 @@ def test_targets_are_looked_for_before_the_demos_model_is_built(monkeypatch: pyt
     monkeypatch.setattr(demo, "base_model", lambda: pytest.fail("built"))
     monkeypatch.setattr(demo_base, "_pretrain", lambda _: pytest.fail("built"))
     monkeypatch.setattr(preflight, "check_build_lock", lambda: None)  # this machine's, which other runs may hold
-    with pytest.raises(UserError, match=r"--target_modules q_porj: .* q_proj, k_proj"):
+    with pytest.raises(UserError, match=r"--target_modules q_porj: .* 'k_proj', .*'q_proj'"):
         train.main(["--deepspeed", "configs/zero2.json", "--target_modules", "q_porj"])
 
 
