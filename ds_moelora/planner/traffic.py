@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 from ..expert_parallel.dispatch import bytes_moved, share_needing
+from ..expert_parallel.gather import WINDOW_BYTES
 from .hardware import Group
 from .model import ModelShape
 from .workload import Choice, Workload
@@ -113,10 +114,12 @@ def dispatch_traffic(model: ModelShape, work: Workload, choice: Choice) -> list[
         total += count * bytes_moved(*sizes, work.tokens, work.size)[choice.dispatch]
     if choice.dispatch == "weights":
         once = total / 3  # gather, gather, reduce-scatter, of equal size
+        layer_bytes = work.num_experts * work.rank * model.adapted_width * work.size / layers
+        calls = math.ceil(layers / max(WINDOW_BYTES // layer_bytes, 1))  # one brings as many layers as a window takes
         return [
-            Transfer("experts, forward", "all_gather", group, (1 + again) * once, (1 + again) * layers, True),
-            Transfer("experts, backward", "all_gather", group, once, layers, False),
-            Transfer("experts' gradients", "reduce_scatter", group, once, layers, False),
+            Transfer("experts, forward", "all_gather", group, (1 + again) * once, (1 + again) * calls, True),
+            Transfer("experts, backward", "all_gather", group, once, calls, False),
+            Transfer("experts' gradients", "reduce_scatter", group, once, calls, False),
         ]
     sent = total * (1 + again / 2)
     return [Transfer("tokens", "all_to_all", group, sent, (ALL_TO_ALLS + 4 * again) * layers, False)]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedTokenizerBase,
@@ -29,41 +29,28 @@ from launch.data.metrics import AnswerRule
 from launch.training.fit import position_limit
 
 
-@contextlib.contextmanager
-def _ready_to_answer(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and back to what it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
-Worded = tuple[str, bool]  # a prompt's text, and whether the tokenizer still has to add its special tokens to it
-
-
-def word_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, tools: str | None = None) -> Worded:
-    """A prompt (text or chat messages; `tools` as JSON) as text.
+def prompt_tokens(prompt: Any, tokenizer: PreTrainedTokenizerBase, tools: str | None = None) -> list[int]:
+    """A prompt (text or chat messages; `tools` as JSON) as the model reads it.
 
     Raises:
         UserError: messages, and a tokenizer without chat template.
     """
     if isinstance(prompt, str):
-        return prompt, True
+        return tokenizer(prompt)["input_ids"]
     if not tokenizer.chat_template:
         raise UserError("the prompt is a conversation, and this tokenizer has no chat template.")
     described = json.loads(tools) if tools else None
-    return tokenizer.apply_chat_template(prompt, tools=described, add_generation_prompt=True, tokenize=False), False
+    return tokenizer.apply_chat_template(prompt, tools=described, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
 
 
 def write_answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Worded],
+    prompts: Sequence[list[int]],
     batch_size: int = 8,
-    description: str | None = None,
+    title: str | None = None,
     **options: Any,
 ) -> list[str]:
     """What the model writes after each prompt, without special tokens.
@@ -72,43 +59,38 @@ def write_answers(
     of its batch; prompts of similar length share a batch.
 
     Args:
-        prompts: as `word_prompt` words them, in any order; the answers come in the same.
-        description: title of a progress bar; None: no bar.
+        prompts: as of `prompt_tokens`, in any order; the answers come in the same.
+        title: of a progress bar; None: no bar.
         options: for `model.generate`; greedy decoding unless they say otherwise.
 
     Raises:
         UserError: a prompt and its answer are longer than the model's table of positions.
     """
-    texts = list(prompts)
-    if len({special for _, special in texts}) > 1:
-        raise UserError("prompts are either all text or all chat messages.")
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]), reverse=True)
-    positions = position_limit(model)
+    positions, longest = position_limit(model), max(map(len, prompts), default=0)
+    if positions is not None and longest + options.get("max_new_tokens", 0) > positions:
+        raise UserError(
+            f"a prompt of {longest} tokens and --max_new_tokens {options['max_new_tokens']} need more than the "
+            f"{positions} positions of this model. Shorten one."
+        )
     options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, "use_cache": True, **options}
-    answers = [""] * len(texts)
-    bar = tqdm(total=len(texts), desc=description, unit="prompt", disable=description is None)
-    with _ready_to_answer(model), bar:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            encoded = tokenizer(
-                [texts[i][0] for i in batch],
-                return_tensors="pt",
-                padding=True,
-                padding_side="left",
-                add_special_tokens=texts[batch[0]][1],
-            )
-            encoded = {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
-            length = encoded["input_ids"].shape[1] + options.get("max_new_tokens", 0)
-            if positions is not None and length > positions:
-                raise UserError(
-                    f"a prompt of {encoded['input_ids'].shape[1]} tokens and --max_new_tokens "
-                    f"{options['max_new_tokens']} need {length} positions; this model has {positions}. Shorten one."
-                )
-            written = model.generate(**encoded, eos_token_id=end_tokens(model, tokenizer), **options)
-            new = tokenizer.batch_decode(written[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-            for i, text in zip(batch, new, strict=True):
-                answers[i] = text
-            bar.update(len(batch))
+    options["eos_token_id"] = end_tokens(model, tokenizer)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    answers, was_training = [""] * len(prompts), model.training
+    model.eval()
+    try:
+        with tqdm(total=len(prompts), desc=title, unit="prompt", disable=title is None) as bar:
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                rows = [torch.tensor(prompts[i], dtype=torch.long, device=model.device) for i in batch]
+                ids_BT = pad_sequence(rows, True, tokenizer.pad_token_id, padding_side="left")
+                mask_BT = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left")
+                written = model.generate(input_ids=ids_BT, attention_mask=mask_BT, **options)
+                texts = tokenizer.batch_decode(written[:, ids_BT.shape[1] :], skip_special_tokens=True)
+                for i, text in zip(batch, texts, strict=True):
+                    answers[i] = text
+                bar.update(len(batch))
+    finally:
+        model.train(was_training)
     return answers
 
 
@@ -122,7 +104,7 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int
 def write_answers_on_all_ranks(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Worded],
+    prompts: Sequence[list[int]],
     args: TrainingArguments,
     **options: Any,
 ) -> list[str]:
@@ -131,7 +113,7 @@ def write_answers_on_all_ranks(
     share = -(-len(prompts) // args.world_size)
     mine = [prompts[(args.process_index * share + i) % len(prompts)] for i in range(share)]
     if args.process_index != 0:
-        options["description"] = None
+        options["title"] = None
     # Every rank takes part in every forward pass: to gather weights (ZeRO-3), or experts (ep_size > 1).
     synced = is_deepspeed_zero3_enabled() or bool(sharded_experts(model))
     return gather_object(write_answers(model, tokenizer, mine, synced_gpus=synced, **options))[: len(prompts)]
@@ -149,8 +131,7 @@ class AnswerScores(TrainerCallback):
         self.trainer, self.scoring = trainer, scoring
         self.rule = answer_rule(scoring)
         self.prompts = list(rows["prompt"])
-        tools = rows["tools"] if "tools" in rows.column_names else [None] * len(self.prompts)
-        self.asked = list(zip(self.prompts, tools, strict=True))
+        self.tools = rows["tools"] if "tools" in rows.column_names else [None] * len(self.prompts)
         self.wanted = [text if isinstance(text, str) else text[-1]["content"] for text in rows["completion"]]
         self.given: list[str] = []
 
@@ -162,13 +143,14 @@ class AnswerScores(TrainerCallback):
         metrics: dict[str, float],
         **kwargs: Any,
     ) -> None:
+        tokenizer = self.trainer.processing_class
         self.given = write_answers_on_all_ranks(
             kwargs["model"],
-            self.trainer.processing_class,
-            [word_prompt(prompt, self.trainer.processing_class, tools) for prompt, tools in self.asked],
+            tokenizer,
+            [prompt_tokens(prompt, tokenizer, tools) for prompt, tools in zip(self.prompts, self.tools, strict=True)],
             args,
             batch_size=args.per_device_eval_batch_size,
-            description="Answers",
+            title="Answers",
             max_new_tokens=self.scoring.max_new_tokens,
         )
         found = {f"eval_{name}": value for name, value in self.rule.scores(self.given, self.wanted).items()}
@@ -177,13 +159,7 @@ class AnswerScores(TrainerCallback):
 
 
 def answer_rule(scoring: ScoringArguments) -> AnswerRule:
-    """The rule that the flags describe.
-
-    Raises:
-        UserError: as `AnswerRule`, or fewer than one new token.
-    """
-    if scoring.max_new_tokens < 1:
-        raise UserError(f"--max_new_tokens {scoring.max_new_tokens} must be at least 1.")
+    """The rule that the flags describe."""
     return AnswerRule(scoring.answer_pattern, tuple(scoring.answer_ignore))
 
 
@@ -191,17 +167,16 @@ def wants_answers(scoring: ScoringArguments, task: str) -> bool:
     """Whether answers are to be written and scored.
 
     Raises:
-        UserError: flags for answers that have no effect.
+        UserError: flags for answers that have no effect or cannot be.
     """
-    chosen = [name for name in ("answer_pattern", "answer_ignore") if getattr(scoring, name)]
-    if scoring.score == "auto":
-        wanted = bool(chosen)
-    else:
-        wanted = scoring.score == "answers"
-        if chosen and not wanted:
-            raise UserError(f"--{chosen[0]} has no effect with --score {scoring.score}; use --score answers.")
-    if wanted and task != "causal-lm":
+    chosen = next((name for name in ("answer_pattern", "answer_ignore") if getattr(scoring, name)), None)
+    if scoring.score == "loss" and chosen:
+        raise UserError(f"--{chosen} has no effect with --score loss; use --score answers.")
+    if scoring.score == "loss" or (scoring.score == "auto" and not chosen):
+        return False
+    if task != "causal-lm":
         raise UserError(f"--score answers (or --answer_pattern) is for --task causal-lm; this task is {task}.")
-    if wanted:
-        answer_rule(scoring)
-    return wanted
+    if scoring.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens {scoring.max_new_tokens} must be at least 1.")
+    answer_rule(scoring)
+    return True

@@ -12,14 +12,13 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from datasets import Features, IterableDataset, Json, List, Value
+from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from launch.checks.errors import UserError
 from launch.checks.flags import DataArguments
-from launch.data.files import user_error
 from launch.data.values import (
     WORDED,
     LeftOut,
@@ -28,9 +27,12 @@ from launch.data.values import (
     choose_column,
     column_names,
     conversation_of,
+    decoded,
+    first_row,
     missing,
     read_batch,
     text_of,
+    user_error,
 )
 
 # The wording of Stanford Alpaca (Taori et al., 2023), which most instruction data sets were made for.
@@ -48,22 +50,14 @@ LAYOUTS = (("prompt", "completion"), ("messages",), ("conversations",), ("instru
 OPTIONAL = ("input",)
 FORMATS = ("prompt_format", "completion_format")
 FORMATTED = "formatted"  # by --prompt_format and --completion_format
+TURNS = "turns"  # prompt and completion that are messages
 USABLE = "instruction + output (and input), prompt + completion, messages, conversations, or text"
 TEMPLATES = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
 Pair = tuple[Any, Any]  # prompt and completion
 
 
 class Converter:
-    """Makes prompts and completions of the rows of one data set.
-
-    Args:
-        rows: the data set, of which the columns are looked at. flag: the flag that named it, for messages.
-        tokenizer: its chat template words messages; None: there is none. keep: a column that goes with every prompt.
-        as_chat: make chat messages of text. whole: train all of a row; a conversation is then one row.
-
-    Raises:
-        UserError: no usable columns, or messages without a chat template.
-    """
+    """Makes prompts and completions of the rows of one data set; its arguments are those of `causal_rows`."""
 
     def __init__(
         self,
@@ -76,76 +70,62 @@ class Converter:
         whole: bool,
     ) -> None:
         self.run, self.flag, self.tokenizer, self.keep, self.whole = run, flag, tokenizer, keep, whole
-        self.kind, self.columns = layout_of(rows, run, flag)
-        self.as_chat = as_chat
-        template = str(getattr(tokenizer, "chat_template", None) or "")
-        self.is_chat = as_chat or self._is_chat(rows)
-        if self.is_chat and not template:
-            cause = "--prompt_template chat" if self.kind == "instruction" else "messages"
+        self.left_out, self.as_chat = LeftOut(flag), as_chat
+        self.layout, self.columns = layout_of(rows, run, flag)
+        if self.layout == "prompt" and isinstance(first_row(rows, flag).get(self.columns["prompt"]), list):
+            self.layout = TURNS
+        worded = self.layout == "instruction" and (as_chat or run.prompt_template == "chat")
+        self.converses = worded or self.layout in (TURNS, "messages", "conversations")
+        is_chat, template = self.converses or as_chat, str(getattr(tokenizer, "chat_template", None) or "")
+        if is_chat and not template:
+            cause = "--prompt_template chat" if self.layout == "instruction" else "messages"
             raise UserError(
                 f"{flag} needs a chat template ({cause}), and this model's tokenizer has none. Pass "
                 "--chat_template_path, or data with prompt and completion."
             )
         # A template words a key of messages if it names it.
         self.words = set(re.findall(r"\w+", template))
-        self.has_tools = self.is_chat and not as_chat and "tools" in self.words
-        reads = {*self.columns.values(), keep}
-        if self.is_chat and self.kind != FORMATTED:
-            reads |= {"system"} | ({"tools"} if self.has_tools else set())
-            reads |= {"history"} if self.kind == "instruction" else set()
-        self.reads = reads
-        self.left_out = LeftOut(flag, isinstance(rows, IterableDataset))
-
-    def features(self, rows: Rows) -> Features:
-        """Types of the columns that are made; messages keep the keys that each of them has."""
-        side = List(Json()) if self.is_chat else Value("string")
-        made = {"prompt": side, "completion": side}
-        made |= {"tools": Value("string")} if self.has_tools else {}
-        return Features(made | ({self.keep: rows.features[self.keep]} if self.keep else {}))
+        self.has_tools = self.converses and not as_chat and "tools" in self.words
+        self.reads = {*self.columns.values(), keep}
+        if self.converses:
+            self.reads |= {"system"} if not as_chat else set()
+            self.reads |= {"tools"} if self.has_tools else set()
+            self.reads |= {"history"} if worded else set()
+        # Messages keep the keys that each of them has.
+        self.features = Features(dict.fromkeys(("prompt", "completion"), List(Json()) if is_chat else Value("string")))
+        if self.has_tools:
+            self.features["tools"] = Value("string")
+        if keep:
+            self.features[keep] = rows.features[keep]
 
     def __call__(self, batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         """For `map`: a batch of rows as a batch of prompts and completions."""
-        made: dict[str, list[Any]] = {"prompt": [], "completion": []}
-        made |= {name: [] for name, wanted in (("tools", self.has_tools), (self.keep, self.keep)) if wanted}
+        made = []
         for where, row in read_batch(batch, numbers, self.flag):
             self.left_out.add_columns(row, self.reads)
-            for prompt, completion in self.pairs(row, where):
-                made["prompt"].append(prompt)
-                made["completion"].append(completion)
-                if self.has_tools:
-                    made["tools"].append(_as_json(row.get("tools"), where))
-                if self.keep:
-                    made[self.keep].append(row[self.keep])
-        return made
+            more = {"tools": _tools(row, where) if self.has_tools else None, self.keep: row.get(self.keep)}
+            made += [{**more, "prompt": prompt, "completion": answer} for prompt, answer in self.pairs(row, where)]
+        return {name: [row[name] for row in made] for name in self.features}
 
     def pairs(self, row: Row, where: str) -> Iterator[Pair]:
         """Prompts and completions of one row."""
-        if self.kind == "text":  # text files and WikiText have empty rows between paragraphs
+        if self.converses:
+            yield from self._conversation(row, where)
+            return
+        if self.layout == "text":  # text files and WikiText have empty rows between paragraphs
             pair = "", text_of(row, self.columns["text"], where, optional=True)
             if not pair[1]:
                 return
-        elif self.kind == FORMATTED:
+        elif self.layout == FORMATTED:
             pair = tuple(_formatted(getattr(self.run, name), name, row, where) for name in FORMATS)
-        elif self.kind == "prompt" and not (self.is_chat and isinstance(row.get(self.columns["prompt"]), list)):
+        elif self.layout == "prompt":
             pair = tuple(text_of(row, self.columns[name], where) for name in ("prompt", "completion"))
-        elif self.kind == "instruction" and not self.is_chat:
-            pair = self._alpaca(row, where, self.run.prompt_template)
         else:
-            yield from self._conversation(row, where)
-            return
-        if not self.as_chat:
+            pair = self._alpaca(row, where, self.run.prompt_template)
+        if self.as_chat:
+            yield from self._answers([_said("user", pair[0]), _said("assistant", pair[1])], where, row)
+        else:
             yield pair
-            return
-        yield from self._answers([_said("user", pair[0]), _said("assistant", pair[1])], where, row)
-
-    def _is_chat(self, rows: Rows) -> bool:
-        if self.kind == "prompt":
-            first = next(iter(rows))
-            _, row = next(read_batch({name: [value] for name, value in first.items()}, [0], self.flag))
-            return isinstance(row.get(self.columns["prompt"]), list)
-        return self.kind in ("messages", "conversations") or (
-            self.kind == "instruction" and self.run.prompt_template == "chat"
-        )
 
     def _alpaca(self, row: Row, where: str, template: str) -> Pair:
         instruction, output = (text_of(row, self.columns[name], where) for name in ("instruction", "output"))
@@ -158,22 +138,20 @@ class Converter:
 
     def _conversation(self, row: Row, where: str) -> Iterator[Pair]:
         """The row's messages, with its system message and its history in front."""
-        completion: list[Row] = []
-        if self.kind == "instruction":
+        if self.layout == "instruction":
             text, output = self._alpaca(row, where, "chat")
             messages = [*_history(row, where), _said("user", text), _said("assistant", output)]
-        elif self.kind == "prompt":
-            messages = conversation_of(row, self.columns["prompt"], where)
-            completion = conversation_of(row, self.columns["completion"], where)
         else:
-            messages = conversation_of(row, self.columns[self.kind], where)
+            first = "prompt" if self.layout == TURNS else self.layout
+            messages = conversation_of(row, self.columns[first], where)
         system = "" if self.as_chat else text_of(row, "system", where, optional=True)
         if system and messages[0]["role"] != "system":
             messages = [_said("system", system), *messages]
-        if not completion:
+        if self.layout != TURNS:
             yield from self._answers(messages, where, row)
             return
-        messages, completion = self._worded(messages, where), self._worded(completion, where)
+        messages = self._worded(messages, where)
+        completion = self._worded(conversation_of(row, self.columns["completion"], where), where)
         self._render([*messages, *completion], where, row)
         yield messages, completion
 
@@ -185,7 +163,7 @@ class Converter:
         messages = self._worded(messages, where)
         ends = [i for i, m in enumerate(messages) if i > 0 and m["role"] == "assistant" and weights[i]]
         if not ends:
-            self.left_out.add("conversations without an answer to train on, which are left out, such as", {where})
+            self.left_out.add("left out", ["conversations without an answer to train on"])
             return
         self._render(messages[: ends[-1] + 1], where, row)
         for position in ends[-1:] if self.whole else ends:
@@ -199,17 +177,17 @@ class Converter:
                     f"{where}, message {number}: the answer is a tool call, which this model's chat template does not "
                     "word. Pass --chat_template_path with one that does, or remove the row."
                 )
-            unused = message.keys() - self.words - {*WORDED, "weight"}
-            self.left_out.add("keys of messages that the chat template does not use", unused)
+        unused = {key for message in messages for key in message} - self.words - {*WORDED, "weight"}
+        self.left_out.add("keys of messages that the chat template does not use", unused)
         return [{k: v for k, v in message.items() if k in self.words or k in WORDED} for message in messages]
 
     def _render(self, messages: list[Row], where: str, row: Row) -> None:
         """Asks the chat template whether it takes a conversation; a template for pictures wants another form."""
         if self.as_chat or not hasattr(self.tokenizer, "apply_chat_template"):
             return
-        tools = _as_json(row.get("tools"), where) if self.has_tools else None
+        tools = decoded(_tools(row, where), where) if self.has_tools else None
         try:
-            self.tokenizer.apply_chat_template(messages, tools=tools and json.loads(tools), tokenize=False)
+            self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
         except Exception as error:  # whatever a template raises, and what Python raises inside it
             raise UserError(f"{where}: the chat template refuses this conversation: {error}") from error
 
@@ -223,36 +201,31 @@ def causal_rows(
     as_chat: bool = False,
     whole: bool = False,
 ) -> Rows:
-    """`rows` as prompt and completion; the arguments are those of `Converter`.
+    """`rows` as prompt and completion.
 
     A conversation becomes one row per answer of the assistant, with everything before it as the prompt: the loss then
     covers each answer once, whatever the chat template.
 
+    Args:
+        flag: the flag that named the data set, for messages. tokenizer: its chat template words messages; None: there
+            is none. keep: a column that goes with every prompt. as_chat: make chat messages of text. whole: train all
+            of a row; a conversation is then one row.
+
     Raises:
-        UserError: as `Converter`; or a row that lacks a value or has one of another kind, with its file and line. A
-            stream's rows are looked at when they are read.
+        UserError: no usable columns; messages without a chat template; or a row that lacks a value or has one of
+            another kind, with its file and line. A stream's rows are looked at when they are read.
     """
     convert = Converter(rows, run, flag, tokenizer, keep, as_chat, whole)
-    streaming = isinstance(rows, IterableDataset)
     # Not from the cache: what is left out is to be said in every run.
-    how = {} if streaming else {"desc": "Building prompts", "load_from_cache_file": False}
-    names = list(rows.column_names or next(iter(rows)))
+    how = {} if isinstance(rows, IterableDataset) else {"desc": "Building prompts", "load_from_cache_file": False}
+    how |= {"batched": True, "with_indices": True, "features": convert.features}
     try:
-        made = rows.map(
-            convert,
-            batched=True,
-            with_indices=True,
-            remove_columns=names,
-            features=convert.features(rows),
-            **how,
-        )
+        made = rows.map(convert, remove_columns=list(rows.column_names or next(iter(rows))), **how)
     except Exception as error:
         raise user_error(error, flag) from error
-    convert.left_out.say()
-    if not streaming and len(made) == 0:
-        raise UserError(
-            f"{flag}: no {'row has text' if convert.kind == 'text' else 'conversation has an assistant answer'}."
-        )
+    if isinstance(made, Dataset) and len(made) == 0:
+        what = "row has text" if convert.layout == "text" else "conversation has an assistant answer"
+        raise UserError(f"{flag}: no {what}.")
     return made
 
 
@@ -299,14 +272,12 @@ def _history(row: Row, where: str) -> list[Row]:
     return [_said(role, text_of(turn, role, f"{where}, history")) for turn in columns for role in turn]
 
 
-def _as_json(value: Any, where: str) -> str | None:
-    """Tools as TRL takes them."""
-    if missing(value):
+def _tools(row: Row, where: str) -> str | None:
+    """A row's tools as TRL takes them: JSON text."""
+    found = row.get("tools")
+    if missing(found):
         return None
-    try:
-        found = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise UserError(f"{where}: tools are not JSON: {error}.") from error
+    found = decoded(found, f"{where}: tools")
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
         raise UserError(f"{where}: tools are no list of objects: {str(found)[:100]}.")
     return json.dumps(found)

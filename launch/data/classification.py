@@ -10,8 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from launch.checks.errors import UserError
 from launch.checks.flags import DataArguments
-from launch.data.files import user_error
-from launch.data.values import LeftOut, Row, choose_column, column_names, missing, read_batch, text_of
+from launch.data.values import LeftOut, Row, choose_column, column_names, missing, read_batch, text_of, user_error
 
 TEXT_COLUMNS = ("instruction", "text", "sentence", "question")
 # Two texts that belong together, as GLUE's and BoolQ's files have them; the model reads both.
@@ -23,8 +22,7 @@ TEXT_PAIRS = (
     ("question", "passage"),
 )
 LABEL_COLUMNS = ("label", "answer")
-# What the config of a model with --regression must know.
-REGRESSION: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
+LABELS_OF_PICTURES = (*LABEL_COLUMNS, "fine_label")
 
 
 def classification_texts(rows: Dataset, run: DataArguments, flag: str, regression: bool = False) -> Dataset:
@@ -39,10 +37,10 @@ def classification_texts(rows: Dataset, run: DataArguments, flag: str, regressio
     # Alpaca rows keep part of the text in a second column; a column chosen by name is taken alone.
     alpaca = run.text_column is None and pair is None and text == "instruction"
     second = "input" if alpaca and "input" in column_names(rows) else None
-    names, left_out = class_names(rows, label), LeftOut(flag, streaming=False)
+    names, left_out = class_names(rows, run), LeftOut(flag)
 
     def convert(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
-        made: dict[str, list[Any]] = {"text": [], **({"text_pair": []} if pair else {}), "label": []}
+        made = []
         for where, row in read_batch(batch, numbers, flag):
             left_out.add_columns(row, (text, pair, second, label))
             joined = text_of(row, text, where)
@@ -53,32 +51,31 @@ def classification_texts(rows: Dataset, run: DataArguments, flag: str, regressio
                 if match is None:
                     raise UserError(f"{where}: --text_pattern {run.text_pattern!r} does not match {joined[:200]!r}.")
                 joined = match.group(1)
-            made["text"].append(joined)
-            if pair:
-                made["text_pair"].append(text_of(row, pair, where))
-            made["label"].append(label_of(row, label, where, names, regression))
-        return made
+            second_text = text_of(row, pair, where) if pair else None
+            target = label_of(row, label, where, names, regression)
+            made.append({"text": joined, "text_pair": second_text, "label": target})
+        return {name: [row[name] for row in made] for name in features}
 
     features = {name: Value("string") for name in (("text", "text_pair") if pair else ("text",))}
     features["label"] = Value("float32" if regression else "string")
     how = {"batched": True, "with_indices": True, "load_from_cache_file": False}  # what is left out is said every time
     try:
-        made = rows.map(convert, remove_columns=rows.column_names, features=Features(features), **how)
+        return rows.map(convert, remove_columns=rows.column_names, features=Features(features), **how)
     except Exception as error:
         raise user_error(error, flag) from error
-    left_out.say()
-    return made
 
 
-def class_names(rows: Dataset, wish: str | None, usual: tuple[str, ...] = LABEL_COLUMNS) -> list[str] | None:
+def class_names(rows: Dataset, run: DataArguments) -> list[str] | None:
     """Names of the classes where the data set itself numbers them."""
-    label = wish or next((name for name in usual if name in rows.column_names), None)
+    label = run.label_column or next((name for name in LABELS_OF_PICTURES if name in rows.column_names), None)
     feature = (rows.features or {}).get(label)
     return feature.names if isinstance(feature, ClassLabel) else None
 
 
 def class_options(names: list[str]) -> dict[str, Any]:
-    """What the config of a model must know of its classes."""
+    """What the config of a model must know of its classes; [] for numbers (--regression)."""
+    if not names:
+        return {"num_labels": 1, "problem_type": "regression"}
     ids = dict(enumerate(names))
     labels = {"id2label": ids, "label2id": {name: number for number, name in ids.items()}}
     return {"num_labels": len(names), "problem_type": "single_label_classification", **labels}
@@ -96,19 +93,21 @@ def label_of(row: Row, column: str, where: str, names: list[str] | None, regress
         raise UserError(f"{where}: column {column!r} is empty. Fill or remove this row.")
     if regression:
         try:
-            number = float(value) if isinstance(value, str | int | float) and names is None else math.nan
-        except ValueError:
+            number = float(value) if names is None else math.nan
+        except (ValueError, TypeError):
             number = math.nan
         if not math.isfinite(number):
             raise UserError(f"{where}: label {value!r} is no finite number, which --regression needs.")
         return number
     if names is not None:
         return names[value]
-    if isinstance(value, float) and not value.is_integer():
-        raise UserError(f"{where}: label {value!r} is no class; use text, whole numbers or booleans, or --regression.")
-    if not isinstance(value, str | int | float):
-        raise UserError(f"{where}: label {str(value)[:100]} is a {type(value).__name__}, no class.")
-    return str(int(value)) if isinstance(value, float) else str(value).strip()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int):
+        raise UserError(
+            f"{where}: label {str(value)[:100]} is no class; use text, whole numbers or booleans, or --regression."
+        )
+    return str(value).strip()
 
 
 def label_names(rows: Dataset, flag: str, names: list[str] | None = None) -> list[str]:
@@ -127,16 +126,18 @@ def label_names(rows: Dataset, flag: str, names: list[str] | None = None) -> lis
 
 
 def number_labels(rows: Dataset, names: list[str], flag: str) -> Dataset:
-    """Replaces `label` by `labels`, the position in `names`.
+    """Replaces `label` by `labels`, the position in `names`; [] leaves numbers as they are.
 
     Raises:
         UserError: a label that the training data does not have.
     """
+    if not names:
+        return rows.rename_column("label", "labels")
+    ids = {name: number for number, name in enumerate(names)}
     stored = list(rows["label"])
-    unknown = sorted(set(stored) - set(names))
+    unknown = sorted(set(stored) - ids.keys())
     if unknown:
         raise UserError(f"{flag} has labels that the training data lacks: {', '.join(unknown)}. Known: {names}.")
-    ids = {name: number for number, name in enumerate(names)}
     return rows.remove_columns("label").add_column("labels", [ids[name] for name in stored])
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,56 +20,31 @@ from launch.checks.errors import UserError
 
 PLACE, ROW = "place", "row"
 FEATURES = Features({PLACE: Value("string"), ROW: Value("large_string")})
-READERS = (".jsonl", ".json", ".csv", ".txt")
 # One row of this many characters takes a minute to tokenise; rows are cut at --max_length tokens anyway.
 MAX_CHARACTERS = 2_000_000
-BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
+PlacedRows = Iterator[tuple[str, str]]  # where a row stands in its file, and its JSON text
 
 
 def read_files(files: list[Path], flag: str, streaming: bool) -> Dataset | IterableDataset:
-    """All rows of `files` in the columns `PLACE` and `ROW`.
+    """All rows of `files` in the columns `PLACE` and `ROW`; a stream's are read when they are asked for.
 
     Raises:
-        UserError: a file that is empty, not UTF-8 (names the byte) or not of its kind (names the line). A stream's
-            rows are looked at when they are read.
+        UserError: no rows, or a file that is not UTF-8 (names the byte) or not of its kind.
     """
-    for file in files:
-        if file.stat().st_size == 0:
-            raise UserError(f"{flag} {file} is empty.")
     # datasets keeps what it has read under a hash of these arguments: size and date tell versions of a file apart.
-    stamps = [f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-    given = {"files": [str(file.absolute()) for file in files], "stamps": stamps, "flag": [flag] * len(files)}
-    if streaming:
-        return IterableDataset.from_generator(_rows, features=FEATURES, gen_kwargs=given)
-    try:
-        return Dataset.from_generator(_rows, features=FEATURES, gen_kwargs=given)
-    except Exception as error:  # datasets wraps what a generator raises
-        raise user_error(error, f"{flag} {files[0] if len(files) == 1 else files[0].parent}") from error
+    stamped = [(str(file.absolute()), f"{file.stat().st_size} {file.stat().st_mtime_ns}") for file in files]
+    if next(_rows(stamped, flag), None) is None:
+        raise UserError(f"{flag} {files[0] if len(files) == 1 else files[0].parent} is empty.")
+    kind = IterableDataset if streaming else Dataset
+    return kind.from_generator(_rows, features=FEATURES, gen_kwargs={"files": stamped, "flag": flag})
 
 
-def user_error(error: BaseException, what: str) -> UserError:
-    """The `UserError` among the causes of `error`, or one that says that `what` could not be read."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, UserError):
-            return cause
-        error, cause = cause, cause.__cause__
-    lines = str(error).strip().splitlines()
-    return UserError(f"{what} could not be read: {type(error).__name__}: {lines[0] if lines else ''}")
+def parse_row(text: str, where: str) -> dict[str, Any]:
+    """The values of a row by column.
 
-
-def _rows(files: list[str], stamps: list[str], flag: list[str]) -> Iterator[dict[str, str]]:
-    for name, said in zip(files, flag, strict=True):
-        file = Path(name)
-        reader = {".csv": _csv_rows, ".txt": _paragraphs, ".json": _json_rows}.get(file.suffix, _json_lines)
-        for number, row in reader(file, said):
-            place = f"{file}, line {number}" if file.suffix != ".json" else f"{file}, row {number} (counted from 1)"
-            text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)
-            _check_row(text, f"{said}: {place}")
-            yield {PLACE: place, ROW: text}
-
-
-def _check_row(text: str, where: str) -> None:
+    Raises:
+        UserError: not a JSON object, nested too deeply, half of a surrogate pair in a text, or too long.
+    """
     if len(text) > MAX_CHARACTERS:
         raise UserError(
             f"{where}: the row has {len(text):,} characters, more than {MAX_CHARACTERS:,}. Cut it, or split it into "
@@ -79,80 +54,84 @@ def _check_row(text: str, where: str) -> None:
         values = json.loads(text)
         if "\\u" in text:
             json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: half of a surrogate pair, which no text can hold: {error}") from error
-    except RecursionError as error:
-        raise UserError(f"{where}: the row is nested too deeply.") from error
-    except ValueError as error:
-        raise UserError(f"{where} could not be read: it is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: the row cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         kind = "null" if values is None else f"a {type(values).__name__}"
         raise UserError(f"{where}: the row is {kind}, not an object {{...}} of columns; remove or mend it.")
+    return values
 
 
-def _lines(file: Path, flag: str) -> Iterator[str]:
+def _rows(files: list[tuple[str, str]], flag: str) -> Iterator[dict[str, str]]:
+    for file, _ in files:
+        try:
+            for place, row in READERS[Path(file).suffix](_lines(file)):
+                yield {PLACE: f"{file}, {place}", ROW: row}
+        except (ValueError, RecursionError, csv.Error) as error:
+            raise UserError(f"{flag} {file} could not be read: {error}") from error
+
+
+def _lines(file: str) -> Iterator[str]:
     """Lines of a text file in UTF-8, with their ends."""
     position = 0
-    with file.open("rb") as stream:
+    with open(file, "rb") as stream:
         for number, line in enumerate(stream, 1):
-            if number == 1 and line.startswith(BYTE_ORDER_MARKS):
-                raise UserError(f"{flag} {file} could not be read: it is UTF-16 (byte 0). Convert it to UTF-8.")
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{flag} {file} could not be read: byte {position + error.start} (line {number}) is "
-                    f"{line[error.start : error.start + 1]!r}, which is not UTF-8. Convert the file, such as with "
-                    f"`iconv -f latin1 -t utf-8`."
+                raise ValueError(
+                    f"byte {position + error.start} (line {number}) is {line[error.start : error.start + 1]!r}, which "
+                    "is not UTF-8. Convert the file, such as with `iconv -f latin1 -t utf-8`."
                 ) from error
             position += len(line)
 
 
-def _json_lines(file: Path, flag: str) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(_lines(file, flag), 1):
+def _json_lines(lines: Iterator[str]) -> PlacedRows:
+    for number, line in enumerate(lines, 1):
         if line.strip():
-            yield number, line.strip()
+            yield f"line {number}", line.strip()
 
 
-def _json_rows(file: Path, flag: str) -> Iterator[tuple[int, Any]]:
+def _json_rows(lines: Iterator[str]) -> PlacedRows:
     """A list of rows; or, as `Dataset.to_json` writes them, one row per line."""
-    lines = list(_lines(file, flag))
-    first = next((line.lstrip() for line in lines if line.strip()), "")
-    if not first.startswith("["):
-        yield from ((number, line) for number, line in enumerate(filter(str.strip, lines), 1))
+    found = list(lines)
+    if not "".join(found[:1]).lstrip().startswith("["):
+        yield from _json_lines(iter(found))
         return
-    try:
-        rows = json.loads("".join(lines))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{flag} {file} could not be read: it is not JSON: {error}") from error
-    yield from enumerate(rows, 1)
+    for number, row in enumerate(json.loads("".join(found)), 1):
+        yield f"row {number} (counted from 1)", json.dumps(row)
 
 
-def _csv_rows(file: Path, flag: str) -> Iterator[tuple[int, dict[str, str]]]:
+def _csv_rows(lines: Iterator[str]) -> PlacedRows:
     """Every value as the text that the file has: 007 keeps its zeros, and NA is no missing value."""
     csv.field_size_limit(MAX_CHARACTERS)
-    reader = csv.DictReader(_lines(file, flag), strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise UserError(
-                    f"{flag} {file}, line {reader.line_num} could not be read: it has another number of values than "
-                    f"the header, which has {len(reader.fieldnames or ())}."
-                )
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise UserError(f"{flag} {file}, line {reader.line_num} could not be read: {error}.") from error
+    reader = csv.DictReader(lines, strict=True)
+    for row in reader:
+        if None in row or None in row.values():
+            raise ValueError(
+                f"line {reader.line_num} has another number of values than the header, which has "
+                f"{len(reader.fieldnames or ())}."
+            )
+        yield f"line {reader.line_num}", json.dumps(row)
 
 
-def _paragraphs(file: Path, flag: str) -> Iterator[tuple[int, dict[str, str]]]:
+def _paragraphs(lines: Iterator[str]) -> PlacedRows:
     """A text file's rows are its paragraphs: lines would lack what stands before them."""
-    start, lines = 1, []
-    for number, line in enumerate(_lines(file, flag), 1):
+    start, paragraph = 1, ""
+    for number, line in enumerate(lines, 1):
         if line.strip():
-            start = start if lines else number
-            lines.append(line)
-        elif lines:
-            yield start, {"text": "".join(lines).rstrip("\n")}
-            lines = []
-    if lines:
-        yield start, {"text": "".join(lines)}
+            start = start if paragraph else number
+            paragraph += line
+        elif paragraph:
+            yield f"line {start}", json.dumps({"text": paragraph.rstrip("\n")})
+            paragraph = ""
+    if paragraph:
+        yield f"line {start}", json.dumps({"text": paragraph})
+
+
+READERS: dict[str, Callable[[Iterator[str]], PlacedRows]] = {
+    ".jsonl": _json_lines,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".txt": _paragraphs,
+}

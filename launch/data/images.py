@@ -10,11 +10,10 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from launch.checks.errors import UserError
 from launch.checks.flags import DataArguments
-from launch.data.classification import LABEL_COLUMNS, class_names, label_of
-from launch.data.values import LeftOut, choose_column, read_batch
+from launch.data.classification import LABELS_OF_PICTURES, class_names, label_of
+from launch.data.values import LeftOut, choose_column
 
 IMAGE_COLUMNS = ("image", "img", "picture")
-LABELS_OF_PICTURES = (*LABEL_COLUMNS, "fine_label")
 # What models for image classification call their last layer.
 HEADS = ("classifier", "head", "fc", "score")
 
@@ -31,15 +30,14 @@ def labelled_images(rows: Dataset, run: DataArguments, flag: str, regression: bo
         raise UserError(f"{flag}: --image_column and --label_column name the same column, {image!r}.")
     if not isinstance((rows.features or {}).get(image), Image):
         raise UserError(f"{flag}: column {image!r} holds no pictures. Choose with --image_column.")
-    names, left_out, labels = class_names(rows, label), LeftOut(flag, streaming=False), []
+    names, left_out, labels = class_names(rows, run), LeftOut(flag), []
     # As stored: a picture is decoded when it is used.
-    for number, values in enumerate(rows.cast_column(image, Image(decode=False))):
-        where, row = next(read_batch({name: [value] for name, value in values.items()}, [number], flag))
+    for number, row in enumerate(rows.cast_column(image, Image(decode=False))):
+        where = f"{flag}: row {number} (counted from 0)"
         if row[image] is None:
             raise UserError(f"{where} has no picture; remove it.")
         left_out.add_columns(row, (image, label))
         labels.append(label_of(row, label, where, names, regression))
-    left_out.say()
     kept = rows.select_columns([image])
     kept = kept if image == "image" else kept.rename_column(image, "image")
     return kept.add_column("label", labels, feature=Value("float32" if regression else "string"))

@@ -137,26 +137,20 @@ def head_scores(prediction: EvalPrediction) -> dict[str, float]:
     """Scores of a model with a head, as transformers' Trainer asks for them (`compute_metrics`).
 
     Labels that are whole numbers are classes, and the class with the largest logit is the prediction; others are
-    numbers, and so is the single output.
-    """
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    labels = np.asarray(prediction.label_ids)
-    if np.issubdtype(labels.dtype, np.floating):
-        return regression_scores(logits.reshape(-1), labels.reshape(-1))
-    scores = classification_scores(logits.argmax(-1), labels)
-    return {**scores, "majority_class_accuracy": float(np.bincount(labels).max() / len(labels))}
-
-
-def head_loss(logits: np.ndarray, labels: np.ndarray) -> float:
-    """What a head is trained on, as the mean over rows: cross-entropy, or for labels that are numbers squared error.
+    numbers, and so is the single output. `loss` is the mean over rows of what the head is trained on, and takes the
+    place of the Trainer's mean over batches, which moves with their size.
 
     Args:
-        logits: (rows, classes), or (rows, 1) for numbers. labels: (rows,), whole numbers for classes.
+        prediction: `predictions` (rows, classes), or (rows, 1) for numbers; `label_ids` (rows,).
     """
-    logits, labels = np.asarray(logits, dtype=np.float64), np.asarray(labels).reshape(-1)
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    logits, labels = np.asarray(logits, dtype=np.float64), np.asarray(prediction.label_ids).reshape(-1)
     if np.issubdtype(labels.dtype, np.floating):
-        return float(np.mean((logits.reshape(-1) - labels) ** 2))
-    return float(np.mean(np.logaddexp.reduce(logits, axis=-1) - logits[np.arange(len(labels)), labels]))
+        scores = regression_scores(logits.reshape(-1), labels)
+        return {**scores, "loss": scores["mse"]}
+    scores = classification_scores(logits.argmax(-1), labels)
+    scores["loss"] = float(np.mean(np.logaddexp.reduce(logits, axis=-1) - logits[np.arange(len(labels)), labels]))
+    return {**scores, "majority_class_accuracy": float(np.bincount(labels).max() / len(labels))}
 
 
 def token_scores(nll: float, right: float, tokens: float) -> dict[str, float]:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import DatasetDict, IterableDatasetDict
 
 from launch.checks.errors import UserError
 from launch.checks.flags import RunArguments
-from launch.data.files import READERS, read_files, user_error
-from launch.data.values import Rows
+from launch.data.files import READERS, read_files
+from launch.data.values import Rows, user_error
 
 SUFFIXES = (*READERS, ".parquet")
 ON_DISK = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
@@ -47,75 +47,62 @@ def load_rows(
     Raises:
         UserError: nothing there, unreadable, no such split, or no rows.
     """
-    found = _splits(name, flag, config, pictures, streaming)
-    if split is None:
-        split = next((s for s in EVAL_SPLITS if s in found), None)
-    if split not in found:
-        raise UserError(f"{flag} {name} has no split {split!r}; it has: {', '.join(map(str, found))}.")
+    path, where = Path(name).expanduser(), f"{flag} {name}"
+    if config is not None and os.path.exists(path):
+        raise UserError(f"--dataset_config {config} has no effect: {name} is a local data set, not one from the hub.")
     try:
-        rows = found[split]
-        if isinstance(rows, list):
-            rows = read_files(rows, flag, streaming)
+        # Not path.is_file(), which raises for a name that is too long for a path.
+        if os.path.isfile(path):
+            found: Any = {"train": [path]}
+        elif os.path.isdir(path):
+            found = _folder(path, flag, pictures, streaming)
+        elif path.suffix in SUFFIXES or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+            raise UserError(f"{where}: there is no such file or folder (working directory: {Path.cwd()}).")
+        else:
+            where += " is no local file or folder, and"
+            found = datasets.load_dataset(name, config, streaming=streaming)
+        if split is None:
+            split = next((known for known in EVAL_SPLITS if known in found), None)
+        if split not in found:
+            raise UserError(f"{flag} {name} has no split {split!r}; it has: {', '.join(map(str, found))}.")
+        rows = _read(found[split], flag, name, streaming) if isinstance(found[split], list) else found[split]
         first = next(iter(rows), None)
-    except Exception as error:
-        raise user_error(error, f"{flag} {name}") from error
+    except Exception as error:  # the exceptions of datasets and of the hub's client have no common base
+        raise user_error(error, where) from error
     if first is None:
         raise UserError(f"{flag} {name}: split {split!r} is empty.")
     return rows if limit is None else rows.take(limit)
 
 
-def _splits(name: str, flag: str, config: str | None, pictures: bool, streaming: bool) -> dict[str, Any]:
-    """Every split of a dataset, wherever it is: its rows, or the files that they are in."""
-    path = Path(name).expanduser()
-    # Not path.is_file(), which raises for a name that is too long for a path.
-    is_file, is_folder = os.path.isfile(path), os.path.isdir(path)
-    if config is not None and (is_file or is_folder):
-        raise UserError(f"--dataset_config {config} has no effect: {name} is a local data set, not one from the hub.")
-    try:
-        if is_file:
-            return _split_files({"train": [path]}, flag, name, streaming)
-        if is_folder:
-            return _split_folder(path, flag, pictures, streaming)
-        if path.suffix in SUFFIXES or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-            raise UserError(f"{flag} {name}: there is no such file or folder (working directory: {Path.cwd()}).")
-        return datasets.load_dataset(name, config, streaming=streaming)
-    except Exception as error:  # the exceptions of datasets and of the hub's client have no common base
-        what = f"{flag} {name}" if is_file or is_folder else f"{flag} {name} is no local file or folder, and"
-        raise user_error(error, what) from error
-
-
-def _split_folder(folder: Path, flag: str, pictures: bool, streaming: bool) -> dict[str, Any]:
-    """Data files of a folder; a file belongs to the split in its name (`boolq.test.jsonl`), else to train."""
+def _folder(folder: Path, flag: str, pictures: bool, streaming: bool) -> Any:
+    """The splits of a folder; a file belongs to the split in its name (`boolq.test.jsonl`), else to train."""
     if any((folder / name).is_file() for name in ON_DISK):
-        found = datasets.load_from_disk(str(folder))
-        splits = found if isinstance(found, DatasetDict) else DatasetDict(train=found)
+        stored = datasets.load_from_disk(str(folder))
+        splits = stored if isinstance(stored, DatasetDict) else DatasetDict(train=stored)
         if not streaming:
             return splits
         return IterableDatasetDict({name: rows.to_iterable_dataset() for name, rows in splits.items()})
     if pictures and any(p.suffix.lower() in PICTURES for p in folder.rglob("*")):
         return datasets.load_dataset("imagefolder", data_dir=str(folder.absolute()), streaming=streaming)
-    files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    files: dict[str, list[Path]] = {}
+    for file in sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file()):
+        words = file.stem.replace("-", ".").replace("_", ".").split(".")
+        files.setdefault(next((s for s in EVAL_SPLITS if s in words), "train"), []).append(file)
     if not files:
         raise UserError(f"{flag} {folder}: the folder has no {', '.join(SUFFIXES)} file.")
-    by_split: dict[str, list[Path]] = {}
-    for file in files:
-        words = file.stem.replace("-", ".").replace("_", ".").split(".")
-        by_split.setdefault(next((s for s in EVAL_SPLITS if s in words), "train"), []).append(file)
-    return _split_files(by_split, flag, str(folder), streaming)
+    return files
 
 
-def _split_files(by_split: dict[str, list[Path]], flag: str, name: str, streaming: bool) -> dict[str, Any]:
-    files = [file for group in by_split.values() for file in group]
-    suffixes = {".jsonl" if file.suffix == ".json" else file.suffix for file in files}
-    unknown = next((file for file in files if file.suffix not in SUFFIXES), None)
-    if unknown is not None:
-        raise UserError(f"{flag} {unknown}: {unknown.suffix or 'no suffix'} is not read; use {', '.join(SUFFIXES)}.")
-    if len(suffixes) > 1:
-        raise UserError(f"{flag} {name} mixes kinds of files ({', '.join(sorted(suffixes))}); keep one kind.")
-    if suffixes != {".parquet"}:
-        return by_split
-    paths = {split: [str(file.absolute()) for file in group] for split, group in by_split.items()}
-    return datasets.load_dataset("parquet", data_files=paths, streaming=streaming)
+def _read(files: list[Path], flag: str, name: str, streaming: bool) -> Rows:
+    kinds = {".jsonl" if file.suffix == ".json" else file.suffix for file in files}
+    for kind in kinds - {*SUFFIXES}:
+        raise UserError(f"{flag} {name}: {kind or 'no suffix'} is not read; use {', '.join(SUFFIXES)}.")
+    if len(kinds) > 1:
+        raise UserError(f"{flag} {name} mixes kinds of files ({', '.join(sorted(kinds))}); keep one kind.")
+    if kinds != {".parquet"}:
+        return read_files(files, flag, streaming)
+    paths = [str(file.absolute()) for file in files]
+    return datasets.load_dataset("parquet", data_files=paths, split="train", streaming=streaming)
 
 
 def load_splits(run: RunArguments, seed: int, number: int = 0) -> tuple[Rows, Rows | None]:
@@ -131,7 +118,6 @@ def load_splits(run: RunArguments, seed: int, number: int = 0) -> tuple[Rows, Ro
     )
     if not run.eval_fraction:
         return train, None
-    assert not isinstance(train, IterableDataset)  # launch.checks.preflight
     count = round(len(train) * run.eval_fraction)
     if not 1 <= count < len(train):
         raise UserError(f"--eval_fraction {run.eval_fraction} of {len(train)} rows leaves one of the two sets empty.")

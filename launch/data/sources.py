@@ -6,6 +6,7 @@ Mixing is `datasets`' concatenate and interleave.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,8 +17,10 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorM
 from launch.checks.arguments import Arguments
 from launch.checks.errors import UserError, say
 from launch.checks.flags import LANGUAGE, RunArguments
-from launch.data import causal, classification, images
+from launch.data import classification
+from launch.data.causal import causal_rows, layout_of
 from launch.data.image_text import image_text_rows
+from launch.data.images import labelled_images
 from launch.data.rows import load_evaluation, load_splits
 from launch.data.values import Rows
 from launch.demo import defaults as demo
@@ -34,46 +37,44 @@ def load_data(
     run, seed = arguments.run, arguments.training.seed
     if arguments.demo:
         return demo.dataset(seed), None, {}
-    if run.task in LANGUAGE:
-        kind = causal.causal_rows if run.task == "causal-lm" else image_text_rows
-        whole = getattr(arguments.training, "completion_only_loss", None) is False
-        convert = partial(kind, tokenizer=processor, whole=whole)
-    else:
-        kind = images.labelled_images if run.task == "image-classification" else classification.classification_texts
-        convert = partial(kind, regression=run.regression)
-
+    whole = getattr(arguments.training, "completion_only_loss", None) is False
+    convert = converter(run.task, processor, run.regression, whole)
     parts, held_out, names, worded = [], [], None, False
     for number, name in enumerate(run.dataset_name):
         train, aside = load_splits(run, seed, number)
-        if run.task not in LANGUAGE and number == 0:
-            usual = images.LABELS_OF_PICTURES if run.task == "image-classification" else classification.LABEL_COLUMNS
-            names = classification.class_names(train, run.label_column, usual)
-        worded |= run.task in LANGUAGE and causal.layout_of(train, run, f"--dataset_name {name}")[0] == "instruction"
+        if run.task in LANGUAGE:
+            worded |= layout_of(train, run, f"--dataset_name {name}")[0] == "instruction"
+        elif number == 0:
+            names = classification.class_names(train, run)
         parts.append(convert(train, run, flag=f"--dataset_name {name}"))
         if aside is not None:
             held_out.append(convert(aside, run, flag=f"--dataset_name {name}"))
     if run.prompt_template != RunArguments.prompt_template and not worded:
         say(f"--prompt_template {run.prompt_template} is not used: no data set has instruction rows.")
-    flag = f"--dataset_name {' '.join(run.dataset_name)}"
-    train = mix(parts, run, seed)
-    evaluation = load_evaluation(run)
+    flag = flag_of_evaluation = f"--dataset_name {' '.join(run.dataset_name)}"
+    train, evaluation = mix(parts, run, seed), load_evaluation(run)
     if evaluation is not None:
         flag_of_evaluation = f"--eval_dataset_name {run.eval_dataset_name}"
         evaluation = convert(evaluation, run, flag=flag_of_evaluation)
     elif held_out:
-        flag_of_evaluation, evaluation = flag, mix(held_out, replace(run, dataset_weights=[]), seed)
+        evaluation = mix(held_out, replace(run, dataset_weights=[]), seed)
         evaluation = evaluation if run.max_eval_samples is None else evaluation.take(run.max_eval_samples)
     if run.task in LANGUAGE:
         return train, evaluation, {}
 
-    if run.regression:
-        targets = partial(Dataset.rename_column, original_column_name="label", new_column_name="labels")
-        return targets(train), evaluation and targets(evaluation), classification.REGRESSION
-    names = classification.label_names(train, flag, names)
-    train = classification.number_labels(train, names, flag)
-    if evaluation is not None:
-        evaluation = classification.number_labels(evaluation, names, flag_of_evaluation)
-    return train, evaluation, classification.class_options(names)
+    names = [] if run.regression else classification.label_names(train, flag, names)
+    targets = partial(classification.number_labels, names=names)
+    evaluation = None if evaluation is None else targets(evaluation, flag=flag_of_evaluation)
+    return targets(train, flag=flag), evaluation, classification.class_options(names)
+
+
+def converter(task: str, processor: Any, regression: bool = False, whole: bool = False) -> Callable[..., Rows]:
+    """What brings rows into the shape of a task's trainer: a function of rows, the data's flags and their name."""
+    if task in LANGUAGE:
+        kind = causal_rows if task == "causal-lm" else image_text_rows
+        return partial(kind, tokenizer=processor, whole=whole)
+    kind = labelled_images if task == "image-classification" else classification.classification_texts
+    return partial(kind, regression=regression)
 
 
 def mix(parts: list[Rows], run: RunArguments, seed: int) -> Rows:

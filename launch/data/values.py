@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
 from launch.checks.errors import UserError, say
-from launch.data.files import MAX_CHARACTERS, PLACE, ROW
+from launch.data.files import MAX_CHARACTERS, PLACE, ROW, parse_row
 
 Rows = Dataset | IterableDataset
 Row = dict[str, Any]
@@ -22,26 +22,31 @@ WORDED = ("role", "content")
 
 
 class LeftOut:
-    """What a data set has and the run does not use: said in one line at the end, of a stream when it is met."""
+    """Says in one line what a data set has and the run does not use, when it is met first."""
 
-    def __init__(self, flag: str, streaming: bool) -> None:
-        self.flag, self.streaming = flag, streaming
-        self.found: dict[str, set[str]] = {}
+    def __init__(self, flag: str) -> None:
+        self.flag, self.said = flag, set()
 
-    def add(self, what: str, names: set[str]) -> None:
-        new = names - self.found.setdefault(what, set())
-        self.found[what] |= new
-        if new and self.streaming:
-            say(f"{self.flag}: {what}: {', '.join(sorted(new))}.")
+    def add(self, what: str, names: Iterable[str]) -> None:
+        new = {(what, name) for name in names} - self.said
+        if new:
+            say(f"{self.flag}: {what}: {', '.join(sorted(name for _, name in new))}.")
+        self.said |= new
 
     def add_columns(self, row: Row, read: Collection[str | None]) -> None:
-        """Columns in which `row` has a value that nobody reads."""
-        self.add("columns that are not read", {k for k, v in row.items() if k not in read and not missing(v)})
+        """Columns in which `row` has a value that the run does not read."""
+        self.add("columns that are not read", (k for k, v in row.items() if k not in read and not missing(v)))
 
-    def say(self) -> None:
-        for what, names in self.found.items():
-            if names and not self.streaming:
-                say(f"{self.flag}: {what}: {', '.join(sorted(names))}.")
+
+def user_error(error: BaseException, what: str) -> UserError:
+    """The `UserError` among the causes of `error`, or one that says that `what` could not be read."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
+        error, cause = cause, cause.__cause__
+    lines = str(error).strip().splitlines()
+    return UserError(f"{what} could not be read: {type(error).__name__}: {lines[0] if lines else ''}")
 
 
 def column_names(rows: Rows) -> list[str]:
@@ -49,17 +54,22 @@ def column_names(rows: Rows) -> list[str]:
     names = list(rows.column_names or next(iter(rows)))
     if ROW not in names:
         return names
-    return list(dict.fromkeys(name for row in islice(iter(rows), SAMPLE) for name in json.loads(row[ROW])))
+    return list(dict.fromkeys(name for row in islice(rows, SAMPLE) for name in parse_row(row[ROW], row[PLACE])))
 
 
 def read_batch(batch: dict[str, list[Any]], numbers: list[int], flag: str) -> Iterator[tuple[str, Row]]:
     """Every row of a batch with its place, for messages."""
     if ROW in batch:
         for place, row in zip(batch[PLACE], batch[ROW], strict=True):
-            yield f"{flag}: {place}", json.loads(row)
+            yield f"{flag}: {place}", parse_row(row, f"{flag}: {place}")
         return
     for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True):
         yield f"{flag}: row {number} (counted from 0)", dict(zip(batch, values, strict=True))
+
+
+def first_row(rows: Rows, flag: str) -> Row:
+    """The first row, whatever file it is from."""
+    return next(read_batch({name: [value] for name, value in next(iter(rows)).items()}, [0], flag))[1]
 
 
 def choose_column(rows: Rows, wish: str | None, usual: tuple[str, ...], choose_with: str, flag: str) -> str:
@@ -120,10 +130,7 @@ def conversation_of(row: Row, column: str, where: str) -> list[Row]:
     """
     value = row.get(column)
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: column {column!r} is not JSON: {error}.") from error
+        value = decoded(value, f"{where}: column {column!r}")
     if isinstance(value, dict) and all(isinstance(part, list) for part in value.values()):
         # datasets' `Sequence` of messages: a list per key.
         value = [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
@@ -143,17 +150,17 @@ def _message(message: Row, where: str) -> Row:
         raise UserError(f'{where}: it has no role, {{"role": ..., "content": ...}}: {str(message)[:100]}.')
     made["role"] = ROLES.get(role, role)
     if role == "function_call":  # LLaMA-Factory: the call stands in the text
-        made |= {"role": "assistant", "content": "", "function_call": _decoded(made.get("content"), where)}
+        made |= {"role": "assistant", "content": "", "function_call": decoded(made.get("content"), where)}
     if "function_call" in made:  # OpenAI's older name
         made["tool_calls"] = [{"type": "function", "function": made.pop("function_call")}]
     if made.get("tool_calls"):
-        made["tool_calls"] = [_tool_call(call, where) for call in _decoded(made["tool_calls"], where)]
+        made["tool_calls"] = [_tool_call(call, where) for call in decoded(made["tool_calls"], where)]
     else:
         made.pop("tool_calls", None)
     content = made.get("content")
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         made["content"] = "".join(_part(part, where) for part in content)
-    may_be_empty = bool(made.get("tool_calls")) or made["role"] in ("tool", "function", "system", "developer")
+    may_be_empty = "tool_calls" in made or made["role"] in ("tool", "function", "system", "developer")
     made["content"] = text_of(made, "content", where, optional=may_be_empty)
     if made.get("weight", 1) not in (0, 1):
         raise UserError(f"{where}: weight {made['weight']!r} must be 0 (not trained) or 1.")
@@ -172,19 +179,16 @@ def _tool_call(call: Any, where: str) -> Row:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UserError(f"{where}: a tool call has no function with a name: {str(call)[:100]}.")
-    arguments = _decoded(function.get("arguments") or {}, where)
-    return {
-        "type": "function",
-        **(call if "function" in call else {}),
-        "function": {**function, "arguments": arguments},
-    }
+    more = call if "function" in call else {}
+    arguments = decoded(function.get("arguments") or {}, where)
+    return {"type": "function", **more, "function": {**function, "arguments": arguments}}
 
 
-def _decoded(value: Any, where: str) -> Any:
+def decoded(value: Any, where: str) -> Any:
     """A value that some store as JSON text."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {value[:100]!r} is not JSON: {error}.") from error
+        raise UserError(f"{where}, {value[:100]!r}, is not JSON: {error}.") from error

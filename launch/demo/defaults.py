@@ -17,9 +17,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from launch.data.answering import word_prompt, write_answers_on_all_ranks
+from launch.data.answering import prompt_tokens, write_answers_on_all_ranks
 from launch.demo.base import base_model, describe_base
-from launch.demo.tasks import split_lines
+from launch.demo.tasks import Line, split_lines
 
 __all__ = ["DEFAULTS", "ExactMatch", "base_model", "dataset", "describe_base"]
 
@@ -49,14 +49,16 @@ MAX_ANSWER_TOKENS = 6
 
 def dataset(seed: int) -> Dataset:
     """Training lines as prompt and completion."""
-    lines, _ = split_lines(TRAINING_LINES_PER_SKILL, HELD_OUT_LINES_PER_SKILL, seed)
-    return Dataset.from_dict({"prompt": [p for p, _ in lines], "completion": [a for _, a in lines]})
+    return _rows(split_lines(TRAINING_LINES_PER_SKILL, HELD_OUT_LINES_PER_SKILL, seed)[0])
 
 
 def held_out_rows(seed: int) -> Dataset:
     """The held-out lines of all skills, in the same form."""
-    _, held_out = split_lines(TRAINING_LINES_PER_SKILL, HELD_OUT_LINES_PER_SKILL, seed)
-    lines = [line for group in held_out.values() for line in group]
+    held_out = split_lines(TRAINING_LINES_PER_SKILL, HELD_OUT_LINES_PER_SKILL, seed)[1]
+    return _rows([line for group in held_out.values() for line in group])
+
+
+def _rows(lines: list[Line]) -> Dataset:
     return Dataset.from_dict({"prompt": [p for p, _ in lines], "completion": [a for _, a in lines]})
 
 
@@ -99,10 +101,10 @@ class ExactMatch(TrainerCallback):
         given = write_answers_on_all_ranks(
             model,
             self.tokenizer,
-            [word_prompt(prompt, self.tokenizer) for _, prompt, _ in lines],
+            [prompt_tokens(prompt, self.tokenizer) for _, prompt, _ in lines],
             args,
             batch_size=EVALUATION_BATCH,
-            description=title,
+            title=title,
             max_new_tokens=MAX_ANSWER_TOKENS,
         )
         right = Counter(skill for (skill, _, answer), text in zip(lines, given, strict=True) if text == answer)

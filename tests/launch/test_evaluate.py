@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from ds_moelora import MoELoRAConfig
 from launch import evaluate, generate
 from launch.checks.errors import UserError
-from launch.data.answering import word_prompt, write_answers
+from launch.data.answering import prompt_tokens, write_answers
 from tests.support.launch_support import (
     CHAT_TEMPLATE,
     ROOT,
@@ -103,7 +103,7 @@ def test_answers_do_not_depend_on_the_batch(base: Path, adapter: Path, tmp_path:
     assert len(set(expected)) > 1
     model.train()
     for size in (1, 3, ROWS):
-        worded = [word_prompt(prompt, tokenizer) for prompt in prompts]
+        worded = [prompt_tokens(prompt, tokenizer) for prompt in prompts]
         assert write_answers(model, tokenizer, worded, size, max_new_tokens=6) == expected
     assert model.training
     if template:
@@ -208,7 +208,7 @@ def test_recipe_for_training(base: Path, adapter: Path, alpaca: Path, tmp_path: 
         (["--adapter", "./nowhere", "--dataset_name", "x.jsonl"], "no such folder"),
         (["--adapter", "ADAPTER", "--dataset_name", "./x.jsonl"], "no such file"),
         (["--adapter", "ADAPTER", "--dataset_name", "x.jsonl", "--batch_size", "0"], "at least 1"),
-        (["--adapter", "ADAPTER", "--dataset_name", "x.jsonl", "--dtype", "int8"], "float32, bfloat16"),
+        (["--adapter", "ADAPTER", "--dataset_name", "x.jsonl", "--dtype", "int8"], "invalid choice: 'int8' .*bfloat16"),
         (["--adapter", "ADAPTER", "--dataset_name", "x", "--answer_pattern", "("], "no regular expression"),
         (["--adapter", "ADAPTER", "--dataset_name", "x", "--answer_pattern", "a", "--score", "loss"], "no effect"),
         (["--adapter", "ADAPTER", "--dataset_name", "x", "--predictions", "p"], "--predictions needs answers"),

@@ -13,7 +13,6 @@ from launch.checks.errors import UserError
 from launch.data.metrics import (
     AnswerRule,
     classification_scores,
-    head_loss,
     head_scores,
     regression_scores,
     token_scores,
@@ -85,11 +84,12 @@ def test_answer_rules_that_cannot_be():
         AnswerRule(ignore=("spelling",))
 
 
-def test_head_loss_is_torchs():
+def test_the_loss_of_a_head_is_torchs():
     logits, generator = torch.randn(7, 3, dtype=torch.float64), np.random.default_rng(0)
     labels = generator.integers(0, 3, 7)
     expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
-    assert head_loss(logits.numpy(), labels) == pytest.approx(float(expected), rel=1e-12)
+    assert head_scores(EvalPrediction(logits.numpy(), labels))["loss"] == pytest.approx(float(expected), rel=1e-12)
     numbers = generator.normal(size=7)
     expected = torch.nn.functional.mse_loss(logits[:, 0], torch.from_numpy(numbers))
-    assert head_loss(logits[:, :1].numpy(), numbers) == pytest.approx(float(expected), rel=1e-12)
+    found = head_scores(EvalPrediction(logits[:, :1].numpy(), numbers))["loss"]
+    assert found == pytest.approx(float(expected), rel=1e-12)

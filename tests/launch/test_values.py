@@ -114,8 +114,8 @@ def test_csv_is_read_as_it_is_written(tmp_path: Path) -> None:
         ("two\nlines", "1.50"),
     ]
     for text, message in (
-        ("prompt,completion\na\n", "line 2 could not be read: it has another number of values"),
-        ("prompt,completion\na,b,c\n", "line 2 could not be read: it has another number of values"),
+        ("prompt,completion\na\n", "could not be read: line 2 has another number of values"),
+        ("prompt,completion\na,b,c\n", "could not be read: line 2 has another number of values"),
         ('prompt,completion\n"a,b\n', "could not be read: unexpected end of data"),
         ("prompt,completion\na,\n", "line 2: column 'completion' is empty"),
     ):
@@ -144,13 +144,17 @@ ROW = '{"prompt": "q", "completion": "a"}\n'
         ),
         ("x.txt", "caf\u00e9".encode("latin-1"), r"x\.txt could not be read: byte 3 \(line 1\)"),
         ("x.csv", "a,b\n\u20ac,1\n".encode("cp1252"), r"byte 4 \(line 2\) is b'\\x80'"),
-        ("x.json", "[1]".encode("utf-16"), "it is UTF-16"),
+        ("x.json", "[1]".encode("utf-16"), r"byte 0 \(line 1\) is b'\\xff', which is not UTF-8"),
         ("x.jsonl", ROW.encode() + b"null\n", "line 2: the row is null"),
         ("x.jsonl", b"null\n" + ROW.encode(), "line 1: the row is null"),
         ("x.json", b"[null]", r"row 1 \(counted from 1\): the row is null"),
-        ("x.jsonl", ROW.encode() + b"{", "line 2 could not be read: it is not JSON"),
-        ("x.jsonl", b'{"prompt": ' + b"[" * 100_000, "line 1: the row is nested too deeply"),
-        ("x.jsonl", rb'{"prompt": "\ud800", "completion": "a"}', "half of a surrogate pair"),
+        ("x.jsonl", ROW.encode() + b"{", "line 2: the row cannot be read as JSON"),
+        ("x.jsonl", b'{"prompt": ' + b"[" * 100_000, "line 1: the row cannot be read as JSON: maximum recursion depth"),
+        (
+            "x.jsonl",
+            rb'{"prompt": "\ud800", "completion": "a"}',
+            "line 1: the row cannot be read as JSON: .* surrogates not allowed",
+        ),
         (
             "x.jsonl",
             b'{"prompt": "' + b"a" * 2_100_000 + b'"}',

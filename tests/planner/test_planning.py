@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_moelora.expert_parallel.dispatch import bytes_moved
+from ds_moelora.expert_parallel.gather import WINDOW_BYTES
 from ds_moelora.planner import (
     Choice,
     DoesNotFitError,
@@ -175,7 +176,7 @@ def test_calibration_is_used(tmp_path: Path) -> None:
     way = Choice(stage=1, ep_size=2, dispatch="weights")
     flops, time = step_flops(NET, TWO, way), step_time(NET, TWO, way, machine)
     assert time.compute == pytest.approx(sum(flops) / 1e10)
-    assert time.overlapped == pytest.approx(2 * 1e-3 + 336e-9)  # one gather for each of the two layers
+    assert time.overlapped == pytest.approx(1e-3 + 336e-9)  # both layers in one gather
     grouped = replace(TWO, expert_compute="grouped")
     base, experts = step_flops(NET, grouped, way)
     assert step_time(NET, grouped, way, machine).compute == pytest.approx(base / 1e10 + experts / 5e9)
@@ -300,3 +301,10 @@ def test_models_that_cannot_be_described(tmp_path: Path) -> None:
         describe_model(tmp_path / "nothing.json")
     with pytest.raises(ValueError, match=r"\['q_prj'\] not found.*Did you mean \['q_proj'\]"):
         describe_model(CONFIGS / "llama3_8b.json", ["q_prj"])
+
+
+def test_a_layer_larger_than_a_window_has_a_gather_of_its_own() -> None:
+    way = Choice(stage=1, ep_size=2, dispatch="weights")
+    wide = replace(TWO, rank=TWO.rank * (WINDOW_BYTES // 8))
+    calls = {t.name: t.calls for t in step_traffic(NET, wide, way)}
+    assert calls["experts, forward"] == calls["experts, backward"] == NET.num_adapted
