@@ -2,9 +2,9 @@
 
 `import ds_moelora` adds names where libraries look them up (the optimizers in `torch.optim`, the adapter type in PEFT's
 tables and its enum `PeftType`) and replaces the functions in `PEFT` and, where DeepSpeed is installed, in `DEEPSPEED`.
-The functions in `expert_parallel()` are replaced when the first layer with `ep_size > 1` is built. Models without
-mixtures pass through all of them unchanged. `tests/project/test_patches.py` compares all classes and modules of torch,
-DeepSpeed, PEFT and transformers before and after, and finds nothing else.
+Those in `OLDER_PEFT` are replaced in PEFT 0.18 to 0.20 alone, those in `expert_parallel()` when the first layer with
+`ep_size > 1` is built. Models without mixtures pass through all of them unchanged. `tests/project/test_patches.py`
+compares all classes and modules of torch, DeepSpeed, PEFT and transformers before and after, and finds nothing else.
 
 To add a patch: write the wrapper, original -> replacement, beside the code that it belongs to, and a row here.
 """
@@ -24,6 +24,7 @@ from peft.utils.peft_types import PeftType
 
 from .checkpoint import guard as checkpoint_guard
 from .optimizer import guard as optimizer_guard
+from .tuner import older_peft, tags
 from .tuner.config import PEFT_TYPE
 from .tuner.files import card, loading, saving
 
@@ -78,77 +79,75 @@ class Patch:
         setattr(owner, self.name, classmethod(replacement) if is_classmethod else replacement)
 
 
-PEFT_VERSIONS = ("0.21", "0.23")
+PEFT_VERSIONS = ("0.18", "0.23")
 DEEPSPEED_VERSIONS = ("0.16.9", "0.20")
+_MODEL, _ENGINE = "peft:PeftModel", "deepspeed.runtime.engine:DeepSpeedEngine"
+_peft = functools.partial(Patch, library="peft", versions=PEFT_VERSIONS, owner=_MODEL)
+_deepspeed = functools.partial(Patch, library="deepspeed", versions=DEEPSPEED_VERSIONS, owner=_ENGINE)
 
 PEFT = (
-    Patch(
-        library="peft",
-        versions=PEFT_VERSIONS,
-        owner="peft:PeftModel",
+    _peft(
         name="load_adapter",
         wrapper=loading.load_checked,
         reason="No hook tells a tuner that weights will be loaded into the adapter that it makes. Without it every "
         "base weight is decomposed (minutes) for starting factors that the file replaces, and a damaged file "
         "ends in an error without its name.",
     ),
-    Patch(
-        library="peft",
-        versions=PEFT_VERSIONS,
-        owner="peft:PeftModel",
+    _peft(
         name="from_pretrained",
         wrapper=loading.load_checked,
         reason="As load_adapter, which it calls only after the adapter has been made.",
     ),
-    Patch(
-        library="peft",
-        versions=PEFT_VERSIONS,
-        owner="peft:PeftModel",
-        name="save_pretrained",
-        wrapper=saving.first_rank_writes,
-        reason="With ep_size > 1 every rank calls it and would write its own experts over the others' file.",
-    ),
-    Patch(
-        library="peft",
-        versions=PEFT_VERSIONS,
-        owner="peft:PeftModel",
+    _peft(
         name="create_or_update_model_card",
         wrapper=card.describe_in_card,
         reason="PEFT writes the card itself and asks no tuner. Without it the card does not say how to load a mixture.",
     ),
-    Patch(
-        library="peft",
-        versions=PEFT_VERSIONS,
-        owner="peft:PeftModel",
+    _peft(
         name="_upload_modified_files",
         wrapper=card.describe_before_upload,
         reason="push_to_hub writes the hub's card, or an empty template, over the one that was just saved.",
     ),
 )
 
-# Installed by `import ds_moelora` where DeepSpeed is there. Wrappers here may not import DeepSpeed at their top.
-DEEPSPEED: tuple[Patch, ...] = (
+# PEFT has imported these two by name in all of `older_peft.PLACES`.
+OLDER_PEFT = tuple(
     Patch(
-        library="deepspeed",
-        versions=DEEPSPEED_VERSIONS,
-        owner="deepspeed.runtime.engine:DeepSpeedEngine",
+        library="peft",
+        versions=older_peft.VERSIONS,
+        owner=place,
+        name=name,
+        wrapper=wrapper,
+        reason="From 0.21 on PEFT asks the tuner how its weights are called in a file. Without it the keys of routers "
+        "have the adapter's name in them, and are not found again.",
+    )
+    for place in older_peft.PLACES
+    for name, wrapper in (
+        ("get_peft_model_state_dict", older_peft.select_by_tuner),
+        ("set_peft_model_state_dict", older_peft.check_by_tuner),
+    )
+)
+
+# Installed by `import ds_moelora` where DeepSpeed is there. Wrappers here may not import DeepSpeed at their top.
+DEEPSPEED = (
+    _deepspeed(
+        name="_configure_basic_optimizer",
+        wrapper=tags.tag_before_building,
+        reason="The last place that sees the model before an optimizer that the config names sees its parameters. "
+        "Without it plain PEFT LoRA needs a call of tag_lora_pairs in everybody's script.",
+    ),
+    _deepspeed(
         name="_configure_optimizer",
         wrapper=optimizer_guard.check_after_configuring,
         reason="transformers and accelerate replace optimizers without a word, and no hook sees the one that runs. "
         "Without it AdamW may train in place of the optimizer of this package that was asked for.",
     ),
-    Patch(
-        library="deepspeed",
-        versions=DEEPSPEED_VERSIONS,
-        owner="deepspeed.runtime.engine:DeepSpeedEngine",
+    _deepspeed(
         name="save_checkpoint",
         wrapper=checkpoint_guard.record_when_saved,
         reason="No hook adds a file to a checkpoint; without its record, loading has nothing to compare with.",
     ),
-    Patch(
-        library="deepspeed",
-        versions=DEEPSPEED_VERSIONS,
-        owner="deepspeed.runtime.engine:DeepSpeedEngine",
+    _deepspeed(
         name="load_checkpoint",
         wrapper=checkpoint_guard.compare_when_loaded,
         reason="DeepSpeed copies flat partitions wherever sizes fit: one adapter's weights into another's, unsaid.",
@@ -161,29 +160,28 @@ def expert_parallel() -> tuple[Patch, ...]:
     from .expert_parallel import engine
 
     return (
-        Patch(
-            library="deepspeed",
-            versions=DEEPSPEED_VERSIONS,
-            owner="deepspeed.runtime.engine:DeepSpeedEngine",
+        _deepspeed(
             name="_configure_distributed_model",
             wrapper=engine.check_before_configuring,
             reason="The last place before DeepSpeed makes groups: ZeRO-3 and other settings are refused with a remedy.",
         ),
-        Patch(
-            library="deepspeed",
-            versions=DEEPSPEED_VERSIONS,
-            owner="deepspeed.runtime.engine:DeepSpeedEngine",
+        _deepspeed(
             name="clip_fp32_gradients",
             wrapper=engine.clip_exactly,
             reason="At stage 0 DeepSpeed averages the norms that ranks take over their own experts.",
         ),
-        Patch(
-            library="deepspeed",
-            versions=DEEPSPEED_VERSIONS,
+        _deepspeed(
             owner="deepspeed.runtime.engine",
             name="configure_moe_param_groups",
             wrapper=engine.name_groups,
             reason='It wants a list, and a "name" in each group, which neither transformers nor accelerate give.',
+        ),
+        _peft(
+            versions=(older_peft.VERSIONS[1], PEFT_VERSIONS[1]),
+            name="save_pretrained",
+            wrapper=saving.first_rank_writes,
+            reason="With ep_size > 1 every rank calls it and would write its own experts over the others' file. "
+            "(An older PEFT cannot load such a file into sharded experts.)",
         ),
     )
 
@@ -194,7 +192,8 @@ def install_at_import(with_deepspeed: bool) -> None:
     Warns, naming them, of patches that do not fit the installed versions; they are left out.
     """
     add_peft_type(PEFT_TYPE)
-    left_out = install((*PEFT, *(DEEPSPEED if with_deepspeed else ())))
+    older = OLDER_PEFT if older_peft.IS_OLDER else ()
+    left_out = install((*PEFT, *older, *(DEEPSPEED if with_deepspeed else ())))
     if left_out:
         warnings.warn(f"ds_moelora leaves out what it does not know: {describe(left_out)}", stacklevel=3)
 
@@ -206,9 +205,7 @@ def install_for_expert_parallelism() -> None:
         ValueError: a patch that expert parallelism cannot do without does not fit the installed versions.
     """
     patches = expert_parallel()
-    needed = [patch for patch in PEFT if patch.name == "save_pretrained"]
-    missing = {patch: problem for patch in (*patches, *needed) if (problem := patch.problem())}
-    if missing:
+    if missing := {patch: problem for patch in patches if (problem := patch.problem())}:
         raise ValueError(
             f"ep_size > 1 cannot be used here: {describe(missing)} Install a version in that range, or use ep_size=1."
         )

@@ -44,13 +44,14 @@ from launch.checks.flags import (
     ScoringArguments,
     flag,
 )
-from launch.data import answering, classification, images
-from launch.data.causal import causal_rows
+from launch.data import answering, classification
 from launch.data.rows import load_rows
+from launch.data.sources import converter
 from launch.demo import defaults as demo
 from launch.training import fit, trainers
 from launch.training.loading import (
     Source,
+    SourceArguments,
     find_source,
     inference_precision,
     load_for_inference,
@@ -66,11 +67,9 @@ NOT_SCORES = ("_runtime", "_per_second", "_model_preparation_time", "epoch")
 
 
 @dataclass
-class EvaluationArguments(DataArguments):
+class EvaluationArguments(SourceArguments, DataArguments):
     """What is scored on which data. Columns, patterns and templates are those of `launch/train.py`."""
 
-    adapter: str | None = flag(None, "The adapter: a folder or a hub id; none: the base model alone.")
-    model_name_or_path: str | None = flag(None, "Base model. Default: the one that the adapter names.")
     task: str | None = field(
         default=None,
         metadata={"help": f"{', '.join(SCORED_TASKS)}. Default: the adapter's.", "choices": list(SCORED_TASKS)},
@@ -79,13 +78,11 @@ class EvaluationArguments(DataArguments):
     dataset_split: str | None = flag(None, "Its split. Default: the first of validation, test, dev, train it has.")
     batch_size: int = flag(16, "Rows per batch; scores do not depend on it.")
     max_length: int | None = flag(None, "Longest row in tokens, as in training. Default: that of the task.")
-    dtype: str = flag("auto", "Of the base model: float32, bfloat16, float16; auto: bfloat16 where a GPU has it.")
     classes: list[str] = field(
         default_factory=list, metadata={"help": "Names of the classes by id. Default: those in train_summary.json."}
     )
     output: str | None = flag(None, "Results (JSON). Default: evaluation-DATA.json in the adapter's folder.")
     predictions: str | None = flag(None, "With answers: a jsonl file that gets every prompt, answer and reference.")
-    trust_remote_code: bool = flag(False, "Run code that a model's repository brings. Off unless you trust it.")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -103,16 +100,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     quieten()
     started = time.monotonic()
     wish, scoring = read_arguments(sys.argv[1:] if argv is None else argv)
-    source = find_source(
-        wish.adapter,
-        wish.model_name_or_path,
-        wish.task,
-        wish.revision,
-        wish.dtype,
-        wish.trust_remote_code,
-        wish.classes,
-        wish.attn_implementation,
-    )
+    source = find_source(wish, wish.task, wish.classes)
     wish.task, wish.model_name_or_path = source.task, source.base
     answers = answering.wants_answers(scoring, source.task)
     check_task(wish)
@@ -162,15 +150,15 @@ def read_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, ScoringArg
     """
 
     def translate(recipe: dict[str, Any]) -> dict[str, Any]:
-        data = {name: recipe.pop(f"eval_{name}", None) for name in ("dataset_name", "dataset_split")}
-        recipe = {key: value for key, value in recipe.items() if key not in data}
-        task = TRAINING_CLASSES.get(recipe.get("task", TASKS[0]), TRAINING_CLASSES[TASKS[0]])
-        known = {item.name for kind in (EvaluationArguments, ScoringArguments) for item in fields(kind) if item.init}
-        for_training = {item.name for kind in (RunArguments, AdapterArguments, task) for item in fields(kind)} - known
-        kept = {key: value for key, value in recipe.items() if key not in for_training}
-        if "output_dir" in recipe:
-            kept.setdefault("adapter", recipe["output_dir"])
-        return kept | {key: value for key, value in data.items() if value is not None}
+        def names(*kinds: type) -> set[str]:
+            return {item.name for kind in kinds for item in fields(kind) if item.init}
+
+        training = TRAINING_CLASSES.get(recipe.get("task"), TRAINING_CLASSES[TASKS[0]])
+        for_training = names(RunArguments, AdapterArguments, training) - names(EvaluationArguments, ScoringArguments)
+        data = ("dataset_name", "dataset_split")
+        kept = {"adapter": recipe["output_dir"]} if "output_dir" in recipe else {}
+        kept |= {key: value for key, value in recipe.items() if key not in for_training | {*data}}
+        return kept | {name: recipe[f"eval_{name}"] for name in data if f"eval_{name}" in recipe}
 
     wish, scoring = read_flags((EvaluationArguments, ScoringArguments), argv, "launch/evaluate.py", translate)
     if not wish.dataset_name:
@@ -191,17 +179,20 @@ def load_evaluation_rows(
     where = f"--dataset_name {wish.dataset_name}"
     if wish.dataset_name == DEMO:
         return demo.held_out_rows(TRAINING_CLASSES[TASKS[0]].seed)
-    pictures = source.task == "image-classification"
     rows = load_rows(
-        wish.dataset_name, "--dataset_name", wish.dataset_split, wish.dataset_config, wish.max_eval_samples, pictures
+        wish.dataset_name,
+        "--dataset_name",
+        wish.dataset_split,
+        wish.dataset_config,
+        wish.max_eval_samples,
+        pictures=source.task == "image-classification",
     )
+    made = converter(source.task, processor, source.regression)(rows, wish, where)
     if source.task == "causal-lm":
-        return causal_rows(rows, wish, where, processor)
+        return made
     names = source.classes or classification.class_names(rows, wish)
-    convert = images.labelled_images if pictures else classification.classification_texts
-    rows = convert(rows, wish, where, source.regression)
-    names = [] if source.regression else classification.label_names(rows, where, names)
-    return classification.number_labels(rows, names, where)
+    names = [] if source.regression else classification.label_names(made, where, names)
+    return classification.number_labels(made, names, where)
 
 
 def build_evaluator(

@@ -30,20 +30,20 @@ from launch.checks.errors import UserError, run_guarded
 from launch.checks.flags import DataArguments, flag
 from launch.data.answering import prompt_tokens, write_answers
 from launch.data.causal import causal_rows
-from launch.training.loading import find_source, inference_precision, load_for_inference, load_processor, quieten
-
-TEMPLATES = ("none", "alpaca", "plain", "chat")
+from launch.training.loading import (
+    SourceArguments,
+    find_source,
+    inference_precision,
+    load_for_inference,
+    load_processor,
+    quieten,
+)
 
 
 @dataclass
-class GenerationArguments:
+class GenerationArguments(SourceArguments):
     """Which model answers which prompts, and how."""
 
-    adapter: str | None = flag(None, "The adapter: a folder or a hub id; none: the base model alone.")
-    model_name_or_path: str | None = flag(None, "Base model. Default: the one that the adapter names.")
-    revision: str = flag("main", "Branch, tag or commit of a model from the hub.")
-    dtype: str = flag("auto", "Of the base model: float32, bfloat16, float16; auto: bfloat16 where a GPU has it.")
-    attn_implementation: str | None = flag(None, "The model's attention: eager, sdpa, flash_attention_2, ...")
     prompt: list[str] = field(default_factory=list, metadata={"help": "One or several prompts."})
     prompt_file: str | None = flag(None, "A text file with one prompt per line. Neither: prompts are read from stdin.")
     prompt_template: str = field(
@@ -51,7 +51,7 @@ class GenerationArguments:
         metadata={
             "help": "What is made of a prompt: nothing (none), an instruction in Stanford Alpaca's wording (alpaca), a "
             "line (plain), or a user's message in the tokenizer's chat template (chat).",
-            "choices": list(TEMPLATES),
+            "choices": ["none", "alpaca", "plain", "chat"],
         },
     )
     system: str | None = flag(None, "With --prompt_template chat: the system message.")
@@ -63,8 +63,6 @@ class GenerationArguments:
     repetition_penalty: float = flag(1.0, "Above 1: tokens that occurred become less probable.")
     seed: int = flag(42, "Of the sampling.")
     json: bool = flag(False, "One JSON object per answer instead of text.")
-    trust_remote_code: bool = flag(False, "Run code that a model's repository brings. Off unless you trust it.")
-    show_traceback: bool = flag(False, "Show the traceback of errors that are otherwise one message.")
 
     def __post_init__(self) -> None:
         bounds = {
@@ -108,37 +106,28 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     quieten()
     (wish,) = read_flags((GenerationArguments,), sys.argv[1:] if argv is None else argv, "launch/generate.py")
     prompts = wish.prompt or (_read_prompts(wish.prompt_file) if wish.prompt_file else [])
-    source = find_source(
-        wish.adapter,
-        wish.model_name_or_path,
-        "causal-lm",
-        wish.revision,
-        wish.dtype,
-        wish.trust_remote_code,
-        attn_implementation=wish.attn_implementation,
-    )
+    source = find_source(wish, "causal-lm")
     tokenizer = load_processor(source)
     model = load_for_inference(source, tokenizer)
     set_seed(wish.seed)
+
+    def answer(texts: list[str], **more: Any) -> list[str]:
+        options = {**wish.options(), **more}
+        return write_answers(model, tokenizer, worded(texts, wish, tokenizer), wish.batch_size, **options)
+
     with inference_precision(model, source.dtype):
-        if not prompts:
-            for text in _typed_prompts():
-                streamer = None if wish.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-                prompt = worded([text], wish, tokenizer)
-                (answer,) = write_answers(model, tokenizer, prompt, streamer=streamer, **wish.options())
-                if wish.json:
-                    _print_json(text, answer)
-            return []
-        title = "Answers" if len(prompts) > wish.batch_size else None
-        answers = write_answers(
-            model, tokenizer, worded(prompts, wish, tokenizer), wish.batch_size, title, **wish.options()
-        )
-    for text, answer in zip(prompts, answers, strict=True):
-        if wish.json:
-            _print_json(text, answer)
-        else:
-            print(answer if len(prompts) == 1 else f"> {text}\n{answer}\n")
-    return answers
+        if prompts:
+            answers = answer(prompts, title="Answers" if len(prompts) > wish.batch_size else None)
+            for text, written in zip(prompts, answers, strict=True):
+                plain = written if len(prompts) == 1 else f"> {text}\n{written}\n"
+                print(_as_json(text, written) if wish.json else plain)
+            return answers
+        for text in _typed_prompts():
+            streamer = None if wish.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            (written,) = answer([text], streamer=streamer)
+            if wish.json:
+                print(_as_json(text, written), flush=True)
+    return []
 
 
 def worded(texts: list[str], wish: GenerationArguments, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -153,35 +142,26 @@ def worded(texts: list[str], wish: GenerationArguments, tokenizer: PreTrainedTok
 
 
 def _read_prompts(name: str) -> list[str]:
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(f"--prompt_file {name}: there is no such file (working directory: {Path.cwd()}).")
     try:
-        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompt_file {name}: byte {error.start} is not UTF-8; convert the file.") from error
+        prompts = [line for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt_file {name} cannot be read as UTF-8 text (from {Path.cwd()}): {error}") from error
     if not prompts:
         raise UserError(f"--prompt_file {name} has no line with text.")
     return prompts
 
 
 def _typed_prompts() -> Iterator[str]:
-    """Lines from stdin until it ends; a person is asked for them."""
-    person = sys.stdin.isatty()
-    if person:
-        print("One prompt per line; an empty line or Ctrl-D ends.", file=sys.stderr)
-    while True:
-        if person:
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line or (person and not line.strip()):
-            return
+    """Lines from stdin until it ends."""
+    if sys.stdin.isatty():
+        print("One prompt per line; Ctrl-D ends.", file=sys.stderr)
+    for line in sys.stdin:
         if line.strip():
             yield line.rstrip("\n")
 
 
-def _print_json(prompt: str, answer: str) -> None:
-    print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False), flush=True)
+def _as_json(prompt: str, answer: str) -> str:
+    return json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False)
 
 
 if __name__ == "__main__":

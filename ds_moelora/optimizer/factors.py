@@ -10,8 +10,8 @@ from torch import nn
 from ..pairs import LoraPair, tag_of
 
 REMEDY = (
-    "Call ds_moelora.tag_lora_pairs(model) before the optimizer is built, and give the optimizer both lora_A and "
-    "lora_B (model.parameters() that require gradients)."
+    "Call get_peft_model first, and ds_moelora.tag_lora_pairs(model) too if you build the optimizer yourself. Give it "
+    "both lora_A and lora_B (model.parameters() that require gradients)."
 )
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME
 from peft.utils.peft_types import PeftType
 
@@ -150,8 +149,6 @@ class MoELoRAConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        if not hasattr(BaseTuner, "_remove_adapter_name_from_key"):
-            raise ImportError("This version of PEFT is too old for MoELoRAConfig: pip install 'peft>=0.21'.")
         super().__post_init__()
         self.peft_type = PeftType(PEFT_TYPE)  # `patches.add_peft_type` makes it a member
         for name in ("base_model_name_or_path", "revision"):

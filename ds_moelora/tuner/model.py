@@ -19,6 +19,7 @@ from .files.saving import cut_for_loading, sharded_experts, with_whole_experts
 from .layer import MoELoRALayer, refuse_merge, refuse_tied
 from .loss_hooks import LossHooks
 from .losses import RouterListener
+from .older_peft import IS_OLDER, OlderBaseTuner
 from .patterns import check_patterns, layer_config
 from .start.base_weight import shared_weights
 from .start.residual import unfold
@@ -28,7 +29,7 @@ from .targets import check_targets, expand, target_names
 PREFIX = "moelora_"
 
 
-class MoELoRAModel(BaseTuner):
+class MoELoRAModel(OlderBaseTuner if IS_OLDER else BaseTuner):
     """A model whose target modules carry mixtures of LoRA experts; made by `peft.get_peft_model`.
 
     The load-balancing loss joins the model's own loss in hooks on the base model's forward (`loss_hooks`), not in

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from ..optimizer.guard import OURS
+from ..optimizer.sharding.zero import configured_optimizer
 from ..pairs import LoraPair, tag_pair
 from .layer import MoELoRALayer
 
@@ -15,13 +18,13 @@ from .layer import MoELoRALayer
 def tag_lora_pairs(model: nn.Module) -> int:
     """Tags every MoE-LoRA pair and every plain PEFT LoRA pair of a model, trainable or not.
 
-    MoE-LoRA layers tag themselves; call this for PEFT's `LoraConfig`, or after something made new Parameters of a
-    tagged model. Convolutions are pairs as well: flattened, A is (r, in * kernel) and B (out, r). Left alone: DoRA's
-    magnitudes, biases, and, with a warning that names them, embeddings and other variants that are not one product
-    of two matrices.
+    Call it for an optimizer that you build yourself on PEFT's `LoraConfig`. One that DeepSpeed builds from its config
+    needs no call (`tag_before_building`), and MoE-LoRA layers tag themselves. Convolutions are pairs as well:
+    flattened, A is (r, in * kernel) and B (out, r). Left alone: DoRA's magnitudes, biases, and, with a warning that
+    names them, embeddings and other variants that are not one product of two matrices.
 
     Args:
-        model: before `deepspeed.initialize`, or after; with or without PEFT's wrapper.
+        model: with or without PEFT's wrapper.
 
     Returns:
         The number of pairs.
@@ -29,6 +32,27 @@ def tag_lora_pairs(model: nn.Module) -> int:
     Raises:
         ValueError: there is none.
     """
+    num_pairs = _tag(model)
+    if not num_pairs:
+        raise ValueError(
+            f"{type(model).__name__} has no LoRA pair to tag. Call get_peft_model(model, MoELoRAConfig(...)), or "
+            "get_peft_model(model, LoraConfig(...)), first, and pass the model that it returns."
+        )
+    return num_pairs
+
+
+def tag_before_building(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`DeepSpeedEngine._configure_basic_optimizer`, which tags the model for an optimizer of ours in the config."""
+
+    def configure(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        if configured_optimizer(engine) in OURS:
+            _tag(engine.module)  # none: the optimizer says so, unless its pairs are tagged by somebody else
+        return original(engine, *args, **kwargs)
+
+    return configure
+
+
+def _tag(model: nn.Module) -> int:
     num_pairs, left_alone = 0, []
     for name, module in model.named_modules():
         if isinstance(module, MoELoRALayer):
@@ -46,12 +70,7 @@ def tag_lora_pairs(model: nn.Module) -> int:
         warnings.warn(
             f"tag_lora_pairs left {len(left_alone)} LoRA layers without a tag, since their weights are not one pair "
             f"(A, B) of matrices; they will be trained without a preconditioner: {', '.join(left_alone)}.",
-            stacklevel=2,
-        )
-    if not num_pairs:
-        raise ValueError(
-            f"{type(model).__name__} has no LoRA pair to tag. Call get_peft_model(model, MoELoRAConfig(...)), or "
-            "get_peft_model(model, LoraConfig(...)), first, and pass the model that it returns."
+            stacklevel=3,
         )
     return num_pairs
 

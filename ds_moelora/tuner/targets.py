@@ -111,8 +111,11 @@ def check_targets(config: MoELoRAConfig, model: nn.Module, matches: Callable[[An
         ValueError: an entry matches no module, or a target cannot be adapted; all of them are named.
     """
     targets, modules = config.target_modules, candidates(model)
-    if targets is not None and not isinstance(targets, str):
-        absent = sorted(entry for entry in targets if not _matches(entry, modules))
+    if targets is not None:
+        if isinstance(targets, str):
+            absent = [] if any(re.fullmatch(targets, name) for name in modules) else [targets]
+        else:
+            absent = sorted(entry for entry in targets if not _matches(entry, modules))
         if absent:
             endings = sorted({name.rpartition(".")[2] for name, m in modules.items() if _can_adapt(m)} - {""})
             near = {n for entry in absent for n in difflib.get_close_matches(entry.rpartition(".")[2], endings, n=1)}

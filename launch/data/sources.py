@@ -6,6 +6,7 @@ Mixing is `datasets`' concatenate and interleave.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,8 +17,10 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorM
 from launch.checks.arguments import Arguments
 from launch.checks.errors import UserError, say
 from launch.checks.flags import LANGUAGE, RunArguments
-from launch.data import causal, classification, images
+from launch.data import classification
+from launch.data.causal import causal_rows, layout_of
 from launch.data.image_text import image_text_rows
+from launch.data.images import labelled_images
 from launch.data.rows import load_evaluation, load_splits
 from launch.data.values import Rows
 from launch.demo import defaults as demo
@@ -34,19 +37,13 @@ def load_data(
     run, seed = arguments.run, arguments.training.seed
     if arguments.demo:
         return demo.dataset(seed), None, {}
-    if run.task in LANGUAGE:
-        kind = causal.causal_rows if run.task == "causal-lm" else image_text_rows
-        whole = getattr(arguments.training, "completion_only_loss", None) is False
-        convert = partial(kind, tokenizer=processor, whole=whole)
-    else:
-        kind = images.labelled_images if run.task == "image-classification" else classification.classification_texts
-        convert = partial(kind, regression=run.regression)
-
+    whole = getattr(arguments.training, "completion_only_loss", None) is False
+    convert = converter(run.task, processor, run.regression, whole)
     parts, held_out, names, worded = [], [], None, False
     for number, name in enumerate(run.dataset_name):
         train, aside = load_splits(run, seed, number)
         if run.task in LANGUAGE:
-            worded |= causal.layout_of(train, run, f"--dataset_name {name}")[0] == "instruction"
+            worded |= layout_of(train, run, f"--dataset_name {name}")[0] == "instruction"
         elif number == 0:
             names = classification.class_names(train, run)
         parts.append(convert(train, run, flag=f"--dataset_name {name}"))
@@ -69,6 +66,15 @@ def load_data(
     targets = partial(classification.number_labels, names=names)
     evaluation = None if evaluation is None else targets(evaluation, flag=flag_of_evaluation)
     return targets(train, flag=flag), evaluation, classification.class_options(names)
+
+
+def converter(task: str, processor: Any, regression: bool = False, whole: bool = False) -> Callable[..., Rows]:
+    """What brings rows into the shape of a task's trainer: a function of rows, the data's flags and their name."""
+    if task in LANGUAGE:
+        kind = causal_rows if task == "causal-lm" else image_text_rows
+        return partial(kind, tokenizer=processor, whole=whole)
+    kind = labelled_images if task == "image-classification" else classification.classification_texts
+    return partial(kind, regression=regression)
 
 
 def mix(parts: list[Rows], run: RunArguments, seed: int) -> Rows:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,10 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers.image_processing_base import IMAGE_PROCESSOR_NAME
 
 import ds_moelora  # noqa: F401  (so that PEFT knows the adapter)
 from launch.checks.errors import UserError
-from launch.checks.flags import SCORED_TASKS
+from launch.checks.flags import SCORED_TASKS, flag
 from launch.data.classification import class_options
 from launch.training import processors
 from launch.training.fit import check_weights
@@ -27,57 +26,62 @@ from launch.training.modeling import AUTO_CLASSES, TASK_TYPES, pad_with
 from launch.training.processors import Processor
 from launch.training.report import SUMMARY_NAME
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
 NO_ADAPTER = "none"
 
 
 @dataclass
+class SourceArguments:
+    """Flags of `launch/evaluate.py` and `launch/generate.py`: which adapter on which base model."""
+
+    adapter: str | None = flag(None, "The adapter: a folder or a hub id; none: the base model alone.")
+    model_name_or_path: str | None = flag(None, "Base model. Default: the one that the adapter names.")
+    revision: str = flag("main", "Branch, tag or commit of a model from the hub.")
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Of the base model; auto: bfloat16 where a GPU has it, else float32.", "choices": DTYPES},
+    )
+    attn_implementation: str | None = flag(None, "The model's attention: eager, sdpa, flash_attention_2, ...")
+    trust_remote_code: bool = flag(False, "Run code that a model's repository brings. Off unless you trust it.")
+    show_traceback: bool = flag(False, "Show the traceback of errors that are otherwise one message.")
+
+
+@dataclass
 class Source:
-    """What to load.
+    """What to load: the flags, completed by what was saved beside the adapter.
 
     Args:
-        adapter: a folder or hub id; None: the base model alone.
-        base: a folder or hub id. task: one of `launch.checks.flags.SCORED_TASKS`. revision: the base's.
+        adapter: a folder or hub id; None: the base model alone. base: a folder or hub id.
+        task: one of `launch.checks.flags.SCORED_TASKS`.
         dtype: of the base model's weights; the adapter's stay as they were saved.
         classes: names of the classes in the order of their ids; [] for the base's own, or without classes.
         regression: one output, a number.
     """
 
+    flags: SourceArguments
     adapter: str | None
     base: str
     task: str
-    revision: str
     dtype: torch.dtype
-    trust_remote_code: bool
     classes: list[str]
     regression: bool = False
-    attn_implementation: str | None = None
 
 
-def find_source(
-    adapter: str | None,
-    base: str | None,
-    task: str | None,
-    revision: str = "main",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    classes: list[str] | None = None,
-    attn_implementation: str | None = None,
-) -> Source:
-    """Completes what the flags left out by what was saved beside the adapter; loads no weights.
+def find_source(flags: SourceArguments, task: str | None, classes: list[str] | None = None) -> Source:
+    """Completes what the flags left out; loads no weights.
 
     Args:
-        adapter: "none" for the base model alone. base: None: the one that the adapter names. task: None: the adapter's.
-        dtype: "auto" (bfloat16 where an accelerator supports it), or one of `DTYPES`.
-        classes: None: those in train_summary.json, in the adapter's folder or (for a checkpoint) the one above.
+        task: None: the adapter's.
+        classes: None or []: those in train_summary.json, in the adapter's folder or (for a checkpoint) the one above.
 
     Raises:
         UserError: something is missing; names the flag that gives it.
     """
+    adapter, regression, classes = flags.adapter, False, classes or []
     if not adapter:
         raise UserError("--adapter is missing: a folder, a hub id, or none for the base model alone.")
     saved = None if adapter.lower() == NO_ADAPTER else _adapter_config(adapter)
-    base = base or (saved.base_model_name_or_path if saved else None)
+    base = flags.model_name_or_path or (saved.base_model_name_or_path if saved else None)
     if not base:
         whose = f"{adapter} does not name its base model" if saved else "--adapter none"
         raise UserError(f"{whose}: pass --model_name_or_path.")
@@ -86,26 +90,16 @@ def find_source(
         task = known.get(str(getattr(saved.task_type, "value", saved.task_type))) if saved else "causal-lm"
         if task is None:
             raise UserError(f"{adapter} is for {saved.task_type}; say with --task what it is to be scored as.")
-    regression = False
     if saved and task != "causal-lm" and not classes:
-        summary = _train_summary(Path(adapter))
+        places = [folder / SUMMARY_NAME for folder in (Path(adapter), Path(adapter).parent)]
+        summary = next((json.loads(file.read_text()) for file in places if file.is_file()), {})
         regression, classes = bool(summary.get("regression")), summary.get("classes") or []
         if not classes and not regression:
             raise UserError(
                 f"{adapter} has no {SUMMARY_NAME} with its classes: pass --classes, in the order of their ids "
                 "(a run of launch/train.py writes that file at its end)."
             )
-    return Source(
-        adapter=adapter if saved else None,
-        base=base,
-        task=task,
-        revision=revision,
-        dtype=_dtype(dtype),
-        trust_remote_code=trust_remote_code,
-        classes=classes or [],
-        regression=regression,
-        attn_implementation=attn_implementation,
-    )
+    return Source(flags, adapter if saved else None, base, task, _dtype(flags.dtype), classes, regression)
 
 
 def _adapter_config(adapter: str) -> PeftConfig:
@@ -117,20 +111,10 @@ def _adapter_config(adapter: str) -> PeftConfig:
         raise UserError(f"--adapter {adapter}: no such folder, and not on the hub: {error}") from error
 
 
-def _train_summary(adapter: Path) -> dict[str, Any]:
-    for folder in (adapter, adapter.parent):
-        if (folder / SUMMARY_NAME).is_file():
-            return json.loads((folder / SUMMARY_NAME).read_text())
-    return {}
-
-
 def _dtype(name: str) -> torch.dtype:
     if name == "auto":
-        supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if supported else torch.float32
-    if name not in DTYPES:
-        raise UserError(f"--dtype {name} is unknown; choose one of: auto, {', '.join(DTYPES)}.")
-    return DTYPES[name]
+        name = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    return getattr(torch, name)
 
 
 def load_processor(source: Source) -> Processor:
@@ -139,10 +123,8 @@ def load_processor(source: Source) -> Processor:
     Raises:
         UserError: there is none.
     """
-    name = IMAGE_PROCESSOR_NAME if source.task == "image-classification" else "tokenizer_config.json"
-    own = source.adapter is not None and (Path(source.adapter) / name).is_file()
-    where, revision = (source.adapter, None) if own else (source.base, source.revision)
-    return processors.load_processor(str(where), source.task, source.trust_remote_code, revision)
+    flags = source.flags
+    return processors.load_processor(source.base, source.task, flags.trust_remote_code, flags.revision, source.adapter)
 
 
 def load_for_inference(source: Source, processor: Processor) -> nn.Module:
@@ -156,15 +138,14 @@ def load_for_inference(source: Source, processor: Processor) -> nn.Module:
     options: dict[str, Any] = {}
     if source.regression or source.classes:
         # The adapter brings its own head.
-        options = {"ignore_mismatched_sizes": source.adapter is not None}
-        options |= class_options(source.classes)
-    if source.attn_implementation is not None:
-        options["attn_implementation"] = source.attn_implementation
+        options = {"ignore_mismatched_sizes": source.adapter is not None, **class_options(source.classes)}
+    if source.flags.attn_implementation is not None:
+        options["attn_implementation"] = source.flags.attn_implementation
     try:
         model = AUTO_CLASSES[source.task].from_pretrained(
             source.base,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
+            revision=source.flags.revision,
+            trust_remote_code=source.flags.trust_remote_code,
             dtype=source.dtype,
             **options,
         )
@@ -182,7 +163,7 @@ def load_for_inference(source: Source, processor: Processor) -> nn.Module:
 
 
 def quieten() -> None:
-    """One progress bar, that of the work itself; deprecations inside the libraries are not the reader's to mend."""
+    """One progress bar, that of the work itself; deprecation warnings inside the libraries are for their authors."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +20,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
-from transformers.pytorch_utils import Conv1D
 
 import ds_moelora
 from launch.checks.arguments import Arguments, non_defaults
@@ -46,16 +44,13 @@ TASK_TYPES = {
     "image-text-to-text": TaskType.CAUSAL_LM,
 }
 PATTERNS = ("rank_pattern", "alpha_pattern", "num_experts_pattern", "top_k_pattern")
-SHOWN_NAMES = 12
 # Of an adapter that is trained further: what is this run's own choice, not part of what was saved.
 OF_THE_RUN = (
     *("lora_dropout", "router_aux_loss_coef", "router_z_loss_coef", "router_jitter", "ep_size", "ep_dispatch"),
     *("expert_compute", "svd_cache_dir"),
 )
-HEADED = ("Classification",)
 # PEFT trains these whole (`pre_classifier` of DistilBERT, too), and adapts a layer of one nevertheless.
 TEXT_HEADS = r"(.*\.)?\w*(classifier|score)(\..*)?"
-MASKED = ("ForMaskedLM",)
 SET_BY_FLAGS = {
     "revision": "--revision",
     "trust_remote_code": "--trust_remote_code",
@@ -70,7 +65,7 @@ SET_BY_FLAGS = {
 FOR_LOADING = (
     *("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "use_safetensors", "variant"),
     *("subfolder", "cache_dir", "local_files_only", "token", "force_download", "proxies", "low_cpu_mem_usage"),
-    *("use_kernels", "key_mapping", "weights_only", "max_memory", "offload_folder"),
+    *("use_kernels", "key_mapping", "weights_only", "max_memory", "offload_folder", "ignore_mismatched_sizes"),
 )
 
 
@@ -94,28 +89,21 @@ def start_adapter(arguments: Arguments) -> Any:
         raise UserError(f"{where} of another kind ({saved.peft_type}). Merge it into its base, and train on that.")
     if not saved.base_model_name_or_path:
         raise UserError(f"{where} that does not name its base model; write base_model_name_or_path into its config.")
-    for name, value in non_defaults(arguments.adapter).items():
+    wished = adapter_config(arguments.adapter, run.task)
+    for name, given in non_defaults(arguments.adapter).items():
+        kept, value = getattr(saved, name), getattr(wished, name)
         if name in OF_THE_RUN:
             setattr(saved, name, value)
-        elif _comparable(value) != _comparable(getattr(saved, name, None)):
+        elif value != kept:
             raise UserError(
-                f"{where} with {name} {getattr(saved, name, None)}, and --{name} {value} would make another one. "
-                "Leave the flag out, or name a base model."
+                f"{where} with {name} {kept}, and --{name} {given} would make another one. Leave the flag out, or name "
+                "a base model."
             )
     say(f"Training goes on with the adapter in {folder}, on its base {saved.base_model_name_or_path}.")
     run.start_adapter, run.model_name_or_path = folder, saved.base_model_name_or_path
     run.revision = saved.revision or run.revision
     saved.inference_mode = False
     return saved
-
-
-def _comparable(value: Any) -> Any:
-    """A value as a configuration file has it: lists in any order, text for truth values and patterns."""
-    if isinstance(value, list | set | tuple):
-        return sorted(map(str, value)) if len(value) > 1 else str(next(iter(value), ""))
-    if isinstance(value, str) and value.startswith("{"):
-        return json.loads(value)
-    return str(value).lower() if isinstance(value, bool) else value
 
 
 def adapter_config(adapter: AdapterArguments, task: str) -> Any:
@@ -162,9 +150,12 @@ def check_model(arguments: Arguments, config: Any, skeleton: PreTrainedModel) ->
         UserError: the adapter does not fit the model.
     """
     run = arguments.run
-    names = linear_names(skeleton)
     if run.task == "image-classification":
-        _train_head(config, head_name(skeleton))
+        # The new layer is trained and saved whole, not adapted; PEFT does the same for text by itself.
+        head = head_name(skeleton)
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), head]))
+        if config.target_modules == "all-linear":
+            config.exclude_modules = rf"(.*\.)?{head}(\..*)?"
     elif run.task == "image-text-to-text" and not _is_pattern(arguments.adapter.target_modules):
         config.exclude_modules = outside_text(skeleton)
     elif run.task == "sequence-classification" and config.target_modules == "all-linear":
@@ -178,22 +169,8 @@ def check_model(arguments: Arguments, config: Any, skeleton: PreTrainedModel) ->
     try:
         return get_peft_model(skeleton, config)
     except Exception as error:  # of whatever class: it is about this model and these targets
-        shown = ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
         targets = run.start_adapter or f"--target_modules {' '.join(arguments.adapter.target_modules)}"
-        raise UserError(f"{targets}: {error} Linear layers of this model are called: {shown}.") from error
-
-
-def _train_head(config: Any, head: str) -> None:
-    """The new classification layer is trained and saved whole, not adapted; PEFT does the same for text by itself."""
-    config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), head]))
-    if config.target_modules == "all-linear":
-        config.exclude_modules = rf"(.*\.)?{head}(\..*)?"
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    """Last parts of the names of all linear layers, each once, in the model's order."""
-    found = [name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
-    return list(dict.fromkeys(found))
+        raise UserError(f"{targets}: {error}") from error
 
 
 def loading_options(arguments: Arguments) -> dict[str, Any]:
@@ -228,40 +205,29 @@ def build_on_meta(arguments: Arguments, model_options: dict[str, Any]) -> PreTra
     run, trust = arguments.run, arguments.training.trust_remote_code
     options = loading_options(arguments)
     try:
-        known = AutoConfig.from_pretrained(run.model_name_or_path, revision=run.revision, trust_remote_code=trust)
-        if run.task == "causal-lm" and any(name.endswith(MASKED) for name in known.architectures or ()):
-            raise UserError(
-                f"{known.architectures[0]} sees what comes after a token, which --task causal-lm has it predict."
-            )
-        if "num_labels" in model_options and known.num_labels != model_options["num_labels"]:
-            _new_head(known, model_options)
-        config, unknown = AutoConfig.from_pretrained(
-            run.model_name_or_path,
-            revision=run.revision,
-            trust_remote_code=trust,
-            return_unused_kwargs=True,
-            **{name: value for name, value in options.items() if name not in FOR_LOADING},
-            **{name: value for name, value in model_options.items() if name != "ignore_mismatched_sizes"},
-        )
+        config = AutoConfig.from_pretrained(run.model_name_or_path, revision=run.revision, trust_remote_code=trust)
+        built_for = (config.architectures or [""])[0]
+        if run.task == "causal-lm" and built_for.endswith("ForMaskedLM"):
+            raise UserError(f"{built_for} sees what comes after a token, which --task causal-lm has it predict.")
+        outputs, needed = config.num_labels, model_options.get("num_labels", config.num_labels)
+        if needed != outputs:
+            # A head for other classes takes the place of the checkpoint's, whose rows it cannot use.
+            model_options["ignore_mismatched_sizes"] = True
+            if built_for.endswith("Classification"):
+                say(f"The model's head has {outputs} outputs, and the data needs {needed}: a new head is trained.")
+        for name, value in (options | model_options).items():
+            if name in FOR_LOADING:
+                continue
+            if not hasattr(config, name):
+                raise UserError(f"--model_init_kwargs: {name} is neither in this model's config nor for loading it.")
+            setattr(config, name, value)
         attention = {name: options[name] for name in ("attn_implementation",) if name in options}
         with torch.device("meta"):
-            skeleton = AUTO_CLASSES[run.task].from_config(config, trust_remote_code=trust, **attention)
+            return AUTO_CLASSES[run.task].from_config(config, trust_remote_code=trust, **attention)
+    except UserError:
+        raise
     except Exception as error:  # a config of another kind raises what its model pleases
         raise UserError(f"--model_name_or_path {run.model_name_or_path}: {_first_lines(error)}") from error
-    strange = sorted(unknown.keys() - {"trust_remote_code", "revision"})
-    if strange:
-        raise UserError(f"--model_init_kwargs: {strange[0]} is neither in this model's config nor for loading it.")
-    return skeleton
-
-
-def _new_head(config: Any, model_options: dict[str, Any]) -> None:
-    """A head for other classes takes the place of the checkpoint's, whose rows it cannot use."""
-    model_options["ignore_mismatched_sizes"] = True
-    if any(name.endswith(HEADED) for name in config.architectures or ()):
-        say(
-            f"The model's head has {config.num_labels} outputs, and the data needs {model_options['num_labels']}: a "
-            "new head is trained."
-        )
 
 
 def _first_lines(error: Exception) -> str:

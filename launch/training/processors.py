@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_base import IMAGE_PROCESSOR_NAME
 
 from launch.checks.arguments import Arguments
 from launch.checks.errors import UserError, say
@@ -18,13 +19,18 @@ KINDS = {
 Processor = Any  # PreTrainedTokenizerBase, BaseImageProcessor or ProcessorMixin
 
 
-def load_processor(name: str, task: str, trust_remote_code: bool, revision: str | None = None) -> Processor:
-    """The processor of a model; its tokenizer, if it has one, can pad.
+def load_processor(
+    name: str, task: str, trust_remote_code: bool, revision: str | None = None, adapter: str | None = None
+) -> Processor:
+    """The processor saved with an adapter, otherwise that of the model `name`; its tokenizer, if it has one, can pad.
 
     Raises:
         UserError: none there, not one for the task, or one that cannot end or pad sequences.
     """
     kind, called = KINDS.get(task, (AutoTokenizer, "tokenizer"))
+    own = IMAGE_PROCESSOR_NAME if task == "image-classification" else "tokenizer_config.json"
+    if adapter is not None and (Path(adapter) / own).is_file():
+        name, revision = adapter, None
     options = {} if revision is None else {"revision": revision}
     try:
         found = kind.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
@@ -60,9 +66,9 @@ def processor_of_run(arguments: Arguments) -> Processor:
         UserError: as `load_processor`, or a template or token that the tokenizer cannot write.
     """
     run, training = arguments.run, arguments.training
-    own = run.start_adapter is not None and (Path(run.start_adapter) / "tokenizer_config.json").is_file()
-    where, revision = (run.start_adapter, None) if own else (run.model_name_or_path, run.revision)
-    processor = load_processor(str(where), run.task, training.trust_remote_code, revision)
+    processor = load_processor(
+        run.model_name_or_path, run.task, training.trust_remote_code, run.revision, run.start_adapter
+    )
     tokenizer = tokenizer_of(processor)
     if tokenizer is None:
         return processor
@@ -73,7 +79,7 @@ def processor_of_run(arguments: Arguments) -> Processor:
         if token is None:
             continue
         if token not in tokenizer.get_vocab():
-            raise UserError(f"--{name} {token!r} is no token of {where}; choose one that it has.")
+            raise UserError(f"--{name} {token!r} is no token of {tokenizer.name_or_path}; choose one that it has.")
         setattr(tokenizer, name, token)
     return processor
 
@@ -90,31 +96,34 @@ def _adopt_template(training: Any, processor: Processor, tokenizer: PreTrainedTo
     path = training.chat_template_path
     if os.path.isfile(path):
         try:
-            processor.chat_template = Path(path).read_text(encoding="utf-8")
+            template = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"--chat_template_path {path}: byte {error.start} is not UTF-8.") from error
     else:
-        try:
-            source = AutoTokenizer.from_pretrained(path, trust_remote_code=training.trust_remote_code)
-            template = source.get_chat_template()
-        except Exception as error:
-            raise UserError(
-                f"--chat_template_path {path} is neither a template file nor a tokenizer with a chat template: {error}"
-            ) from error
-        own = [token.content for token in source.added_tokens_decoder.values()]
-        lacking = [
-            token for token in own
-            if token not in tokenizer.get_vocab() and (token in template or token == source.eos_token)
-        ]  # fmt: skip
-        if lacking:
-            raise UserError(
-                f"--chat_template_path {path}: its template writes {', '.join(lacking)}, which this model's tokenizer "
-                "lacks: the model has no row for them. Choose a template of the model's own tokens, or a model that "
-                "has these."
-            )
-        processor.chat_template = template
-        if training.eos_token is None and source.eos_token in tokenizer.get_vocab():
-            training.eos_token = source.eos_token
-            say(f"--chat_template_path {path}: answers end with its {source.eos_token}.")
-    tokenizer.chat_template = processor.chat_template
+        template = _template_of(path, training, tokenizer)
+    processor.chat_template = tokenizer.chat_template = template
     training.chat_template_path = None  # done; TRL would resize the model
+
+
+def _template_of(path: str, training: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template of another model's tokenizer."""
+    try:
+        source = AutoTokenizer.from_pretrained(path, trust_remote_code=training.trust_remote_code)
+        template = source.get_chat_template()
+    except Exception as error:
+        raise UserError(
+            f"--chat_template_path {path} is neither a template file nor a tokenizer with a chat template: {error}"
+        ) from error
+    known = tokenizer.get_vocab()
+    written = {t.content for t in source.added_tokens_decoder.values() if t.content in template}
+    lacking = sorted({*written, source.eos_token} - {*known, None})
+    if lacking:
+        raise UserError(
+            f"--chat_template_path {path}: its template writes {', '.join(lacking)}, which this model's tokenizer "
+            "lacks: the model has no row for them. Choose a template of the model's own tokens, or a model that "
+            "has these."
+        )
+    if training.eos_token is None and source.eos_token is not None:
+        training.eos_token = source.eos_token
+        say(f"--chat_template_path {path}: answers end with its {source.eos_token}.")
+    return template

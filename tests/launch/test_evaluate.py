@@ -208,7 +208,7 @@ def test_recipe_for_training(base: Path, adapter: Path, alpaca: Path, tmp_path: 
         (["--adapter", "./nowhere", "--dataset_name", "x.jsonl"], "no such folder"),
         (["--adapter", "ADAPTER", "--dataset_name", "./x.jsonl"], "no such file"),
         (["--adapter", "ADAPTER", "--dataset_name", "x.jsonl", "--batch_size", "0"], "at least 1"),
-        (["--adapter", "ADAPTER", "--dataset_name", "x.jsonl", "--dtype", "int8"], "float32, bfloat16"),
+        (["--adapter", "ADAPTER", "--dataset_name", "x.jsonl", "--dtype", "int8"], "invalid choice: 'int8' .*bfloat16"),
         (["--adapter", "ADAPTER", "--dataset_name", "x", "--answer_pattern", "("], "no regular expression"),
         (["--adapter", "ADAPTER", "--dataset_name", "x", "--answer_pattern", "a", "--score", "loss"], "no effect"),
         (["--adapter", "ADAPTER", "--dataset_name", "x", "--predictions", "p"], "--predictions needs answers"),

@@ -34,5 +34,5 @@ def test_wheel(tmp_path: Path) -> None:
     }
     assert set(names) == modules
     assert licences
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "bench", "docs", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"train", "mpi", "bench", "docs", "dev"}
     assert metadata["Description-Content-Type"] == "text/markdown"

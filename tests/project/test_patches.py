@@ -12,6 +12,7 @@ import pytest
 from peft import PeftModel, PeftType
 
 from ds_moelora import patches
+from ds_moelora.tuner import older_peft
 
 LIBRARIES = ("torch", "deepspeed", "peft", "transformers", "accelerate", "safetensors", "huggingface_hub")
 # Run in a process of its own: every attribute of every module and class of these libraries, before and after.
@@ -112,10 +113,18 @@ def test_other_versions_and_missing_functions_are_named(patch: patches.Patch, mo
 
 def test_what_is_left_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patches.metadata, "version", lambda library: "99.0")
-    with pytest.warns(UserWarning, match=r"leaves out .*save_pretrained was made for peft>=0\.21"):
+    with pytest.warns(UserWarning, match=r"leaves out .*load_adapter was made for peft>=0\.18"):
         patches.install_at_import(with_deepspeed=True)
     with pytest.raises(ValueError, match=r"ep_size > 1 cannot be used here: .*clip_fp32_gradients was made for"):
         patches.install_for_expert_parallelism()
+
+
+def test_an_older_peft_has_patches_of_its_own() -> None:
+    """`make compat` runs with them; here they do not fit."""
+    assert {(patch.owner, patch.name) for patch in patches.OLDER_PEFT} == {
+        (place, f"{verb}_peft_model_state_dict") for place in older_peft.PLACES for verb in ("get", "set")
+    }
+    assert all(patch.problem() is None for patch in patches.OLDER_PEFT) == older_peft.IS_OLDER
 
 
 def test_installing_twice_wraps_once() -> None:

@@ -83,7 +83,7 @@ def test_target_modules_as_regular_expression_and_by_layer():
         (["nothing"], r"\['nothing'\] not found"),
         (["q_proj", "embed_tokens", "norm"], r"cannot be adapted: .*embed_tokens \(Embedding\).*norm \(LlamaRMSNorm\)"),
         (r".*self_attn", r"cannot be adapted: .*self_attn \(LlamaAttention\)"),
-        (r"xyz.*", r"Target modules xyz.* not found"),
+        (r"xyz.*", r"not found in the base model. Modules that can be adapted end in"),
     ],
 )
 def test_bad_target_modules_are_named_and_the_model_stays_as_it_was(targets, message):
