@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -37,9 +36,9 @@ from transformers.trainer_callback import ExportableState
 
 from ds_moelora.checkpoint.elastic import check_state, gather_weights, restore_state, why_not_elastic, write_state
 from ds_moelora.checkpoint.manifest import flush, publish, write_manifest
-from ds_moelora.checkpoint.processes import NotFiniteError, everyone, is_agreed
+from ds_moelora.checkpoint.processes import NotFiniteError, everyone, is_agreed, rank
 from ds_moelora.checkpoint.trained import Run
-from ds_moelora.optimizer.sharding.zero import is_partitioned
+from ds_moelora.optimizer.sharding.zero import configured_optimizer, is_partitioned
 from ds_moelora.tuner import sharded_experts
 from launch.checkpoint.record import TABLE, data_record
 from launch.checkpoint.resume import PARTIAL, checkpoints, newest_complete, step_of
@@ -62,16 +61,16 @@ PRIVATE = {
 class CheckpointedTrainer(Trainer):
     """A Trainer with this launcher's checkpoints, which stops in time and watches its losses.
 
-    `build_trainer` sets `stopping` and `settings` (`launch.checkpoint.record.settings`).
+    Args:
+        settings: `launch.checkpoint.record.settings` of the run.
+        stopping: what watches signals and losses; None: nothing does.
     """
 
-    stopping: Stopping | None = None
-    settings: dict[str, Any]
-    data: dict[str, Any]  # `data_record` of the rows that are trained on
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, settings: dict[str, Any], stopping: Stopping | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.settings, self.data = {}, {}
+        self.settings, self.stopping = settings, stopping
+        if stopping is not None:
+            self.add_callback(stopping)
         # Deleting is `rotate`'s alone: transformers deletes before a newer checkpoint is complete.
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
 
@@ -145,7 +144,7 @@ class CheckpointedTrainer(Trainer):
             if self.args.save_only_model:
                 weights = gather_weights(run)
             else:
-                manifest, weights = write_state(run, folder, {**self.settings, **self.data})
+                manifest, weights = write_state(run, folder, self.settings)
             self._write_adapter(folder, weights)
             if self.is_world_process_zero():
                 (folder / RANDOM).write_text(json.dumps(states))
@@ -240,7 +239,9 @@ class CheckpointedTrainer(Trainer):
                 f"this run cannot write or read checkpoints: {obstacle} Or pass --save_strategy no (the adapter is "
                 "saved at the end), or --save_only_model."
             )
-        self.data = everyone(data_record(self.train_dataset) if self.is_world_process_zero() else None)[0]
+        self.settings |= everyone(data_record(self.train_dataset) if self.is_world_process_zero() else None)[0]
+        if self.is_deepspeed_enabled and self.is_world_process_zero():
+            say_optimizer(self.deepspeed)
         if resume_from_checkpoint is not None:
             self._restore(resume_from_checkpoint, "--resume_from_checkpoint", contents=False)  # hashed when chosen
         return prepared
@@ -253,7 +254,7 @@ class CheckpointedTrainer(Trainer):
         """
         run, folder = self.as_run(), Path(checkpoint)
         try:
-            manifest, lines = check_state(run, folder, {**self.settings, **self.data}, TABLE, contents)
+            manifest, lines = check_state(run, folder, self.settings, TABLE, contents)
         except ValueError as error:
             raise UserError(f"{flag}: {error}") from error
         for line in lines if self.is_world_process_zero() else []:
@@ -272,6 +273,17 @@ class CheckpointedTrainer(Trainer):
         states = json.loads((Path(checkpoint) / RANDOM).read_text())
         if self.args.process_index < len(states):  # further processes keep the states of their seeds
             set_random_states(states[self.args.process_index])
+
+
+def say_optimizer(engine: Any) -> None:
+    """Prints which class runs, if DeepSpeed has its own for the name in the config ("AdamW": FusedAdam or CPUAdam).
+
+    That another optimizer runs in place of one of the package's is refused by the engine itself
+    (`ds_moelora.optimizer.guard`).
+    """
+    wanted, running = configured_optimizer(engine), type(engine.basic_optimizer)
+    if wanted is not None and wanted.lower() != running.__name__.lower():
+        print(f"Optimizer: {wanted} is {running.__module__}.{running.__name__} here.", flush=True)
 
 
 def rotate(newest: Path, limit: int | None, best: str | None) -> None:
@@ -349,24 +361,23 @@ def check_shared(output_dir: str | Path) -> None:
         UserError: on every rank, naming those that do not.
     """
     token = Path(output_dir) / PARTIAL / "seen-by-all"
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    if dist.get_rank() == 0:
+    if rank() == 0:
         token.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    os.listdir(token.parent.parent if token.parent.parent.is_dir() else ".")  # refreshes what NFS remembers
-    mine = None if token.is_dir() else f"rank {dist.get_rank()} on {socket.gethostname()}"
-    blind = everyone(mine)
-    if dist.get_rank() == 0:
+    everyone(None)  # no rank looks before it is there
+    if Path(output_dir).is_dir():
+        os.listdir(output_dir)  # refreshes what NFS remembers
+    blind = list(filter(None, everyone(None if token.is_dir() else f"rank {rank()} on {socket.gethostname()}")))
+    if rank() == 0:
         shutil.rmtree(token.parent)
-    if any(blind):
+    if blind:
         raise UserError(
-            f"--output_dir {output_dir}: what rank 0 writes there is not seen by {', '.join(filter(None, blind))}. "
-            "Checkpoints need one folder that all hosts share; without one, pass --save_strategy no."
+            f"--output_dir {output_dir}: what rank 0 writes there is not seen by {', '.join(blind)}. Checkpoints need "
+            "one folder that all hosts share; without one, pass --save_strategy no."
         )
 
 
 def _deaf(loader: DataLoader) -> DataLoader:
+    """A loader whose workers leave signals to their process."""
     loader.worker_init_fn = partial(ignore_signals, loader.worker_init_fn)
     return loader
 

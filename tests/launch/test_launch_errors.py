@@ -273,7 +273,7 @@ train.run_guarded(train.main, debug=False)
 @pytest.mark.dist
 @pytest.mark.parametrize(
     "patch",
-    ["train.prepare = fail", "saving.CheckpointedTrainer._write_training_state = fail"],
+    ["train.prepare = fail", "saving.write_state = fail"],
     ids=["before the others wait", "in training"],
 )
 def test_a_failure_on_one_rank_ends_all(good: dict[str, Any], tmp_path: Path, patch: str):
