@@ -21,11 +21,13 @@ OTHER_MODES = ("amsgrad", "maximize", "capturable", "differentiable")  # the ker
 
 
 class CppAdamW:
-    """Steps of torch's AdamW, as far as kernels do them.
+    """The `base.Update` of torch's AdamW, as far as kernels do it.
 
     Args:
         held: unit -> the optimizer's own tensor of it.
     """
+
+    keeps_gradients = True
 
     def __init__(self, held: Callable[[Hashable], Tensor]) -> None:
         self._held = held
@@ -33,7 +35,7 @@ class CppAdamW:
         self._groups: dict[int, tuple[bool, tuple[float, ...]]] = {}
         self._state_of: dict[Tensor, dict[str, Any]] = {}
 
-    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+    def begin(self, optimizer: torch.optim.Optimizer, units: set[Hashable]) -> None:
         """Reads the groups' settings, which may change between steps."""
         self._groups, self._state_of = {}, optimizer.state
         for group in optimizer.param_groups:
@@ -41,7 +43,7 @@ class CppAdamW:
             known = not any(group.get(mode) for mode in OTHER_MODES)
             self._groups.update((id(p), (known, settings)) for p in group["params"])
 
-    def __call__(self, unit: Hashable) -> AdamWState | None:
+    def state_of(self, unit: Hashable) -> AdamWState | None:
         """The state of a unit that has a gradient; None if torch shall step it."""
         if isinstance(unit, tuple):  # an assembled factor of the preconditioner's, no parameter
             return None
@@ -63,17 +65,17 @@ class CppAdamW:
         return mine
 
     @contextmanager
-    def finished(self, stepped: Extents) -> Iterator[None]:
-        """Steps what lies between the `stepped` elements, counts, and hides the gradients of their units meanwhile."""
-        held = [self._held(unit) for unit in stepped]
+    def finished(self, done: Extents) -> Iterator[None]:
+        """Steps what lies between the `done` elements, counts, and hides the gradients of their units meanwhile."""
+        held = [self._held(unit) for unit in done]
         grads = [p.grad for p in held]
-        for unit, p in zip(stepped, held, strict=True):
-            gaps = complement(stepped[unit], p.numel())
+        for unit, p in zip(done, held, strict=True):
+            gaps = complement(done[unit], p.numel())
             if gaps:
                 self._step_gaps(self._states[unit], p, gaps)
             p.grad = None
-        if stepped:
-            torch._foreach_add_([self._states[unit].step for unit in stepped], 1)
+        if done:
+            torch._foreach_add_([self._states[unit].step for unit in done], 1)
         try:
             yield
         finally:
