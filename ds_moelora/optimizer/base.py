@@ -88,8 +88,9 @@ class GateRiemannian(torch.optim.Optimizer):
 
     @staticmethod
     def _part(role: str | None, group: ParamGroup) -> tuple[str, float]:
-        """Name and `lr_scale` of the part of a group that a parameter belongs to, "" first; `role`: of its tag."""
-        return ("router", group["gate_lr_scale"]) if role == "router" and group["gate_lr_scale"] != 1.0 else ("", 1.0)
+        """Name and `lr_scale` of the part of a group that a parameter belongs to; `role`: of its tag."""
+        scale = group["gate_lr_scale"] if role == "router" else 1.0
+        return ("router", scale) if scale != 1.0 and "lr_scale" not in group else ("", group.get("lr_scale", 1.0))
 
     # -- construction -------------------------------------------------------------------------------------------------
 
@@ -137,13 +138,13 @@ class GateRiemannian(torch.optim.Optimizer):
         scales, settings = {"": 1.0}, {**self.defaults, **given}
         for p in given["params"]:
             _, role = tag_of(as_tensor(p)) or (None, None)
-            part, scale = ("", 1.0) if "lr_scale" in given else self._part(role, settings)
-            scales[part] = scale
+            part, scales[part] = self._part(role, settings)
             parts.setdefault((part, "" if "moe" in given else expert_group_name(as_tensor(p))), []).append(p)
-        for (part, shared_by), members in sorted(parts.items(), key=lambda item: item[0]):
+        for part, shared_by in sorted(parts):
             extra = {"moe": True, "name": shared_by} if shared_by else {}
-            number = len(self._known_groups)
-            group = {"lr_scale": scales[part], **given, **extra, "params": members, GROUP_KEY: number}
+            extra |= {"params": parts[part, shared_by], "lr_scale": scales[part], GROUP_KEY: len(self._known_groups)}
+            group = {**given, **extra}
+            number = group[GROUP_KEY]
             super().add_param_group(group)
             self._known_groups[number], self._members[number] = group, list(group["params"])
         self._factors = None

@@ -7,7 +7,7 @@ which damping is raised. Works in the dtype of the parameters, float64 included.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +64,20 @@ def preconditioned_gradients(
 
 
 class _Reference:
+    """
+    Args:
+        groups: parameters, or groups with options of their own. options: in place of `defaults`.
+    """
+
+    defaults: ClassVar[dict[str, Any]]
+
     def __init__(self, groups: Iterable[Any], **options: Any) -> None:
+        assert options.keys() <= self.defaults.keys(), options
         groups = list(groups)
         if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups}]
         self.options: dict[nn.Parameter, dict[str, Any]] = {
-            p: {**options, **group} for group in groups for p in group["params"] if p.requires_grad
+            p: {**self.defaults, **options, **group} for group in groups for p in group["params"] if p.requires_grad
         }
         self.params = list(self.options)
         self.state: dict[nn.Parameter, dict[str, Any]] = {p: {} for p in self.params}
@@ -87,31 +95,16 @@ class _Reference:
 
 
 class ReferenceAdamW(_Reference):
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2) on preconditioned gradients.
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2) on preconditioned gradients."""
 
-    Args:
-        groups: parameters, or groups with options of their own.
-    """
-
-    def __init__(
-        self,
-        groups: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        damping: float = 1e-6,
-        include_scaling: bool = False,
-    ) -> None:
-        super().__init__(
-            groups,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            damping=damping,
-            include_scaling=include_scaling,
-        )
+    defaults: ClassVar = {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "damping": 1e-6,
+        "include_scaling": False,
+    }
 
     def _update(self, p: nn.Parameter, grad: Tensor, state: dict[str, Any], options: dict[str, Any]) -> None:
         lr, (b1, b2) = options["lr"], options["betas"]
@@ -123,29 +116,9 @@ class ReferenceAdamW(_Reference):
 
 
 class ReferenceSGD(_Reference):
-    """SGD with torch's heavy-ball momentum and coupled weight decay on preconditioned gradients.
+    """SGD with torch's heavy-ball momentum and coupled weight decay on preconditioned gradients."""
 
-    Args:
-        groups: parameters, or groups with options of their own.
-    """
-
-    def __init__(
-        self,
-        groups: Iterable[Any],
-        lr: float,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        damping: float = 1e-6,
-        include_scaling: bool = False,
-    ) -> None:
-        super().__init__(
-            groups,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            damping=damping,
-            include_scaling=include_scaling,
-        )
+    defaults: ClassVar = {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "damping": 1e-6, "include_scaling": False}
 
     def _update(self, p: nn.Parameter, grad: Tensor, state: dict[str, Any], options: dict[str, Any]) -> None:
         grad = grad + options["weight_decay"] * p

@@ -15,6 +15,7 @@ import torch
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
 from ds_moelora.expert_parallel.spec import check_ep_size
+from ds_moelora.optimizer.guard import OURS
 from ds_moelora.pairs import GATE_SCALINGS
 from launch.checkpoint.resume import check_output_dir
 from launch.checks.arguments import Arguments, non_defaults
@@ -37,7 +38,6 @@ FILLED_IN = {
     "adam_beta2": "betas",
 }
 LOST_RANK_SECONDS = (6, 3600)  # keepalive counts in whole seconds, and takes six of its intervals
-OURS = ("GateRiemannianAdamW", "GateRiemannianSGD")
 
 
 def read_deepspeed_config(path: str) -> dict[str, Any]:
