@@ -101,7 +101,7 @@ class GateRiemannian(torch.optim.Optimizer):
         known = inspect.signature(self._base).parameters
         options = {name: value for name, value in given.items() if name not in known}
         for group in groups or [{}]:
-            check_options({**options, **group})
+            check_options({**given, **group})
         self._forget_pairs(options)
         self._use_kernels(compiled)
         tensors = [as_tensor(p) for group in groups for p in group["params"]]
@@ -133,9 +133,10 @@ class GateRiemannian(torch.optim.Optimizer):
         """
         (given,) = as_groups([param_group])
         given = {**self._options, **given}
-        check_options(given)
+        settings = {**self.defaults, **given}
+        check_options(settings)
         parts: dict[tuple[str, str], list[Any]] = {} if given["params"] else {("", ""): []}
-        scales, settings = {"": 1.0}, {**self.defaults, **given}
+        scales = {"": 1.0}
         for p in given["params"]:
             _, role = tag_of(as_tensor(p)) or (None, None)
             part, scales[part] = self._part(role, settings)

@@ -32,6 +32,20 @@ def check_options(group: ParamGroup) -> None:
     for name in group.keys() & {"scale_input_grad", "include_scaling"}:
         if not isinstance(group[name], bool):
             raise ValueError(f"{name}={group[name]!r} must be true or false.")
+    if "aux_lr" in group:
+        _check_spectral(group["lr"], group["momentum"], group["weight_decay"])
+
+
+def _check_spectral(lr: float, momentum: float, weight_decay: float) -> None:
+    if not lr > 0:
+        raise ValueError(
+            f"lr={lr!r} must be above 0, as other parameters' rates are multiples of it (aux_lr / lr): give the rate "
+            "to be reached, and start from 0 by a scheduler."
+        )
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum={momentum!r} must be from 0 to below 1; the default is 0.95.")
+    if not lr * weight_decay < 1:
+        raise ValueError(f"weight_decay={weight_decay!r} times lr={lr!r} must be below 1: each step keeps the rest.")
 
 
 def as_groups(params: Any) -> list[ParamGroup]:

@@ -21,8 +21,8 @@ from torch import Tensor
 # holds in float64, so that all precisions compute the same function.
 RELATIVE_DAMPING = torch.finfo(torch.float32).eps
 SECOND_ATTEMPT = 64
-# A direction of the rows m is taken for rounding below this part of |m|^2: 64 eps_fp32, which covers gradients computed
-# in bf16 (their error of 2^-9 in every element is spread over r directions), too.
+# A direction of the rows m is taken for rounding below this part of |m|^2. Gradients computed in bf16 decide: an error
+# of up to 2^-9 in every element is 4e-6 of |m|^2, spread over r directions.
 NOISE = 64 * RELATIVE_DAMPING
 
 
@@ -127,8 +127,8 @@ def spectral_matrices(grams: Tensor, gradient_grams: Tensor, damping: Tensor | f
 
     Of X = m R the polar factor is X (X^T X)^(-1/2), so that msign(m R) R = m R (R M R)^(-1/2) R with M = m^T m. Any
     other root T of (G + d I)^-1, T T^T = R^2, gives the same. With R M R's eigenvalues l_i = |m u_i|^2, where
-    u_i = T v_i, the result is the sum of u_i u_i^T / sqrt(l_i) over the directions that the sums in M can tell from
-    rounding: l_i > NOISE |m|^2 |u_i|^2. In the others the step is 0. In float64, whatever the Gram matrices are in.
+    u_i = T v_i, the result is the sum of u_i u_i^T / sqrt(l_i) over the directions that are more than rounding:
+    l_i > NOISE |m|^2 |u_i|^2. In the others the step is 0. In float64, whatever the Gram matrices are in.
 
     `torch.linalg.eigh` reports its failures to the host: on a GPU this waits for the device, twice.
 

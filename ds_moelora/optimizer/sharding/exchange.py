@@ -151,6 +151,8 @@ class GroupCall:
         self.flats: dict[Hashable, Flat] = {unit: flat(unit) for unit in plan.units}
         weights = [weight for weight, _ in self.flats.values()]
         self.dtype, self.device = algebra_dtype(*(w.dtype for w in weights)), weights[0].device
+        # Roots of gradients' Gram matrices lose half of their digits: float64, at four bytes an element (`_exchange`).
+        self.wide = bool(plan.grads.gram_offset)
         for w in weights if kernels else []:
             if w.dtype != torch.float32 or not w.is_cpu:
                 raise ValueError(
@@ -166,15 +168,16 @@ class GroupCall:
         """
         plan, both = self.plan, ((self.plan.weights, WEIGHT), (self.plan.grads, GRAD))
         self._assemble()
-        self.buffer = torch.zeros(plan.numel, dtype=self.dtype, device=self.device)
+        dtype = torch.float64 if self.wide else self.dtype
+        self.buffer = torch.zeros(plan.numel, dtype=dtype, device=self.device)
         for rows, which in both:
             self._add_grams(rows, rows.own, which)
             for unit, c in rows.copies.items():
                 source = self.flats[unit][which]
                 if source is not None:
-                    values = source[c.local.on(self.device)].to(self.dtype)
+                    values = source[c.local.on(self.device)].to(dtype)
                     self.buffer.index_copy_(0, c.buffer.on(self.device), values)
-        self.buffer = self._all_reduce(self.buffer)
+        self._exchange()
         for rows, which in both:
             self._add_grams(rows, rows.assembled, which)
             grams = rows.grams(self.buffer)
@@ -186,6 +189,7 @@ class GroupCall:
     def apply(self, matrices: dict[int, Tensor], adamw: StateOf) -> Extents:
         """The rest of phase 3: multiplies the gradient's rows by `matrices`, (N, r, r) by rank."""
         stepped: Extents = {}
+        matrices = {rank: own.to(self.dtype) for rank, own in matrices.items()}
         for blocks in (*self.plan.grads.own, *self.plan.grads.assembled):
             if self.kernels and blocks.rank in RANKS:
                 self._apply_cpp(self.kernels, blocks, matrices[blocks.rank], adamw, stepped)
@@ -223,7 +227,7 @@ class GroupCall:
         rows = self.plan.grads
         for cut in rows.cut:
             values = cut.view(self.buffer)
-            own = matrices[cut.rank][cut.matrix.on(self.device)]
+            own = matrices[cut.rank][cut.matrix.on(self.device)].to(values.dtype)
             values.copy_(torch.bmm(values[:, None, :], own)[:, 0])
         for unit, c in rows.copies.items():
             grad = self.flats[unit][GRAD]
@@ -263,8 +267,20 @@ class GroupCall:
         for i, weight, grad in zip(plan.assembled, parts[::2], parts[1::2], strict=True):
             self.flats["assembled", i] = (weight, grad)
 
+    def _exchange(self) -> None:
+        """The one all-reduce; of float64 Gram matrices one triangle, 4 r (r + 1) bytes each."""
+        if self.wide and self._communicates:
+            kept, spread = self.plan.triangles(self.device)
+            self.buffer = self._all_reduce(self.buffer[kept])[spread]
+        else:
+            self.buffer = self._all_reduce(self.buffer)
+
+    @property
+    def _communicates(self) -> bool:
+        return self.group is not None and dist.get_world_size(self.group) > 1
+
     def _all_reduce(self, buffer: Tensor) -> Tensor:
-        if self.group is None or dist.get_world_size(self.group) == 1 or not buffer.numel():
+        if not self._communicates or not buffer.numel():
             return buffer
         there = buffer if self.comm_device is None else buffer.to(self.comm_device)
         dist.all_reduce(there, group=self.group)

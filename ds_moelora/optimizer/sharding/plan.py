@@ -167,6 +167,21 @@ class StepPlan:
             rows.own, rows.assembled = self._blocks(rows, False), self._blocks(rows, True)
         for rows in (self.weights, self.grads):
             self._cut_rows(rows)
+        self._triangles: tuple[Tensor, Tensor] | None = None
+
+    def triangles(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Gram matrices are symmetric: positions in the buffer without what lies below their diagonals; and the place
+        among these of every element of the buffer.
+        """
+        if self._triangles is None:
+            every = torch.arange(self.numel)
+            twin = every.clone()
+            for rows in (self.weights, self.grads):
+                for own in rows.grams(twin).values():
+                    own.copy_(own.triu() + own.triu(1).mT)
+            kept = twin == every
+            self._triangles = every[kept].to(device), (kept.cumsum(0) - 1)[twin].to(device)
+        return self._triangles
 
     def _by_rank(self, indices: Sequence[int]) -> dict[int, list[int]]:
         found: dict[int, list[int]] = {}
