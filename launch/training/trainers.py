@@ -18,6 +18,7 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    default_data_collator,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -193,7 +194,7 @@ def _head_trainer(
     processor, sets, truncation = common["processing_class"], {"train": train, "eval": evaluation}, {}
     if task == "image-classification":
         sets = {name: rows and images.as_inputs(rows, processor) for name, rows in sets.items()}
-        collator = images.collate
+        collator = default_data_collator
     else:
         for name, rows in sets.items():
             if rows is not None:
