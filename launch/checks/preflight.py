@@ -147,7 +147,7 @@ def _check_our_params(path: str, name: str, params: dict[str, Any], optimizer_cl
     gate_scaling = params.get("gate_scaling", "sqrt")
     if gate_scaling not in GATE_SCALINGS:
         raise UserError(f"{path}: gate_scaling {gate_scaling!r} is unknown; choose one of: {', '.join(GATE_SCALINGS)}.")
-    for key in ("damping", "gate_lr_scale"):
+    for key in ("damping", "gate_lr_scale", "aux_lr"):
         value = params.get(key, 1.0)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             raise UserError(f"{path}: {key} is {value!r}; it must be a finite number that is not negative.")

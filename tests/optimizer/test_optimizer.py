@@ -366,18 +366,20 @@ def test_sparse_gradient() -> None:
         ({"gate_lr_scale": math.inf}, "gate_lr_scale=inf"),
         ({"gate_scaling": "sqr"}, "gate_scaling='sqr' is unknown; choose one of 'none', 'sqrt', 'full'"),
         ({"scale_input_grad": 1}, "scale_input_grad=1 must be true or false"),
-        ({"include_scaling": "s"}, "include_scaling='s' must be true or false"),
     ],
 )
 @pytest.mark.parametrize("kind", SHARDED)
 def test_bad_options(kind: str, options: dict[str, Any], message: str) -> None:
-    if kind == "GateRiemannianMuon" and "include_scaling" in options:
-        pytest.skip("its step always includes s")
     model = Mixture("m", 5, 7, 2, 3, 1)
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         CLASSES[kind](trained(model), lr=1e-3, **options)
     with pytest.raises(ValueError, match=message):
         CLASSES[kind]([{"params": trained(model), **options}], lr=1e-3)
+
+
+def test_bad_include_scaling() -> None:
+    with pytest.raises(ValueError, match="include_scaling='s' must be true or false"):
+        GateRiemannianSGD(trained(Mixture("m", 5, 7, 2, 3, 1)), lr=1e-3, include_scaling="s")  # type: ignore[arg-type]
 
 
 def test_nan_in_one_expert_stays_in_that_expert() -> None:
