@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,9 @@ from launch.demo import defaults as demo
 from launch.train import quieten
 from launch.training import report, trainers
 from launch.training.prepared import prepare
+from launch.training.processors import tokenizer_of
 
 TRAINED, READ = "bold green", "blue"
-# Without colour: what is trained stands between these.
-BRACKETS = ("[[", "]]")
 BOUNDARY = "\n--- next row of the pack ---\n"
 
 
@@ -70,15 +70,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def show(arguments: Arguments, console: Console, rows: int, color: bool) -> None:
     """Prints `rows` rows of the first batch, and what was cut from the data."""
     trainer = build(arguments)
-    batch = first_batch(trainer)
+    batch = next(iter(trainer.get_train_dataloader()))
     names = getattr(trainer.model.config, "id2label", {})
-    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     report.print_truncation(trainer.truncation)
     size = len(batch["labels"])
     for number in range(min(rows, size)):
         console.print(Text(f"row {number + 1} of {size} in the first batch: {describe(batch, number)}", style="bold"))
         if "input_ids" in batch:
-            console.print(render(batch, number, tokenizer, color))
+            console.print(render(batch, number, tokenizer_of(trainer.processing_class), color))
         if batch["labels"].dim() == 1:
             console.print(Text(f"label: {names[int(batch['labels'][number])]}", style=TRAINED if color else ""))
 
@@ -95,18 +94,8 @@ def build(arguments: Arguments) -> Trainer:
     made, model = prepare(arguments)
     training.start()
     training.use_cpu = True
-    return trainers.build_trainer(arguments, _stay_on_meta(model), made.processor, made.train, None, [])
-
-
-def _stay_on_meta(model: torch.nn.Module) -> torch.nn.Module:
-    """`model`, which a Trainer's `.to(device)` leaves where it is: there is nothing to move."""
-    model.to = lambda *args, **kwargs: model
-    return model
-
-
-def first_batch(trainer: Trainer) -> dict[str, Tensor]:
-    """What the first step would read, from the trainer's own loader."""
-    return next(iter(trainer.get_train_dataloader()))
+    model.to = lambda *args, **kwargs: model  # the Trainer's `.to(device)`: there is nothing to move
+    return trainers.build_trainer(arguments, model, made.processor, made.train, None, [])
 
 
 def describe(batch: dict[str, Tensor], number: int) -> str:
@@ -118,8 +107,8 @@ def describe(batch: dict[str, Tensor], number: int) -> str:
         if batch["labels"].dim() == 2:
             parts.append(f"{int(trained.sum())} of them trained")
         if "position_ids" in batch:
-            parts.append(f"{len(pack_starts(batch, number))} rows packed")
-        elif int((~real).sum()):
+            parts.append(f"{int((batch['position_ids'][number] == 0).sum())} rows packed")
+        elif not real.all():
             parts.append(f"{int((~real).sum())} of padding (not shown)")
     if "pixel_values" in batch:
         parts.append(f"pictures {tuple(batch['pixel_values'].shape)}")
@@ -129,7 +118,7 @@ def describe(batch: dict[str, Tensor], number: int) -> str:
 def masks(batch: dict[str, Tensor], number: int) -> tuple[Tensor, Tensor]:
     """(T,) bool each: which tokens are real, and which the loss asks the model for.
 
-    The first token is nobody's next one, so that its label, if it has one, is never asked for.
+    No token comes before the first one, so that its label, if it has one, is never asked for.
     """
     ids, labels = batch["input_ids"][number], batch["labels"]
     real = batch["attention_mask"][number].bool() if "attention_mask" in batch else torch.ones_like(ids).bool()
@@ -140,42 +129,30 @@ def masks(batch: dict[str, Tensor], number: int) -> tuple[Tensor, Tensor]:
     return real, trained
 
 
-def pack_starts(batch: dict[str, Tensor], number: int) -> list[int]:
-    """Where the rows begin that are packed into this one."""
-    return (batch["position_ids"][number] == 0).nonzero().flatten().tolist()
+def spans(batch: dict[str, Tensor], number: int) -> Iterator[tuple[bool | None, list[int]]]:
+    """Runs of tokens that are all trained (True) or all only read (False); None where the next packed row begins."""
+    ids = batch["input_ids"][number]
+    real, trained = masks(batch, number)
+    packed = (batch["position_ids"][number] == 0).cumsum(0) if "position_ids" in batch else torch.ones_like(ids)
+    last = 1
+    shown = zip(packed[real].tolist(), trained[real].tolist(), ids[real].tolist(), strict=True)
+    for (row, kind), run in groupby(shown, key=lambda token: token[:2]):
+        if row != last:
+            yield None, []
+        yield kind, [token for _, _, token in run]
+        last = row
 
 
 def render(batch: dict[str, Tensor], number: int, tokenizer: Any, color: bool) -> Text:
     """One row as text, what is trained marked by colour or brackets."""
     text = Text()
     for kind, ids in spans(batch, number):
-        if kind is None:
-            text.append(BOUNDARY, style="dim" if color else "")
-            continue
-        words = tokenizer.decode(ids)
+        words = BOUNDARY if kind is None else tokenizer.decode(ids)
         if color:
-            text.append(words, style=TRAINED if kind else READ)
+            text.append(words, style="dim" if kind is None else TRAINED if kind else READ)
         else:
-            text.append(f"{BRACKETS[0]}{words}{BRACKETS[1]}" if kind else words)
+            text.append(f"[[{words}]]" if kind else words)
     return text
-
-
-def spans(batch: dict[str, Tensor], number: int) -> Iterator[tuple[bool | None, list[int]]]:
-    """Runs of tokens that are all trained (True) or all only read (False); None where the next packed row begins."""
-    real, trained = masks(batch, number)
-    starts = set(pack_starts(batch, number)[1:]) if "position_ids" in batch else set()
-    ids, kind = [], None
-    for position in real.nonzero().flatten().tolist():
-        now = bool(trained[position])
-        if ids and (now != kind or position in starts):
-            yield kind, ids
-            ids = []
-        if position in starts:
-            yield None, []
-        kind = now
-        ids.append(int(batch["input_ids"][number, position]))
-    if ids:
-        yield kind, ids
 
 
 if __name__ == "__main__":

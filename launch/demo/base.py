@@ -1,7 +1,7 @@
 """The demo's base model: a tiny Llama over bytes, pre-trained on the spot and kept in the user's cache folder.
 
-One process of a machine builds it while its peers wait for the folder to appear. Nothing is exchanged between ranks,
-so that a failure here ends the run through the launcher, like any other.
+One process of a machine builds it while the others wait for its file lock, which ends with the process that holds it.
+Nothing is exchanged between ranks, so that a failure here ends the run through the launcher, like any other.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ import hashlib
 import os
 import random
 import shutil
-import tempfile
-import time
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from launch.checks.errors import UserError, local_rank
+from launch.checks.errors import UserError
 from launch.demo import tasks as demo_tasks
 
 SEED = 0
@@ -47,15 +46,17 @@ def base_model() -> Path:
         UserError: the process that builds it has not finished in half an hour.
     """
     folder = cache_folder()
-    if local_rank() == 0:
-        if not is_whole(folder):
-            _build(folder)
-        return folder
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not is_whole(folder):
-        if time.monotonic() > deadline:
-            raise UserError(f"the demo's base model did not appear in {folder} within {WAIT_SECONDS:.0f} s.")
-        time.sleep(0.5)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{folder}.lock", timeout=WAIT_SECONDS):
+            if not is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                tokenizer = byte_tokenizer()
+                _pretrain(tokenizer).save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+                Console(markup=False, emoji=False).print(f"The demo's base model is kept in {folder}")
+    except Timeout as error:
+        raise UserError(f"another process has not built {folder} within {WAIT_SECONDS:.0f} s; end it.") from error
     return folder
 
 
@@ -89,27 +90,6 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left", model_max_length=64
     )
-
-
-def _build(folder: Path) -> None:
-    """Pre-trains and saves into a temporary folder, which then takes its place in one step."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".demo-base-", dir=folder.parent))
-    try:
-        tokenizer = byte_tokenizer()
-        model = _pretrain(tokenizer)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        if not is_whole(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not is_whole(folder):  # another run on this machine was faster: its folder is as good
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    Console(markup=False, emoji=False).print(f"The demo's base model is kept in {folder}")
 
 
 def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:

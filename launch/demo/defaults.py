@@ -19,7 +19,7 @@ from transformers import (
 
 from launch.data.answering import prompt_tokens, write_answers_on_all_ranks
 from launch.demo.base import base_model, describe_base
-from launch.demo.tasks import split_lines
+from launch.demo.tasks import Line, split_lines
 
 __all__ = ["DEFAULTS", "ExactMatch", "base_model", "dataset", "describe_base"]
 
@@ -49,14 +49,16 @@ MAX_ANSWER_TOKENS = 6
 
 def dataset(seed: int) -> Dataset:
     """Training lines as prompt and completion."""
-    lines, _ = split_lines(TRAINING_LINES_PER_SKILL, HELD_OUT_LINES_PER_SKILL, seed)
-    return Dataset.from_dict({"prompt": [p for p, _ in lines], "completion": [a for _, a in lines]})
+    return _rows(split_lines(TRAINING_LINES_PER_SKILL, HELD_OUT_LINES_PER_SKILL, seed)[0])
 
 
 def held_out_rows(seed: int) -> Dataset:
     """The held-out lines of all skills, in the same form."""
-    _, held_out = split_lines(TRAINING_LINES_PER_SKILL, HELD_OUT_LINES_PER_SKILL, seed)
-    lines = [line for group in held_out.values() for line in group]
+    held_out = split_lines(TRAINING_LINES_PER_SKILL, HELD_OUT_LINES_PER_SKILL, seed)[1]
+    return _rows([line for group in held_out.values() for line in group])
+
+
+def _rows(lines: list[Line]) -> Dataset:
     return Dataset.from_dict({"prompt": [p for p, _ in lines], "completion": [a for _, a in lines]})
 
 

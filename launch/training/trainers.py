@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from datasets import Dataset, IterableDataset
@@ -19,7 +18,9 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    default_data_collator,
 )
+from transformers.trainer_utils import EvalLoopOutput
 
 from launch.checkpoint.record import settings
 from launch.checkpoint.saving import PRIVATE, CheckpointedTrainer
@@ -28,21 +29,26 @@ from launch.checks.arguments import Arguments
 from launch.checks.errors import UserError
 from launch.checks.flags import LANGUAGE
 from launch.data import images
-from launch.data.evaluation import TokenScores
-from launch.data.metrics import head_scores
+from launch.data.metrics import head_scores, token_scores
 from launch.data.values import Rows
 from launch.training.preparation import CountingTrainer, PackingGuard, Truncation
 
 TESTED = "5.23.0"  # of transformers
 
 
-class MixtureSFTTrainer(TokenScores, CheckpointedTrainer, CountingTrainer):
-    """SFTTrainer that trains on the model's own `loss`.
+class MixtureSFTTrainer(CheckpointedTrainer, CountingTrainer):
+    """SFTTrainer that trains on the model's own `loss`, and whose evaluation weighs every token alike.
 
     TRL 1.16 computes the loss from the log-probabilities that its fused head returns, and so leaves out what a tuner
     adds to the model's `loss`: the load-balancing term of the routers. The fused head returns a `loss` too, in which
     that term is; this class takes it.
+
+    transformers evaluates by the mean over batches of each batch's mean, which changes with the batch size. Here the
+    sums of rows are gathered and added up (`launch.data.metrics.token_scores`); rows that fill up the last batch of
+    several ranks `gather_for_metrics` drops.
     """
+
+    _sums: list[torch.Tensor]
 
     def compute_loss(
         self,
@@ -56,8 +62,19 @@ class MixtureSFTTrainer(TokenScores, CheckpointedTrainer, CountingTrainer):
             self, model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         if not model.training:
-            self.count_tokens(outputs)
+            # (B, T) each, zero where no label is.
+            parts = (-outputs.log_probs, outputs.is_top1, outputs.label_mask)
+            sums_B3 = torch.stack([part.double().sum(-1) for part in parts], -1)
+            self._sums.append(self.accelerator.gather_for_metrics(sums_B3).sum(0))
         return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._sums = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        nll, right, tokens = torch.stack(self._sums).sum(0).tolist()
+        scores = token_scores(nll, right, tokens)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
+        return output
 
 
 class HeadTrainer(CheckpointedTrainer):
@@ -92,20 +109,18 @@ class OptimizerGuard(TrainerCallback):
 def tokenize_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, Truncation]:
     """`text` (and `text_pair`) as token ids, cut at `max_length`, and a count of what was cut."""
     columns = [name for name in ("text", "text_pair") if name in rows.column_names]
-    count = Truncation(max_length, rows=len(rows))
 
-    def tokenize(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        texts = [batch[name] for name in columns]
-        whole = tokenizer(*texts, verbose=False)
-        lengths = [len(ids) for ids in whole["input_ids"]]
-        cut = whole if max(lengths) <= max_length else tokenizer(*texts, truncation=True, max_length=max_length)
-        return {**cut, "whole_length": lengths}
+    def tokens(**options: Any) -> Dataset:
+        return rows.map(
+            lambda batch: tokenizer(*(batch[name] for name in columns), verbose=False, **options),
+            batched=True,
+            remove_columns=columns,
+            desc="Tokenizing",
+        )
 
-    made = rows.map(tokenize, batched=True, remove_columns=columns, desc="Tokenizing")
-    lengths = np.asarray(made["whole_length"])
-    count.tokens, count.rows_cut = int(lengths.sum()), int((lengths > max_length).sum())
-    count.tokens_cut = int((lengths - max_length).clip(min=0).sum())
-    return made.remove_columns("whole_length"), count
+    count = Truncation(max_length)
+    whole = count.count(tokens(), 1)
+    return count.count(tokens(truncation=True, max_length=max_length) if count.rows_cut else whole, -1), count
 
 
 def build_trainer(
@@ -179,7 +194,7 @@ def _head_trainer(
     processor, sets, truncation = common["processing_class"], {"train": train, "eval": evaluation}, {}
     if task == "image-classification":
         sets = {name: rows and images.as_inputs(rows, processor) for name, rows in sets.items()}
-        collator = images.collate
+        collator = default_data_collator
     else:
         for name, rows in sets.items():
             if rows is not None:

@@ -94,18 +94,6 @@ def test_alpaca_plain_and_chat():
     ]
 
 
-def test_prompt_completion_is_kept():
-    assert _causal([{"prompt": "a", "completion": "b", "more": 1}]) == [{"prompt": "a", "completion": "b"}]
-
-
-def test_messages_become_one_row_per_answer():
-    turns = [("system", "s"), ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    rows = _causal([{"messages": messages}], chat=True)
-    assert [row["completion"] for row in rows] == [[messages[2]], [messages[4]]]
-    assert [row["prompt"] for row in rows] == [messages[:2], messages[:4]]
-
-
 def test_messages_without_chat_template():
     rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
     with pytest.raises(UserError, match="chat template"):
@@ -115,12 +103,6 @@ def test_messages_without_chat_template():
 def test_unusable_columns_are_named():
     with pytest.raises(UserError, match=r"It has: foo, bar\. Usable are: instruction \+ output"):
         _causal([{"foo": 1, "bar": 2}])
-
-
-def test_missing_values_are_counted():
-    rows = [*alpaca_rows(3), {"instruction": "x", "input": "", "output": None}]
-    with pytest.raises(UserError, match=r"row 3 \(counted from 0\): column 'output' is empty"):
-        _causal(rows)
 
 
 def _texts(rows: list[dict[str, Any]], **run: Any) -> Dataset:
