@@ -11,9 +11,9 @@ DATA ?= ../shared/data
 WORKERS ?= 2
 FORM ?= --short
 
-# DeepSpeed compiles its CPU collectives with the `ninja` of the virtual environment: it must be on PATH.
+# DeepSpeed compiles its extensions with the `ninja` of the virtual environment: it must be on PATH.
 export PATH := $(BIN):$(PATH)
-# torch keeps one build of them per user: two versions of DeepSpeed would rebuild it in turn, under each other's feet.
+# torch keeps one build of each per user: two versions of DeepSpeed would rebuild it in turn, under each other's feet.
 ifneq ($(DEEPSPEED),)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 endif
@@ -94,9 +94,6 @@ $(VENV)/.ready: setup.py constraints.txt
 	sed '$(if $(DEEPSPEED),s/^deepspeed==.*/deepspeed==$(DEEPSPEED)/)' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt torch setuptools wheel
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
-	@echo "Compiling DeepSpeed's CPU collectives (about a minute, once per machine)"
-	$(BIN)/python -c "from deepspeed.accelerator import get_accelerator as a; \
-	  a()._name == 'cpu' and a().create_op_builder('ShareMemCommBuilder').load()" > /dev/null
 	touch $@
 
 clean:

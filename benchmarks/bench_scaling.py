@@ -33,7 +33,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launch.checks.extensions import find_free_port
+from launch.cluster.processes import find_free_port
 
 from .harness import ROOT, Results, Row, arguments, read_rows
 from .scaling_plot import IMAGE, draw, write_scalars

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from launch.checks.extensions import find_free_port
+from launch.cluster.processes import find_free_port
 from launch.demo.base import byte_tokenizer
 
 from .harness import ROOT, Results, arguments, set_heap

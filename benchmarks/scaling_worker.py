@@ -30,7 +30,7 @@ import ds_moelora
 from benchmarks.harness import peak_bytes
 from benchmarks.traffic import Traffic
 from benchmarks.train_lora import lora_config
-from launch.checks.extensions import load_collectives, unlink_buffers
+from launch.checks.extensions import skip_inference_collectives
 from launch.checks.flags import AdapterArguments
 
 CONTENDERS = ("lora", "adamw", "ours")
@@ -138,9 +138,8 @@ def main() -> None:
     cases_path, results_path = (Path(word) for word in sys.argv[1:] if not word.startswith("--local_rank"))
     plan = json.loads(cases_path.read_text())
     torch.set_num_threads(1)
-    load_collectives()
+    skip_inference_collectives()
     deepspeed.init_distributed()
-    unlink_buffers()
     gc.collect()
     gc.freeze()  # what the imports made need not be searched for tensors again and again
     results = []

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from launch.checks.extensions import find_free_port
+from launch.cluster.processes import find_free_port
 
 from .harness import ROOT
 

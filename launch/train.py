@@ -41,10 +41,11 @@ from launch.checks import errors
 from launch.checks import preflight as checks
 from launch.checks.arguments import Arguments, parse_arguments
 from launch.checks.errors import MASTER_PORT, UserError, adopt_rank, process_rank, run_guarded
-from launch.checks.extensions import find_free_port, load_collectives, unlink_buffers
+from launch.checks.extensions import skip_inference_collectives
 from launch.checks.flags import LANGUAGE
 from launch.cluster import watchdog
 from launch.cluster.agreement import check_same_data
+from launch.cluster.processes import find_free_port
 from launch.data import answering
 from launch.demo import defaults as demo
 from launch.training import card, modeling, report, trainers
@@ -129,13 +130,13 @@ def start(arguments: Arguments, config: Any) -> tuple[watchdog.Watchdog, OutputL
     """
     if process_rank()[1] == 1:
         # Started by plain `python`: DeepSpeed would look for MPI, which need not be there, to learn that it is alone.
-        # A port of its own, because DeepSpeed names its shared memory after it.
+        # A port of its own: several such runs may be on this machine.
         port = str(find_free_port())
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for name, value in alone.items():
             os.environ.setdefault(name, value)
     if arguments.training.deepspeed or process_rank()[1] > 1:
-        load_collectives()
+        skip_inference_collectives()
         timeout = timedelta(seconds=arguments.training.ddp_timeout)
         watchdog.limit_groups(timeout)
         # Before transformers does: it reads the launcher's environment alone, while DeepSpeed also asks MPI.
@@ -143,7 +144,6 @@ def start(arguments: Arguments, config: Any) -> tuple[watchdog.Watchdog, OutputL
             timeout=timeout,
             distributed_port=int(os.environ.get("MASTER_PORT", MASTER_PORT)),  # for MPI's ranks, whom nobody told
         )
-        unlink_buffers()
     watch = watchdog.start(arguments.run.lost_rank_seconds)
     try:
         arguments.training.start()

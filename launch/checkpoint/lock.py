@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import socket
 import threading
 import time
 import uuid
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.checks.errors import UserError
+from launch.cluster.processes import identity, is_gone, is_here
 
 NAME = ".lock"
 BEAT_SECONDS = 30.0
@@ -98,26 +98,6 @@ class OutputLock:
                 continue  # a server that is away for a while, or somebody removed the lock by hand
 
 
-def identity() -> dict[str, Any]:
-    """What names this process among those of all hosts."""
-    return {
-        "host": socket.gethostname(),
-        "boot": _text("/proc/sys/kernel/random/boot_id"),
-        "pids": _link("/proc/self/ns/pid"),  # process numbers mean nothing in another container
-        "pid": os.getpid(),
-        "started": _start_time(os.getpid()),
-    }
-
-
-def is_gone(holder: dict[str, Any]) -> bool:
-    """Whether the owner of a lock provably does not run any more."""
-    me = identity()
-    if holder.get("boot") is None or any(holder.get(name) != me[name] for name in ("host", "boot", "pids")):
-        return False
-    pid = holder.get("pid")
-    return isinstance(pid, int) and _start_time(pid) != holder.get("started")
-
-
 def read(path: Path) -> dict[str, Any] | None:
     """What a lock says; {} if that is nothing; None without a lock."""
     try:
@@ -150,10 +130,9 @@ def _refusal(path: Path, holder: dict[str, Any]) -> str:
     except FileNotFoundError:
         seconds = 0.0
     sign = f"last sign {seconds:.0f} s ago" if seconds >= 0 else "its clock is ahead"
-    here = all(holder.get(name) == value for name, value in identity().items() if name in ("host", "boot", "pids"))
     remedy = (
         "Wait for it, end it, or choose another --output_dir."
-        if here
+        if is_here(holder)
         else f"Whether it still runs cannot be told from here: look there, and if it does not, remove {path}."
     )
     return f"--output_dir {path.parent} is in use by another run ({_describe(holder)}, {sign}). {remedy}"
@@ -161,26 +140,3 @@ def _refusal(path: Path, holder: dict[str, Any]) -> str:
 
 def _describe(holder: dict[str, Any]) -> str:
     return f"process {holder.get('pid', '?')} on {holder.get('host', '?')} since {holder.get('since', '?')}"
-
-
-def _start_time(pid: int) -> str | None:
-    """When a process began, in clock ticks since the boot; None if it does not run."""
-    text = _text(f"/proc/{pid}/stat")
-    if text is None:
-        return None
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else fields[19]
-
-
-def _text(path: str) -> str | None:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return None
-
-
-def _link(path: str) -> str | None:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return None

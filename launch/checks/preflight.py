@@ -22,7 +22,7 @@ from launch.checks.bounds import check_bounds
 from launch.checks.deepspeed_config import check_deepspeed_config
 from launch.checks.effects import check_effects, check_task
 from launch.checks.errors import UserError, process_rank, say
-from launch.checks.extensions import check_build_lock
+from launch.checks.extensions import remove_abandoned_locks
 from launch.checks.trusted import check_trusted
 from launch.data.answering import wants_answers
 from launch.data.data_checks import check_data
@@ -236,7 +236,7 @@ def _zero_stage(path: str | None) -> int:
 
 def preflight(arguments: Arguments) -> str:
     """All checks before torch.distributed opens; returns the optimizer's name."""
-    check_build_lock()
+    remove_abandoned_locks()
     check_numbers(arguments)
     check_bounds(arguments.training)
     check_task(arguments.run)

@@ -34,7 +34,6 @@ from transformers import (
 
 from ds_moelora import MoELoRAConfig
 from launch import train
-from launch.checks import preflight
 from launch.checks.arguments import Arguments, parse_arguments
 from launch.checks.errors import UserError
 from launch.checks.preflight import check_bounds
@@ -210,7 +209,6 @@ def test_a_model_of_pictures_and_text_is_no_causal_lm(tmp_path: Path, parse: Any
 def test_targets_are_looked_for_before_the_demos_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "base_model", lambda: pytest.fail("built"))
     monkeypatch.setattr(demo_base, "_pretrain", lambda _: pytest.fail("built"))
-    monkeypatch.setattr(preflight, "check_build_lock", lambda: None)  # this machine's, which other runs may hold
     with pytest.raises(UserError, match=r"--target_modules q_porj: .* 'k_proj', .*'q_proj'"):
         train.main(["--deepspeed", "configs/zero2.json", "--target_modules", "q_porj"])
 

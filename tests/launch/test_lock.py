@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.checkpoint.lock import NAME, OutputLock, identity, is_gone, read
+from launch.checkpoint.lock import NAME, OutputLock, read
 from launch.checks.errors import UserError
+from launch.cluster.processes import identity, is_gone
 from tests.support.launch_support import ROOT
 
 HOLDER = "import sys, time; from launch.checkpoint.lock import OutputLock; OutputLock(sys.argv[1]).take(); "

@@ -21,7 +21,6 @@ from tests.support.forks import ROOT, run_ranks, start_forked
 from tests.support.launch_support import (
     TRAIN,
     alpaca_rows,
-    compile_once,
     find_free_port,
     launch_environment,
     tiny_model,
@@ -47,7 +46,6 @@ class Run:
     """
 
     def __init__(self, command: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
-        compile_once()
         self.mark = uuid.uuid4().hex
         self.log = log
         with log.open("w") as file:
@@ -146,7 +144,6 @@ class ForkedRun(Run):
         ranks: int = 2,
         script: Path = TRAIN,
     ) -> None:
-        compile_once()
         self.log = log
         log.write_text("")
         variables = {**launch_environment(), **(environment or {})}

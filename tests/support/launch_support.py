@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from launch.checks.extensions import SHARED_MEMORY, find_free_port, load_collectives
+from launch.cluster.processes import find_free_port
 from launch.data.values import read_batch
 from launch.demo.base import byte_tokenizer
 from tests.support.forks import ROOT, run_ranks, start_forked
@@ -94,7 +93,6 @@ def launch(arguments: list[str], ranks: int = 2, script: Path | None = None, tim
     Raises:
         AssertionError: still running after `timeout` seconds (all its processes are ended).
     """
-    compile_once()
     port, started = find_free_port(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
@@ -114,7 +112,6 @@ def launch_by_command(arguments: list[str], ranks: int = 2, timeout: float = 600
     Raises:
         AssertionError: still running after `timeout` seconds (all its processes are ended).
     """
-    compile_once()
     port = find_free_port()
     command = ["deepspeed", "--master_port", str(port), "--num_gpus", str(ranks), str(TRAIN), *arguments]
     started = time.monotonic()
@@ -131,7 +128,8 @@ def launch_by_command(arguments: list[str], ranks: int = 2, timeout: float = 600
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        output = _end(process)
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
         raise AssertionError(f"still running after {timeout} s:\n{output[-4000:]}") from None
     return _finished(process.returncode, output, port, started)
 
@@ -143,23 +141,7 @@ def launch_environment() -> dict[str, str]:
 
 
 def _finished(code: int, output: str, port: int, started: float) -> Finished:
-    # DeepSpeed's own habit is to leave 69 MB per rank there, in memory.
-    left = [path.name for path in SHARED_MEMORY.glob(f"deepspeed_*_{port}_*")]
-    assert not left or code != 0, f"left in {SHARED_MEMORY}: {left}"
+    # DeepSpeed's collectives for inference would leave 69 MB per rank there, in memory.
+    left = [path.name for path in Path("/dev/shm").glob(f"deepspeed_*_{port}_*")]
+    assert not left, left
     return Finished(code, output, time.monotonic() - started)
-
-
-@functools.cache
-def compile_once() -> None:
-    """Compiles DeepSpeed's collectives now if they are not yet: a minute or more that is no part of a run's time."""
-    load_collectives()
-
-
-def _end(process: subprocess.Popen[str]) -> str:
-    """Ends a run and returns its output: politely first, for a process killed while it compiles leaves its lock."""
-    process.terminate()  # the launcher hands it on to the ranks
-    try:
-        return process.communicate(timeout=40)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return process.communicate()[0]
