@@ -39,7 +39,7 @@ LIBRARIES = {
     "expert_parallel": {"torch", "deepspeed"},
     "checkpoint": {"torch", "deepspeed", "safetensors"},
     "tuner": {"torch", "peft", "transformers", "huggingface_hub", "safetensors", "deepspeed"},
-    "integrations": {"torch", "peft", "transformers", "deepspeed"},
+    "integrations": {"torch", "peft", "transformers", "deepspeed", "axolotl", "swift"},
     "monitoring": {"torch", "transformers", "numpy", "PIL"},
     "planner": {"torch", "transformers"},
     "cli": {"transformers", "rich"},
