@@ -15,13 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-<<<<<<< HEAD
-=======
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     default_data_collator,
->>>>>>> main
 )
 from transformers.trainer_utils import EvalLoopOutput
 
