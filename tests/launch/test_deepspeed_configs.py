@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from launch.checks.arguments import Arguments, parse_arguments
-from launch.checks.preflight import check_optimizer
+from launch.checks.deepspeed_config import check_optimizer
 from launch.demo import defaults
 from launch.training.trainers import OptimizerGuard
 from tests.support.mixture import SHAPES, Stack, batches
