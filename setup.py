@@ -32,6 +32,8 @@ setup(
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
+    py_modules=["ds_moelora_autoload"],
+    entry_points={"torch.backends": ["ds_moelora = ds_moelora_autoload:autoload"]},
     packages=find_packages(include=["ds_moelora", "ds_moelora.*"]),
     package_data={"ds_moelora": ["py.typed", "optimizer/kernels/kernels.cpp"]},
     python_requires=">=3.10",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
-from .config import PEFT_TYPE, PEFT_TYPE_IN_FILES, MoELoRAConfig
+from .config import PEFT_TYPE, PEFT_TYPES, MoELoRAConfig
 from .experts import MoELoRAExperts
 from .files.card import TrainingRecord, record_training
 from .files.conversion import save_without_residual
@@ -35,4 +35,4 @@ def register_with_peft() -> None:
     """Enters the type "MOELORA" into PEFT's tables by PEFT's own function; calling it again changes nothing."""
     if PEFT_TYPE not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=PEFT_TYPE.lower(), config_cls=MoELoRAConfig, model_cls=MoELoRAModel, prefix=PREFIX)
-        PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE_IN_FILES] = MoELoRAConfig  # by which PEFT finds who reads a file
+        PEFT_TYPE_TO_CONFIG_MAPPING.update(dict.fromkeys(PEFT_TYPES, MoELoRAConfig))  # PEFT's way from file to class

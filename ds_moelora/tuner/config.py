@@ -19,8 +19,14 @@ from ..mixture.choice import COMPUTES
 from ..mixture.goat import VARIANTS, goat_scaling
 
 PEFT_TYPE = "MOELORA"
-# What a saved configuration calls it: where this package was not imported, PEFT's KeyError shows these words.
-PEFT_TYPE_IN_FILES = "MOELORA (pip install ds_moelora, and import ds_moelora before loading)"
+# What a saved configuration calls it: where PEFT does not find this package, its KeyError shows these words.
+PEFT_TYPE_IN_FILES = "MOELORA (pip install ds_moelora; if it is installed, import ds_moelora before loading)"
+# What files have called it.
+PEFT_TYPES = (
+    PEFT_TYPE,
+    PEFT_TYPE_IN_FILES,
+    "MOELORA (pip install ds_moelora, and import ds_moelora before loading)",
+)
 # How a run spreads and computes the experts; the adapter is the same, so its file says nothing of it.
 RUN_FIELDS = ("ep_size", "ep_dispatch", "expert_compute", "svd_cache_dir")
 SCALINGS = ("alpha", "rslora", "goat")
@@ -147,6 +153,8 @@ class MoELoRAConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the list of layers, with layers_to_transform."}
     )
+
+    weights_follow = False  # no field: the adapter is being made to load weights into it
 
     def __post_init__(self) -> None:
         super().__post_init__()

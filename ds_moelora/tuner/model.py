@@ -216,4 +216,5 @@ class MoELoRAModel(OlderBaseTuner if IS_OLDER else BaseTuner):
         check_complete(remapped, model.state_dict(), layers, adapter_name)
         check_base_weights(model, adapter_name, whole)
         take_over_start(model, adapter_name, whole)
+        config.weights_follow = False
         return remapped

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
+from ds_moelora.optimizer.guard import OURS
 from ds_moelora.pairs import LoraPair, tag_pair
 from launch.checks.arguments import Arguments, non_defaults
 from launch.checks.errors import UserError, process_rank, say
@@ -59,7 +60,6 @@ FILLED_IN = {
 COMMON_PARAMS = tuple(dict.fromkeys(FILLED_IN.values()))
 # What DeepSpeed's "adam" and "adamw" take besides.
 ADAM_PARAMS = ("bias_correction", "amsgrad", "torch_adam", "adam_w_mode", "fp32_optimizer_states")
-OURS = ("GateRiemannianAdamW", "GateRiemannianSGD")
 
 
 def read_deepspeed_config(path: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from datasets import Dataset, Image, Value
 from transformers import BaseImageProcessor, PreTrainedModel
 
@@ -51,14 +50,6 @@ def as_inputs(rows: Dataset, processor: BaseImageProcessor) -> Dataset:
         return {"pixel_values": list(processor(pictures, return_tensors="pt").pixel_values), "labels": batch["labels"]}
 
     return rows.with_transform(convert)
-
-
-def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch: `pixel_values` (B, 3, height, width) and `labels` (B,)."""
-    return {
-        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        "labels": torch.tensor([row["labels"] for row in rows]),
-    }
 
 
 def head_name(model: PreTrainedModel) -> str:

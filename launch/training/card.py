@@ -30,10 +30,9 @@ def training_record(
         optimizer: the optimizer's name. eval_metrics: what `evaluate()` returned; empty without evaluation data.
     """
     run = arguments.run
-    names = run.dataset_name if isinstance(run.dataset_name, list) else [run.dataset_name]
-    data = ["the launcher's embedded demo"] if arguments.demo else [redact_text(str(name)) for name in names]
-    held_out = run.eval_dataset_name or (f"{run.eval_fraction:.0%} of it" if run.eval_fraction else data[0])
-    held_out = redact_text(str(held_out))
+    data = ["the launcher's embedded demo"] if arguments.demo else [redact_text(name) for name in run.dataset_name]
+    held_out = f"{run.eval_fraction:.0%} of it" if run.eval_fraction else data[0]
+    held_out = redact_text(run.eval_dataset_name or held_out)
     scores = {k.removeprefix("eval_"): v for k, v in eval_metrics.items() if not k.endswith(NOT_SCORES)}
     lines = ["## Training", "", f"Data: {', '.join(f'`{name}`' for name in data)}."]
     lines += ["", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in _procedure(trainer, optimizer).items())]

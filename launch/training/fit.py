@@ -106,13 +106,14 @@ def _check_positions(arguments: Arguments, model: nn.Module) -> None:
     """`--max_length` against the model's positions; its default gives way to them."""
     training = arguments.training
     wanted, limit = getattr(training, "max_length", None), position_limit(model)
-    usual = getattr(type(training), "max_length", None)
+    if wanted is None:
+        return
     if limit is None:
         trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if wanted is not None and trained is not None and wanted > trained:
+        if trained is not None and wanted > trained:
             say(f"--max_length {wanted}: this model was made for {trained} positions; longer rows are new to it.")
-    elif wanted == usual and wanted is not None and wanted > limit:
+    elif wanted > limit:
+        if wanted != type(training).max_length:
+            raise UserError(f"--max_length {wanted}: this model has {limit} positions; use at most {limit}.")
         training.max_length = limit
         say(f"--max_length is {limit}, not {wanted}: this model has no more positions.")
-    elif wanted is not None and wanted > limit:
-        raise UserError(f"--max_length {wanted}: this model has {limit} positions; use at most {limit}.")

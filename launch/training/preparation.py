@@ -43,6 +43,29 @@ class Truncation:
     tokens_cut: int = 0
     streamed: bool = False
 
+    def count(self, rows: Rows, sign: int) -> Rows:
+        """Adds rows as tokenised (`sign` 1) and takes off rows as kept (-1): what remains was cut.
+
+        A stream is counted when it is read: use what is returned.
+        """
+
+        def add(lengths: list[int]) -> None:
+            if sign == 1:
+                self.rows, self.tokens = self.rows + len(lengths), self.tokens + sum(lengths)
+                self.rows_cut += sum(self.max_length is not None and n > self.max_length for n in lengths)
+            self.rows_dropped += sign * len(lengths)
+            self.tokens_cut += sign * sum(lengths)
+
+        def add_row(row: dict[str, Any]) -> dict[str, Any]:
+            add([len(row["input_ids"])])
+            return row
+
+        if isinstance(rows, IterableDataset):
+            return rows.map(add_row)
+        for batch in rows.with_format("arrow").iter(1000):
+            add(pc.list_value_length(batch["input_ids"]).to_pylist())
+        return rows
+
     def report(self, name: str) -> str:
         """One line for people."""
         if not self.rows_cut:
@@ -86,40 +109,13 @@ class CountingTrainer(SFTTrainer):
 
         tokens = prepare(dataset, max_length=None, shuffle_dataset=False)
         splits = packing and args.packing_strategy == "bfd_split"  # nothing is cut: a long row goes on in another pack
-        streamed = isinstance(tokens, IterableDataset)
-        count = Truncation(None if splits else args.max_length, streamed=streamed)
+        count = Truncation(None if splits else args.max_length, streamed=isinstance(tokens, IterableDataset))
         self.truncation = {**self.truncation, dataset_name: count}
-        tokens = _counted(count, tokens, before=True)
-        kept = _counted(count, tokens if splits else prepare(tokens, shuffle_dataset=False), before=False)
+        tokens = count.count(tokens, 1)
+        kept = count.count(tokens if splits else prepare(tokens, shuffle_dataset=False), -1)
         if not packing and not args.shuffle_dataset:
             return kept
         return prepare(kept, packing, **({} if packing else {"max_length": None}))
-
-
-def _add(count: Truncation, rows: int, tokens: int, longer: int, before: bool) -> None:
-    """Rows as tokenised are added, rows as kept taken off: what remains was cut."""
-    if before:
-        count.rows, count.tokens, count.rows_cut = count.rows + rows, count.tokens + tokens, count.rows_cut + longer
-    sign = 1 if before else -1
-    count.rows_dropped += sign * rows
-    count.tokens_cut += sign * tokens
-
-
-def _counted(count: Truncation, rows: Rows, before: bool) -> Rows:
-    """`rows`; counted now, or, if it is a stream, when they are read."""
-
-    def add(row: dict[str, Any]) -> dict[str, Any]:
-        length = len(row["input_ids"])
-        _add(count, 1, length, int(count.max_length is not None and length > count.max_length), before)
-        return row
-
-    if isinstance(rows, IterableDataset):
-        return rows.map(add)
-    for batch in rows.with_format("arrow").iter(1000):
-        lengths = pc.list_value_length(batch["input_ids"])
-        longer = 0 if count.max_length is None else pc.sum(pc.greater(lengths, count.max_length)).as_py()
-        _add(count, len(lengths), pc.sum(lengths).as_py() or 0, longer or 0, before)
-    return rows
 
 
 class PackingGuard(TrainerCallback):

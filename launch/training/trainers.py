@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from datasets import Dataset, IterableDataset
@@ -19,6 +18,7 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    default_data_collator,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -109,20 +109,18 @@ class OptimizerGuard(TrainerCallback):
 def tokenize_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, Truncation]:
     """`text` (and `text_pair`) as token ids, cut at `max_length`, and a count of what was cut."""
     columns = [name for name in ("text", "text_pair") if name in rows.column_names]
-    count = Truncation(max_length, rows=len(rows))
 
-    def tokenize(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        texts = [batch[name] for name in columns]
-        whole = tokenizer(*texts, verbose=False)
-        lengths = [len(ids) for ids in whole["input_ids"]]
-        cut = whole if max(lengths) <= max_length else tokenizer(*texts, truncation=True, max_length=max_length)
-        return {**cut, "whole_length": lengths}
+    def tokens(**options: Any) -> Dataset:
+        return rows.map(
+            lambda batch: tokenizer(*(batch[name] for name in columns), verbose=False, **options),
+            batched=True,
+            remove_columns=columns,
+            desc="Tokenizing",
+        )
 
-    made = rows.map(tokenize, batched=True, remove_columns=columns, desc="Tokenizing")
-    lengths = np.asarray(made["whole_length"])
-    count.tokens, count.rows_cut = int(lengths.sum()), int((lengths > max_length).sum())
-    count.tokens_cut = int((lengths - max_length).clip(min=0).sum())
-    return made.remove_columns("whole_length"), count
+    count = Truncation(max_length)
+    whole = count.count(tokens(), 1)
+    return count.count(tokens(truncation=True, max_length=max_length) if count.rows_cut else whole, -1), count
 
 
 def build_trainer(
@@ -196,7 +194,7 @@ def _head_trainer(
     processor, sets, truncation = common["processing_class"], {"train": train, "eval": evaluation}, {}
     if task == "image-classification":
         sets = {name: rows and images.as_inputs(rows, processor) for name, rows in sets.items()}
-        collator = images.collate
+        collator = default_data_collator
     else:
         for name, rows in sets.items():
             if rows is not None:

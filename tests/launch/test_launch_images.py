@@ -18,6 +18,7 @@ from transformers import (
     CLIPImageProcessor,
     ViTConfig,
     ViTForImageClassification,
+    default_data_collator,
 )
 
 from launch import evaluate
@@ -102,7 +103,7 @@ def test_a_batch_is_what_the_processor_makes(tmp_path: Path) -> None:
     rows = images.labelled_images(rows, RunArguments(), "data")
     rows = classification.number_labels(rows, ["blue", "red"], "data")
     processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
-    batch = images.collate([images.as_inputs(rows, processor)[i] for i in range(len(rows))])
+    batch = default_data_collator([images.as_inputs(rows, processor)[i] for i in range(len(rows))])
     assert batch["pixel_values"].shape == (5, 3, 8, 8)
     assert batch["labels"].tolist() == [0, 0, 1, 1, 0]
     expected = processor([row["image"].convert("RGB") for row in rows], return_tensors="pt").pixel_values

@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from ..support.adapter_support import adapted, assert_same, batch, bert, config, gpt2, llama, train_step
@@ -130,7 +131,7 @@ def test_state_dict_functions_round_trip():
     model, other = adapted(), adapted()
     for p in weights(other).values():
         p.data.zero_()
-    set_peft_model_state_dict(other, get_peft_model_state_dict(model))
+    peft.set_peft_model_state_dict(other, peft.get_peft_model_state_dict(model))
     assert_same(weights(other), weights(model))
 
 
@@ -138,4 +139,4 @@ def test_saving_partitioned_weights_warns():
     model = adapted()
     state = {name: torch.empty(0) for name in model.state_dict()}
     with pytest.warns(UserWarning, match=r"18 adapter weights to be saved are empty.*ZeRO-3"):
-        get_peft_model_state_dict(model, state_dict=state)
+        peft.get_peft_model_state_dict(model, state_dict=state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from transformers import AutoModelForCausalLM
+
+from ds_moelora.tuner.config import PEFT_TYPES
 
 from ..support.adapter_support import adapted, batch, config, llama
 
@@ -63,14 +66,18 @@ def test_peft_alone_is_told_what_to_install(saved) -> None:
         "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])"
     )
     command = [sys.executable, "-W", "ignore", "-c", code, str(saved[1]), str(saved[2])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    env = {**os.environ, "DS_MOELORA_AUTOLOAD": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 1
-    assert "pip install ds_moelora, and import ds_moelora before loading" in done.stderr.splitlines()[-1]
+    assert (
+        "pip install ds_moelora; if it is installed, import ds_moelora before loading" in done.stderr.splitlines()[-1]
+    )
 
 
-def test_files_with_the_short_name_load(saved, tmp_path) -> None:
+@pytest.mark.parametrize("name", PEFT_TYPES)
+def test_files_with_every_name_load(name: str, tmp_path) -> None:
     model = adapted()
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "MOELORA"}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": name}))
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import PEFT_TYPE, PEFT_TYPE_IN_FILES, MoELoRAConfig
+from ..config import PEFT_TYPE, PEFT_TYPES, MoELoRAConfig
 from ..patterns import layer_config
 
 MODEL_PREFIX = "base_model.model."
@@ -98,7 +98,7 @@ def read_config(folder: str | os.PathLike[str]) -> MoELoRAConfig:
     values = saved_fields(folder)
     try:
         kind = values.get("peft_type")
-        if kind not in (PEFT_TYPE, PEFT_TYPE_IN_FILES):
+        if kind not in PEFT_TYPES:
             raise ValueError(f"peft_type {kind!r:.80} is another type of adapter; {PEFT_TYPE} is needed here")
         return MoELoRAConfig.from_peft_type(**MoELoRAConfig.check_kwargs(**values))
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from ..config import PEFT_TYPE, PEFT_TYPE_IN_FILES
+from ..config import PEFT_TYPES, MoELoRAConfig
 from ..start.svd_init import factors_come_from_a_file
 from .adapter_file import check_weights_file, read_config, saved_fields
 
@@ -24,10 +24,7 @@ def load_checked(original: Callable[..., Any]) -> Callable[..., Any]:
         given = (*args, kwargs.get("model_id"))
         model_id = next((arg for arg in given if isinstance(arg, str | os.PathLike)), "")
         folder = Path(model_id, kwargs.get("subfolder") or "")
-        if (folder / CONFIG_NAME).is_file() and saved_fields(folder).get("peft_type") in (
-            PEFT_TYPE,
-            PEFT_TYPE_IN_FILES,
-        ):
+        if (folder / CONFIG_NAME).is_file() and saved_fields(folder).get("peft_type") in PEFT_TYPES:
             read_config(folder)
             if (folder / SAFETENSORS_WEIGHTS_NAME).exists():  # PEFT reads other formats, too
                 check_weights_file(folder / SAFETENSORS_WEIGHTS_NAME)
@@ -35,3 +32,17 @@ def load_checked(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
 
     return load
+
+
+class LoadUnderWay:
+    """What a loader of PEFT's gets for `MoELoRAConfig` if its own look-up imported this package.
+
+    Only `ds_moelora_autoload` gives it: this loader runs without `load_checked`, which came too late.
+    """
+
+    @staticmethod
+    def from_pretrained(*args: Any, **kwargs: Any) -> MoELoRAConfig:
+        """PEFT's, for a configuration whose weights will be loaded next."""
+        config = MoELoRAConfig.from_pretrained(*args, **kwargs)
+        config.weights_follow = True
+        return config

@@ -97,7 +97,7 @@ def start_from_singular_values(model: nn.Module, adapter_name: str, config: MoEL
     """
     layers = adapted_layers(model, adapter_name)
     empty = any(_on_meta(layer) or layer.experts(adapter_name).factors()[0].is_meta for layer in layers.values())
-    if empty or _loading.get():
+    if empty or _loading.get() or config.weights_follow:
         return
     (process, size), names = this_process(), list(layers)
     bar = logging.tqdm(total=len(names), desc="Singular values of the base weights", disable=process != 0, delay=1)

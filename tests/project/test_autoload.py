@@ -1,0 +1,175 @@
+"""The entry point that torch calls: names are found without an import, and everything else is as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+
+import ds_moelora_autoload
+from ds_moelora.tuner.files.loading import LoadUnderWay
+from ds_moelora.tuner.start import svd_init
+
+from ..support.adapter_support import adapted, batch, llama
+from ..support.goat import GOAT
+
+ROOT = Path(__file__).resolve().parents[2]
+ENTRY_POINT = "[torch.backends]\nds_moelora = ds_moelora_autoload:autoload\n"  # test_packaging.py: the wheel's
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A folder in which Python finds this package as installed."""
+    folder = tmp_path / "ds_moelora-0.1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: ds_moelora\nVersion: 0.1.0\n")
+    (folder / "entry_points.txt").write_text(ENTRY_POINT)
+    return tmp_path
+
+
+def run_python(code: str, *path: Path, **env: str) -> list[str]:
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "DS_ACCELERATOR": "cpu", **env}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, cwd=path[0])
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if line.startswith("> ")]
+
+
+LOOK_UPS = """
+import sys, json, torch
+found = {"after torch": "ds_moelora" in sys.modules}
+try:
+    torch.optim.Gate
+except AttributeError as error:
+    found["torch"] = [str(error), error.name, error.obj is torch.optim]
+import peft
+try:
+    peft.PEFT_TYPE_TO_CONFIG_MAPPING["MOE"]
+except KeyError as error:
+    found["peft"] = error.args
+found["LoRA"] = peft.PEFT_TYPE_TO_CONFIG_MAPPING["LORA"].__name__
+found["after look-ups"] = "ds_moelora" in sys.modules
+print("> " + json.dumps(found))
+"""
+
+
+def test_other_names_are_looked_up_as_before(installed: Path) -> None:
+    on, off = (json.loads(run_python(LOOK_UPS, *path)[0][2:]) for path in ((installed, ROOT), (ROOT,)))
+    assert on == off
+    assert not on["after look-ups"]
+
+
+ASKS = """
+import sys, torch, peft
+try:
+    print("> " + peft.PEFT_TYPE_TO_CONFIG_MAPPING["MOELORA"].__name__)
+except KeyError as error:
+    print("> " + str(error))
+try:
+    print("> " + torch.optim.GateRiemannianSGD.__module__)
+except AttributeError as error:
+    print("> " + str(error))
+"""
+
+
+@pytest.mark.parametrize("switch", [None, "DS_MOELORA_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
+def test_our_names_are_found_unless_switched_off(switch: str | None, installed: Path) -> None:
+    found = run_python(ASKS, installed, ROOT, **({switch: "0"} if switch else {}))
+    if switch is None:
+        assert found == ["> MoELoRAConfig", "> ds_moelora.optimizer.riemannian"]
+    else:
+        assert found == ["> 'MOELORA'", "> module 'torch.optim' has no attribute 'GateRiemannianSGD'"]
+
+
+def test_a_package_that_cannot_be_imported_does_not_disturb_torch(installed: Path) -> None:
+    broken = installed / "broken"
+    (broken / "ds_moelora").mkdir(parents=True)
+    (broken / "ds_moelora" / "__init__.py").write_text("raise OSError('the disk is gone')\n")
+    (broken / "ds_moelora_autoload.py").symlink_to(ROOT / "ds_moelora_autoload.py")
+    code = """
+import torch, peft
+print(">", torch.ones(2).sum().item(), hasattr(torch.optim, "Other"))
+for _ in range(2):
+    try:
+        torch.optim.GateRiemannianAdamW
+    except OSError as error:
+        print(">", error)
+"""
+    assert run_python(code, installed, broken) == ["> 2.0 False", *["> the disk is gone"] * 2]
+
+
+def test_its_own_failure_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.delitem(sys.modules, "torch.optim")
+    ds_moelora_autoload.autoload()
+    assert "ds_moelora is not found by name here" in caplog.text
+    caplog.clear()
+    ds_moelora_autoload._watch_types(types.ModuleType("peft.mapping"))  # without the table
+    assert "ds_moelora is not found by name here" in caplog.text
+
+
+def test_another_packages_look_up_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    optim = types.ModuleType("torch.optim")
+    optim.__getattr__ = lambda name: f"theirs: {name}"  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "torch.optim", optim)
+    for _ in range(2):
+        ds_moelora_autoload.autoload()
+        assert optim.Other == "theirs: Other"
+    assert optim.__getattr__.__module__ == "ds_moelora_autoload"
+
+
+ENGINE = """
+import torch, deepspeed
+from peft import LoraConfig, get_peft_model
+model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config={
+    "train_batch_size": 1, "zero_optimization": {"stage": 2}, "optimizer": {"type": "GateRiemannianAdamW"}})
+engine.backward(engine(torch.ones(1, 4)).sum())
+engine.step()
+print("\\n>", type(engine.basic_optimizer).__name__, len(engine.basic_optimizer._factors))
+"""
+
+
+def test_one_word_in_a_deepspeed_config_is_all(installed: Path) -> None:
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    assert run_python(ENGINE, installed, ROOT, **ranks) == ["> GateRiemannianAdamW 2"]
+
+
+@pytest.mark.parametrize("options", [{}, GOAT], ids=["LoRA's start", "GOAT's start"])
+def test_peft_loads_an_adapter_without_an_import(options: dict, installed: Path) -> None:
+    model = adapted(llama, **options)
+    llama().save_pretrained(installed / "base")
+    model.save_pretrained(installed / "adapter")
+    torch.save(batch(), installed / "batch.pt")
+    with torch.no_grad():
+        torch.save(model.eval()(**batch()).logits, installed / "logits.pt")
+    code = """
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter").eval()
+with torch.no_grad():
+    difference = model(**torch.load("batch.pt")).logits - torch.load("logits.pt")
+print(">", difference.abs().max().item() < 1e-5, model.peft_config["default"].weights_follow)
+"""
+    assert run_python(code, installed, ROOT) == ["> True False"]
+
+
+def test_the_first_load_decomposes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted(llama, **GOAT).save_pretrained(tmp_path)
+    config = LoadUnderWay.from_pretrained(tmp_path)
+
+    def decompose(*args: object) -> None:
+        raise AssertionError("decomposed a weight")
+
+    monkeypatch.setattr(svd_init, "singular_triplets", decompose)
+    get_peft_model(llama(), config)
+    config.weights_follow = False
+    with pytest.raises(ValueError, match="decomposed a weight"):
+        get_peft_model(llama(), config)
