@@ -15,6 +15,7 @@ import torch
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
 from ds_moelora.expert_parallel.spec import check_ep_size
+from ds_moelora.optimizer.guard import OURS
 from ds_moelora.pairs import GATE_SCALINGS
 from launch.checkpoint.resume import check_output_dir
 from launch.checks.arguments import Arguments, non_defaults
@@ -37,7 +38,6 @@ FILLED_IN = {
     "adam_beta2": "betas",
 }
 LOST_RANK_SECONDS = (6, 3600)  # keepalive counts in whole seconds, and takes six of its intervals
-OURS = ("GateRiemannianAdamW", "GateRiemannianSGD")
 
 
 def read_deepspeed_config(path: str) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _check_our_params(path: str, name: str, params: dict[str, Any], optimizer_cl
     gate_scaling = params.get("gate_scaling", "sqrt")
     if gate_scaling not in GATE_SCALINGS:
         raise UserError(f"{path}: gate_scaling {gate_scaling!r} is unknown; choose one of: {', '.join(GATE_SCALINGS)}.")
-    for key in ("damping", "gate_lr_scale"):
+    for key in ("damping", "gate_lr_scale", "aux_lr"):
         value = params.get(key, 1.0)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             raise UserError(f"{path}: {key} is {value!r}; it must be a finite number that is not negative.")

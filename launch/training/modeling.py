@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from transformers import (
 )
 
 import ds_moelora
+from ds_moelora.tuner.flags import config_from_flags, is_pattern
 from launch.checks.arguments import Arguments, non_defaults
 from launch.checks.errors import UserError, say
 from launch.checks.flags import AdapterArguments
@@ -42,7 +41,6 @@ TASK_TYPES = {
     "image-classification": None,
     "image-text-to-text": TaskType.CAUSAL_LM,
 }
-PATTERNS = ("rank_pattern", "alpha_pattern", "num_experts_pattern", "top_k_pattern")
 # Of an adapter that is trained further: what is this run's own choice, not part of what was saved.
 OF_THE_RUN = (
     *("lora_dropout", "router_aux_loss_coef", "router_z_loss_coef", "router_jitter", "ep_size", "ep_dispatch"),
@@ -111,33 +109,10 @@ def adapter_config(adapter: AdapterArguments, task: str) -> Any:
     Raises:
         UserError: a value outside its bounds.
     """
-    values = {item.name: getattr(adapter, item.name) for item in fields(adapter)}
-    values |= {name: _read_pattern(name, values[name]) for name in PATTERNS}
-    # A single plain name means "modules called so"; a string would be a regular expression for the full path.
-    if adapter.target_modules == ["all-linear"] or _is_pattern(adapter.target_modules):
-        values["target_modules"] = adapter.target_modules[0]
-    start = adapter.init_lora_weights
-    values["init_lora_weights"] = {"true": True, "false": False}.get(start.lower(), start)
-    values["modules_to_save"] = adapter.modules_to_save or None
     try:
-        return ds_moelora.MoELoRAConfig(task_type=TASK_TYPES[task], **values)
+        return config_from_flags(vars(adapter), task_type=TASK_TYPES[task])
     except (ValueError, TypeError) as error:
         raise UserError(f"adapter: {error}") from error
-
-
-def _is_pattern(targets: list[str]) -> bool:
-    """Whether `--target_modules` is one regular expression for full names."""
-    return len(targets) == 1 and re.fullmatch(r"[\w.-]+", targets[0]) is None
-
-
-def _read_pattern(flag: str, value: Any) -> Any:
-    """A pattern from the command line (JSON) or a recipe (a mapping, as it is); {} without one."""
-    if not isinstance(value, str):
-        return value or {}
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--{flag} {value} is not JSON ({error}); write e.g. '{{\"q_proj\": 4}}'.") from error
 
 
 def check_model(arguments: Arguments, config: Any, skeleton: PreTrainedModel) -> PeftModel:
@@ -155,7 +130,7 @@ def check_model(arguments: Arguments, config: Any, skeleton: PreTrainedModel) ->
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), head]))
         if config.target_modules == "all-linear":
             config.exclude_modules = rf"(.*\.)?{head}(\..*)?"
-    elif run.task == "image-text-to-text" and not _is_pattern(arguments.adapter.target_modules):
+    elif run.task == "image-text-to-text" and not is_pattern(arguments.adapter.target_modules):
         config.exclude_modules = outside_text(skeleton)
     elif run.task == "sequence-classification" and config.target_modules == "all-linear":
         config.exclude_modules = TEXT_HEADS

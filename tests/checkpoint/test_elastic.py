@@ -110,7 +110,7 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["GateRiemannianAdamW", "GateRiemannianSGD", "AdamW"])
+@pytest.mark.parametrize("kind", ["GateRiemannianAdamW", "GateRiemannianSGD", "GateRiemannianMuon", "AdamW"])
 @pytest.mark.parametrize("chain", list(CHAINS))
 def test_goes_on_in_other_topologies(chain: str, kind: str, tmp_path: Path, record_property: Any) -> None:
     whole = uninterrupted(kind)
@@ -153,6 +153,8 @@ EXACT = {
         "more": {"data_types": {"grad_accum_dtype": "fp32"}},
     },
     "stage 1, SGD": {"stage": 1, "kind": "GateRiemannianSGD"},
+    "stage 2, Muon, ep 2": {"stage": 2, "ep_size": 2, "kind": "GateRiemannianMuon"},
+    "stage 3, Muon, sub-groups of 50": {"stage": 3, "kind": "GateRiemannianMuon", "zero": {"sub_group_size": 50}},
     "stage 1, fp16, ep 2": {"stage": 1, "ep_size": 2, "precision": "fp16"},
     "stage 2": {"stage": 2},
     "stage 2, bf16, ep 2": {"stage": 2, "ep_size": 2, "precision": "bf16"},

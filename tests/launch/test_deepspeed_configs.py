@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from ds_moelora.optimizer.guard import OURS
 from launch.checks.arguments import Arguments, parse_arguments
 from launch.checks.preflight import check_optimizer
 from launch.demo import defaults
@@ -109,12 +110,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
 }
 PARAMS = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
-OURS = ("GateRiemannianAdamW", "GateRiemannianSGD")
 
 
 def named(config: dict[str, Any], kind: str) -> dict[str, Any]:
     """The config with an optimizer, which is the one word that a user writes."""
-    params = dict.fromkeys(("lr", "weight_decay"), "auto") if kind == "GateRiemannianSGD" else PARAMS
+    params = PARAMS if kind.endswith("AdamW") else dict.fromkeys(("lr", "weight_decay"), "auto")
     return {**copy.deepcopy(config), "optimizer": {"type": kind, "params": dict(params)}}
 
 
@@ -193,7 +193,7 @@ def train_with(configs: dict[str, dict[str, Any]]) -> dict[str, tuple[str, bool]
 
 @pytest.mark.dist
 def test_it_trains() -> None:
-    kinds = {name: OURS[i % 2] for i, name in enumerate(CONFIGS)}
+    kinds = {name: OURS[i % len(OURS)] for i, name in enumerate(CONFIGS)}
     configs = {name: named(CONFIGS[name], kind) for name, kind in kinds.items()}
     for found in run_on_ranks(2, train_with, configs=configs):
         assert found == {name: (kind, True) for name, kind in kinds.items()}
