@@ -17,7 +17,7 @@ import torch
 from ds_moelora.optimizer.guard import OURS
 from launch.checkpoint.saving import say_optimizer
 from launch.checks.arguments import Arguments, parse_arguments
-from launch.checks.preflight import check_optimizer
+from launch.checks.deepspeed_config import check_optimizer
 from launch.demo import defaults
 from tests.support.mixture import SHAPES, Stack, batches
 from tests.support.ranks import run_on_ranks
