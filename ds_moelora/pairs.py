@@ -82,9 +82,8 @@ class LoraPair:
         num_experts: E; 1 for plain LoRA.
         rank: r of one expert.
         scaling: s in `s * B A`.
-        rank_first_A: False: A is (E, in, r), as MoE-LoRA stores it. True: A is (E r, in), as PEFT stores it.
-        experts_last_B: False: B is (E, out, r), or (out, r). True: B is (out, r E), as PEFT stores it for a base
-            model's stacked experts: expert e's columns are e, e + E, e + 2 E, ...
+        rank_first_A: False: A is (E, in, r), as MoE-LoRA stores it. True: A is (r, in), as PEFT stores it (E = 1).
+            B is always (E, out, r), or (out, r).
         gate: the layer's gate settings; None where there is no gate (plain LoRA).
         awaits: name of an optimizer that was built for the pair and has not run yet; "" otherwise.
     """
@@ -94,7 +93,6 @@ class LoraPair:
     rank: int
     scaling: float = 1.0
     rank_first_A: bool = False
-    experts_last_B: bool = False
     gate: GateSettings | None = None
     awaits: str = field(default="", init=False, repr=False)
 
@@ -113,9 +111,8 @@ def tag_pair(
     Raises:
         ValueError: the shapes do not fit `pair`.
     """
-    rank_of_A = lora_A.shape[0] // pair.num_experts if pair.rank_first_A else lora_A.shape[-1]
+    rank_of_A = lora_A.shape[0] if pair.rank_first_A else lora_A.shape[-1]
     rank_of_B = lora_B.shape[1] if pair.rank_first_A else lora_B.shape[-1]
-    rank_of_B //= pair.num_experts if pair.experts_last_B else 1
     if lora_A.numel() and lora_B.numel() and (rank_of_A != pair.rank or rank_of_B != pair.rank):
         raise ValueError(
             f"{pair.name}: lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not both have rank "

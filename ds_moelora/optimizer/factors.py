@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
@@ -15,12 +14,10 @@ REMEDY = (
     "both lora_A and lora_B (model.parameters() that require gradients)."
 )
 
-Layout = Literal["rank last", "rank first", "experts last"]  # (E, n, r), (E, r, n), (n, r, E)
-
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """A trained parameter that is the A or B of a pair: E n r elements, n = in or out.
+    """A trained parameter that is the A or B of a pair: (E, n, r) elements, n = in or out.
 
     Args:
         param: as the model has it. pair, role: its tag; the role is "A" or "B".
@@ -43,11 +40,9 @@ class Factor:
         return self.pair.rank
 
     @property
-    def layout(self) -> Layout:
-        """How its elements follow each other."""
-        if self.role == "A":
-            return "rank first" if self.pair.rank_first_A else "rank last"
-        return "experts last" if self.pair.experts_last_B else "rank last"
+    def rank_first(self) -> bool:
+        """Stored (r, n) instead of (E, n, r)."""
+        return self.pair.rank_first_A and self.role == "A"
 
 
 def collect_pairs(members: Mapping[int, Sequence[nn.Parameter]]) -> list[Factor]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from ..optimizer.guard import OURS
@@ -24,8 +20,7 @@ def tag_lora_pairs(model: nn.Module) -> int:
 
     Call it for an optimizer that you build yourself on PEFT's `LoraConfig`. One that DeepSpeed builds from its config
     needs no call (`tag_before_building`), and MoE-LoRA layers tag themselves. Convolutions are pairs as well:
-    flattened, A is (r, in * kernel) and B (out, r). LoRA on a base model's stacked experts (`target_parameters`) is E
-    pairs, expert by expert. Left alone: DoRA's magnitudes, biases, and, with a warning that
+    flattened, A is (r, in * kernel) and B (out, r). Left alone: DoRA's magnitudes, biases, and, with a warning that
     names them, embeddings and other variants that are not one product of two matrices.
 
     Args:
@@ -81,10 +76,7 @@ def _tag(model: nn.Module) -> int:
 
 
 def _tag_plain_lora(name: str, layer: LoraLayer, adapter: str) -> bool:
-    """Tags one adapter of one PEFT LoRA layer; False if it is not a pair, or E pairs in the layout that is known.
-
-    A pair is A (r, ...) and B (out, r, 1...); of a base model's stacked experts A (E r, in) and B (out, r E).
-    """
+    """Tags one adapter of one PEFT LoRA layer; False if it is not a pair (A: (r, ...), B: (out, r, 1...))."""
     if adapter not in layer.lora_A or adapter not in layer.lora_B:
         return False
     lora_A = getattr(layer.lora_A[adapter], "weight", None)
@@ -92,41 +84,16 @@ def _tag_plain_lora(name: str, layer: LoraLayer, adapter: str) -> bool:
     if not isinstance(lora_A, nn.Parameter) or not isinstance(lora_B, nn.Parameter):
         return False
     rank, shape_A, shape_B = layer.r[adapter], _whole_shape(lora_A), _whole_shape(lora_B)
-    num_experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
     is_matrix_B = len(shape_B) >= 2 and all(size == 1 for size in shape_B[2:])
-    if not is_matrix_B or not shape_A[0] == shape_B[1] == rank * num_experts:
-        return False
-    if num_experts > 1 and not stacks_as_expected():
+    if not is_matrix_B or shape_A[0] != rank or shape_B[1] != rank:
         return False
     # The same object again where there is one: an optimizer may hold it.
     pair: Any = getattr(lora_A, "lora_pair", None)
     if not (isinstance(pair, LoraPair) and pair is getattr(lora_B, "lora_pair", None)):
-        pair = LoraPair(
-            name=name, num_experts=num_experts, rank=rank, rank_first_A=True, experts_last_B=num_experts > 1
-        )
+        pair = LoraPair(name=name, num_experts=1, rank=rank, rank_first_A=True)
     pair.name, pair.rank, pair.scaling = name, rank, float(layer.scaling[adapter])
     tag_pair(pair, lora_A, lora_B)
     return True
-
-
-@functools.cache
-def stacks_as_expected() -> bool:
-    """Whether the PEFT at hand stacks experts as `LoraPair` says: tried on two experts of a tiny module."""
-
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(2, 3, 5))
-
-    with torch.random.fork_rng(devices=[]):
-        model = nn.ModuleDict({"experts": Experts()})
-        get_peft_model(model, LoraConfig(r=2, lora_alpha=2, target_parameters=["experts.weight"]))  # type: ignore[arg-type]
-    (layer,) = (module for module in model.modules() if isinstance(module, ParamWrapper))
-    A, B = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
-    B.copy_(torch.arange(B.numel()).view_as(B))
-    product = torch.stack([B[:, e::2] @ A[2 * e : 2 * e + 2] for e in range(2)])
-    found = layer.get_delta_weight("default").detach()
-    return any(found.shape == p.shape and torch.allclose(found, p) for p in (product, product.mT))
 
 
 def _whole_shape(param: Tensor) -> tuple[int, ...]:

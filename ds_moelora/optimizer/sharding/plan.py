@@ -5,7 +5,7 @@ Built once from placements, on the host, then executed in every step by `exchang
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..factors import Factor, Layout
-from ..kernels.cpp import RANKS, RowLayout
+from ..factors import Factor
+from ..kernels.cpp import RowLayout
 from .placement import Placement, expert_blocks, split_slice
 
 # A product over this many elements is long enough to hide what a call costs, and its operands still fit in a cache.
@@ -24,7 +24,7 @@ MERGED_NUMEL = 1 << 18
 class RowBlock(NamedTuple):
     """`rows` whole rows of each of `experts` consecutive experts, in the flat tensor of `source`.
 
-    Unless experts come last, they may be those of several factors that lie one behind the other.
+    The experts may be those of several factors that lie one behind the other.
     """
 
     source: Hashable
@@ -32,22 +32,21 @@ class RowBlock(NamedTuple):
     experts: int
     rows: int
     rank: int
-    layout: Layout
+    transposed: bool
 
     @property
     def end(self) -> int:
         return self.offset + self.experts * self.rows * self.rank
 
     def view(self, flat: Tensor) -> Tensor:
-        E, r, rows = self.experts, self.rank, self.rows
-        strides = {"rank last": (rows * r, r, 1), "rank first": (rows * r, 1, rows), "experts last": (1, r * E, E)}
-        return flat.as_strided((E, rows, r), strides[self.layout], flat.storage_offset() + self.offset)
+        r, rows = self.rank, self.rows
+        strides = (1, 1, rows) if self.transposed else (rows * r, r, 1)
+        return flat.as_strided((self.experts, rows, r), strides, flat.storage_offset() + self.offset)
 
     def continued_by(self, other: RowBlock) -> bool:
         """True if `other` lies directly behind, looks the same, and both together are not too many for the caches."""
-        same = (self.source, self.rows, self.rank, self.layout) == (*other[:1], *other[3:])
-        near = self.end == other.offset and other.end - self.offset <= MERGED_NUMEL
-        return same and near and self.layout != "experts last"
+        same = (self.source, self.rows, self.rank, self.transposed) == (*other[:1], *other[3:])
+        return same and not self.transposed and self.end == other.offset and other.end - self.offset <= MERGED_NUMEL
 
 
 class Index(list[int]):
@@ -65,11 +64,11 @@ class RowBlocks:
     """All blocks of equal rank, as few as possible, and the r x r matrix of every expert in them.
 
     Args:
-        rank: r of all of them. for_kernels: their layout is one that the C++ kernels know.
+        rank: r of all of them.
     """
 
-    def __init__(self, rank: int, for_kernels: bool) -> None:
-        self.rank, self.for_kernels = rank, for_kernels and rank in RANKS
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
         self.blocks: list[RowBlock] = []
         self.matrix = Index()  # (to add to, or to multiply by) among those of equal rank
 
@@ -88,7 +87,7 @@ class RowBlocks:
     @cached_property
     def layout(self) -> RowLayout:
         """For the C++ kernels."""
-        return RowLayout([(b.experts, b.rows, b.layout == "rank first") for b in self.blocks], self.matrix)
+        return RowLayout([(b.experts, b.rows, b.transposed) for b in self.blocks], self.matrix)
 
 
 @dataclass
@@ -156,13 +155,7 @@ class StepPlan:
     ) -> None:
         self.factors, self.places, self.due, self.active = factors, places, set(due), set(active)
         self.units = list(dict.fromkeys(places[i].unit for i in (*due, *active)))
-        # (factor, expert) whose matrix is stored rank first, and cut between processes
-        self.assembled = [
-            (i, expert)
-            for i in sorted(self.due | self.active)
-            if factors[i].layout == "rank first"
-            for expert in places[i].cut_rows(self.expert_numel(i))
-        ]
+        self.assembled = [i for i in sorted(self.due | self.active) if factors[i].rank_first and places[i].is_cut]
         active = sorted(active, key=lambda i: factors[i].partner not in self.due)  # stable
         partners = dict.fromkeys(factors[i].partner for i in active)
         self.carried = [i for i in partners if i not in self.due]  # taken by an earlier call of the same step
@@ -207,78 +200,45 @@ class StepPlan:
                 rows.gram_offset[rank] = self.numel
                 self.numel += count * rank * rank
 
-    def expert_numel(self, i: int) -> int:
-        """Elements of one expert of factor i."""
-        return self.places[i].numel // self.factors[i].num_experts
-
-    def part_of_expert(self, i: int, expert: int) -> tuple[slice, slice]:
-        """What this process owns of an expert of factor i: where in its unit's flat tensor, and where in the expert."""
-        p, numel = self.places[i], self.expert_numel(i)
-        start, stop = max(p.start, expert * numel), min(p.stop, (expert + 1) * numel)
-        stop, local = max(start, stop), p.local_offset - p.start
-        return slice(local + start, local + stop), slice(start - expert * numel, stop - expert * numel)
+    def _rows_per_expert(self, i: int) -> int:
+        return self.places[i].numel // (self.factors[i].num_experts * self.factors[i].rank)
 
     def _blocks(self, rows: Rows, assembled: bool) -> list[RowBlocks]:
-        found: dict[tuple[int, bool], RowBlocks] = {}
+        found: dict[int, RowBlocks] = {}
         for i in sorted(rows.first):  # as they lie in memory
-            f = self.factors[i]
-            for_kernels = f.layout != "experts last"
-            blocks = found.setdefault((f.rank, for_kernels), RowBlocks(f.rank, for_kernels))
-            for expert, block in self._assembled_blocks(i) if assembled else self._own_blocks(i):
-                blocks.add(block, rows.first[i] + expert)
+            f, p, n, matrix = self.factors[i], self.places[i], self._rows_per_expert(i), rows.first[i]
+            if (i in self.assembled) != assembled:
+                continue
+            blocks = found.setdefault(f.rank, RowBlocks(f.rank))
+            if assembled:
+                blocks.add(RowBlock(("assembled", i), 0, 1, n, f.rank, True), matrix)
+            elif f.rank_first:
+                if p.start < p.stop:
+                    blocks.add(RowBlock(p.unit, p.local_offset, 1, n, f.rank, True), matrix)
+            else:
+                _, first_row, num_rows = split_slice(p.start, p.stop, f.rank)
+                base = p.local_offset + first_row * f.rank - p.start
+                for expert, count, row, per_expert in expert_blocks(first_row, num_rows, n):
+                    block = RowBlock(p.unit, base + row * f.rank, count, per_expert, f.rank, False)
+                    blocks.add(block, matrix + expert)
         return [blocks for blocks in found.values() if blocks.blocks]
 
-    def _assembled_blocks(self, i: int) -> Iterator[tuple[int, RowBlock]]:
-        """(expert, its block)."""
-        f = self.factors[i]
-        for expert in (expert for j, expert in self.assembled if j == i):
-            rows = self.expert_numel(i) // f.rank
-            yield expert, RowBlock(("assembled", i, expert), 0, 1, rows, f.rank, f.layout)
-
-    def _own_blocks(self, i: int) -> Iterator[tuple[int, RowBlock]]:
-        """(first expert, block) of what this process has whole."""
-        f, p, numel = self.factors[i], self.places[i], self.expert_numel(i)
-        local, rows = p.local_offset - p.start, numel // f.rank
-        if f.layout == "rank first":
-            _, first, count = split_slice(p.start, p.stop, numel)
-            if count:
-                yield first, RowBlock(p.unit, local + first * numel, count, rows, f.rank, f.layout)
-        elif f.layout == "experts last":
-            width = f.num_experts * f.rank
-            _, first, count = split_slice(p.start, p.stop, width)
-            if count:
-                yield 0, RowBlock(p.unit, local + first * width, f.num_experts, count, f.rank, f.layout)
-        else:
-            _, first, count = split_slice(p.start, p.stop, f.rank)
-            for expert, experts, row, per_expert in expert_blocks(first, count, rows):
-                offset = local + (first + row) * f.rank
-                yield expert, RowBlock(p.unit, offset, experts, per_expert, f.rank, f.layout)
-
     def _cut_rows(self, rows: Rows) -> None:
-        """Slots in the exchange buffer for every cut row of the group, and this process's pieces of them.
-
-        Where experts come last, a cut row is one of all experts: E rows in the buffer, one behind the other.
-        """
+        """Slots in the exchange buffer for every cut row of the group, and this process's pieces of them."""
         for rank, indices in rows.order.items():
             cut, slots = CutRows(rank, self.numel), {}
-            indices = [i for i in indices if self.factors[i].layout != "rank first"]
+            indices = [i for i in indices if not self.factors[i].rank_first]
             for i in indices:
-                experts, per_expert = self._experts_in_a_row(i), self.expert_numel(i) // rank
-                for row in self.places[i].cut_rows(rank * experts):
+                for row in self.places[i].cut_rows(rank):
                     slots[i, row] = self.numel + len(cut.matrix) * rank
-                    first = rows.first[i] + (row // per_expert if experts == 1 else 0)
-                    cut.matrix.extend(range(first, first + experts))
+                    cut.matrix.append(rows.first[i] + row // self._rows_per_expert(i))
             for i in indices:
-                p, experts = self.places[i], self._experts_in_a_row(i)
-                for piece in split_slice(p.start, p.stop, rank * experts)[0]:
-                    at, local = slots[i, piece.row], p.local_offset + piece.offset
+                p = self.places[i]
+                for piece in split_slice(p.start, p.stop, rank)[0]:
+                    at, local = slots[i, piece.row] + piece.column, p.local_offset + piece.offset
                     unit = rows.copies.setdefault(p.unit, Copies())
                     unit.local.extend(range(local, local + piece.length))
-                    columns = range(piece.column, piece.column + piece.length)
-                    unit.buffer.extend(at + c % experts * rank + c // experts for c in columns)
+                    unit.buffer.extend(range(at, at + piece.length))
             if cut.matrix:
                 rows.cut.append(cut)
                 self.numel += len(cut.matrix) * rank
-
-    def _experts_in_a_row(self, i: int) -> int:
-        return self.factors[i].num_experts if self.factors[i].layout == "experts last" else 1
