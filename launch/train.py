@@ -83,12 +83,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     watch.reached("the loading of the model")
     stopping = Stopping(arguments.run.stop_after_nan_steps)
     status = saving.StatusFile(arguments.run.status_file)
-    callbacks: list[TrainerCallback] = [trainers.OptimizerGuard(optimizer), stopping, status, watchdog.Progress(watch)]
+    callbacks: list[TrainerCallback] = [status, watchdog.Progress(watch)]
     if arguments.demo:
         callbacks.append(demo.ExactMatch(processor))
     hub = HubUpload(arguments.training)
     callbacks.append(hub)
-    trainer = trainers.build_trainer(arguments, model, processor, made.train, evaluation, callbacks)
+    trainer = trainers.build_trainer(arguments, model, processor, made.train, evaluation, callbacks, stopping)
     guard_curves(trainer)
     if trainer.is_world_process_zero():
         report.print_truncation(trainer.truncation)
