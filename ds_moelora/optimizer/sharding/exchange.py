@@ -89,8 +89,9 @@ class ShardedPreconditioner:
             plan_key = (key, frozenset(units), frozenset(due))
             if plan_key not in self._plans:
                 mine = {i for i in pairs if id(self.places[i].group) == key}
-                parts = ([i for i in indices if i in mine] for indices in (due, active))
-                self._plans[plan_key] = StepPlan(self.factors, self.places, *parts, self.gradient_grams)
+                own_due, own_active = ([i for i in indices if i in mine] for indices in (due, active))
+                plan = StepPlan(self.factors, self.places, own_due, own_active, self.gradient_grams)
+                self._plans[plan_key] = plan
             call = GroupCall(self._plans[plan_key], self.flat, group, self.comm_device, self.kernels)
             stepped |= call.apply(self._row_matrices(call.plan, *call.grams()), adamw)
         return stepped
