@@ -149,7 +149,8 @@ def swift_cases() -> Iterator[Case]:
         ("MoE-LoRA", "swift sft --tuner_type moelora", "--tuner_type moelora"),
         ("MoE-LoRA", "swift sft --adapters from init-adapter", "--tuner_type moelora --adapters start"),
     ):
-        plain = f"{common} {tuner}"
+        reentrant = "" if adapter == "LoRA" else ' --gradient_checkpointing_kwargs {"use_reentrant":false}'
+        plain = f"{common} {tuner}{reentrant}"
         yield Case(
             "ms-swift",
             "swift",
@@ -199,14 +200,13 @@ def loop_cases() -> Iterator[Case]:
             f"{TORCHRUN} {script} {zero}",
             f"{TORCHRUN} {HERE}/unsharded.py {script}",
         )
-        launch = "accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --use_deepspeed"
         yield Case(
             "accelerate",
             "trl",
             "Accelerator, DummyOptim",
             adapter,
             STAGES[adapter],
-            f"{launch} --deepspeed_config_file assets/loop{{stage}}.json {HERE}/accelerate_loop.py {kind} {{out}}",
+            f"accelerate launch --config_file assets/accelerate{{stage}}.json {HERE}/accelerate_loop.py {kind} {{out}}",
             plain,
             adamw,
         )

@@ -15,6 +15,16 @@ OURS = "GateRiemannianAdamW"
 SIZES = {"hidden_size": 32, "intermediate_size": 50, "num_hidden_layers": 3}
 ADAPTER = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"]}
 NUM_EXPERTS = 3
+# What `accelerate config` would write, for two processes on CPUs.
+ACCELERATE = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "DEEPSPEED",
+    "use_cpu": True,
+    "num_machines": 1,
+    "num_processes": 2,
+    "machine_rank": 0,
+    "main_training_function": "main",
+}
 AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -69,7 +79,7 @@ def write_data(folder: Path) -> None:
 
 def write_configs(folder: Path) -> None:
     """stage0.json ... stage3.json, whose optimizer is ours; without optimizer block no_block0.json ...; and loop0.json
-    ..., without "auto", for loops that have no arguments to fill it from."""
+    ..., without "auto", for loops that have no arguments to fill it from, and accelerate0.json ... which name those."""
     auto = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
     for stage in range(4):
         zero = {"stage": stage, **({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {})}
@@ -78,6 +88,12 @@ def write_configs(folder: Path) -> None:
         config["optimizer"] = {"type": OURS, "params": auto}
         (folder / f"stage{stage}.json").write_text(json.dumps(config, indent=1))
         (folder / f"loop{stage}.json").write_text(json.dumps(loop_config(stage), indent=1))
+        (folder / f"accelerate{stage}.json").write_text(
+            json.dumps(
+                ACCELERATE
+                | {"deepspeed_config": {"deepspeed_config_file": f"assets/loop{stage}.json", "zero3_init_flag": False}}
+            )
+        )
 
 
 def loop_config(stage: int, micro_batch: int = 2) -> dict[str, Any]:

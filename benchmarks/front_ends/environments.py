@@ -43,7 +43,7 @@ ENVIRONMENTS = {
         files=("torchaudio/lib/*.so",),  # torchaudio, which LLaMA-Factory imports, does without
     ),
     "swift": Environment(("ms-swift==4.6.0", "deepspeed==0.19.8", "rich")),
-    # Its own pins, without what needs a GPU (xformers, triton, liger-kernel, fla) or is not used here (gradio, modal).
+    # Its own pins, without what needs a GPU (xformers, liger-kernel, fla) or is not used here (gradio, modal).
     "axolotl": Environment(
         (
             *("packaging==26.0", "huggingface_hub==1.17.0", "peft==0.20.0", "tokenizers==0.23.1"),
@@ -55,7 +55,7 @@ ENVIRONMENTS = {
             *("schedulefree==1.4.1", "axolotl-contribs-lgpl==0.0.7", "axolotl-contribs-mit==0.0.6"),
             *("posthog==6.7.11", "mistral-common==1.11.5", "sentencepiece", "deepspeed>=0.18.6,<0.19.0", "rich"),
         ),
-        alone=("axolotl==0.19.0", "bitsandbytes==0.50.2", "torchao==0.17.0"),
+        alone=("axolotl==0.19.0", "bitsandbytes==0.50.2", "torchao==0.17.0", "triton>=3.4.0,<3.8"),
     ),
     "lightning": Environment((*COMMON, "lightning==2.6.*")),
 }

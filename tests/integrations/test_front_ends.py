@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.front_ends import assets
-from benchmarks.front_ends.__main__ import Runner, all_cases, measure
+from benchmarks.front_ends.__main__ import LM_EVAL, Runner, all_cases, measure
 from benchmarks.front_ends.table import render
 from ds_moelora import MoELoRAConfig
 
@@ -32,12 +32,10 @@ def test_shards_cut_a_matrix(config: LoraConfig | MoELoRAConfig) -> None:
         model = LlamaForCausalLM(LlamaConfig(vocab_size=258, num_attention_heads=2, **assets.SIZES))
     params = [(name, p) for name, p in get_peft_model(model, config).named_parameters() if p.requires_grad]
     offset = -(-sum(p.numel() for _, p in params) // 4) * 2
-    for name, param in params:
-        if offset < param.numel():
-            break
-        offset -= param.numel()
-    assert "lora_" in name
-    assert offset % param.shape[-1]
+    while offset >= params[0][1].numel():
+        offset -= params.pop(0)[1].numel()
+    assert "lora_" in params[0][0]
+    assert offset % params[0][1].shape[-1]
 
 
 @pytest.mark.dist
@@ -57,4 +55,6 @@ def test_page_shows_the_results() -> None:
     with RESULTS.open() as file:
         rows = list(csv.DictReader(file))
     assert render(rows) in PAGE.read_text()
-    assert {(case.front_end, case.what) for case in all_cases()} == {(row["front_end"], row["what"]) for row in rows}
+    known = {(case.front_end, case.what, case.adapter) for case in all_cases()} | {tuple(LM_EVAL.values())[:3]}
+    assert {(row["front_end"], row["what"], row["adapter"]) for row in rows} <= known
+    assert all(float(row["deviation"]) < 1e-5 for row in rows)
