@@ -22,7 +22,8 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from ..mixture.choice import choose_products
-from ..mixture.mixture import Transport, mix
+from ..mixture.dense import DENSE
+from ..mixture.mixture import mix
 from ..mixture.operands import Operands, Products
 from .dispatch import choose_dispatch
 from .exchange import Exchanged
@@ -142,24 +143,21 @@ class ShardedExperts(MoE):
         if self.dispatch == "weights":
             self.gathers.start(self, self._dtype or _compute_dtype(x))
 
-    def mix(self, x: Tensor, gates: Tensor, base_out: Tensor, inplace: bool, **options: Any) -> Tensor:
+    def mix(self, x: Tensor, base_out: Tensor, inplace: bool, **options: Any) -> Tensor:
         """base_out + s * sum_i g_i(x) B_i A_i x over the experts of all processes; (T, I) -> (T, O).
 
         Every process of the group must call it equally often.
 
         Args:
-            gates: (T, E), as in `mixture.operands.Operands`, which takes `options`. All else as in `mixture.mix`.
+            options: `gates`, and what else `mixture.operands.Operands` takes. All else as in `mixture.mix`.
         """
         self._dtype = base_out.dtype
-        products, options = self._products(base_out.dtype), {"x": x, "gates": gates, **options}
+        here, options = self._products(base_out.dtype), {"x": x, **options}
         if self.dispatch == "weights":
-            gathered = Gathered(self, self.gathers)
-            transport: Transport = gathered
-            operands = gathered.operands(base_out.dtype, **options)
-        else:
-            operands = Operands(lora_A=self.lora_A, lora_B=self.lora_B, **options)
-            transport = Exchanged(self.group)
-        return mix(operands, base_out, inplace=inplace, products=products, transport=transport).y
+            gathered = Gathered(self, self.gathers, here)
+            return mix(gathered.operands(base_out.dtype, **options), base_out, inplace=inplace, products=gathered).y
+        operands = Operands(lora_A=self.lora_A, lora_B=self.lora_B, **options)
+        return mix(operands, base_out, inplace=inplace, products=Exchanged(self.group, here)).y
 
     def _products(self, dtype: torch.dtype) -> Products:
         """`expert_compute`, for "auto" by the size of what one product covers."""
@@ -177,9 +175,9 @@ class ShardedExperts(MoE):
         """
         rows, flat = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         gates = rows.new_full((len(rows), self.num_experts), 1 / self.num_experts, dtype=torch.float32)
-        gathered = Gathered(InitialFactors(self), Gathers())
+        gathered = Gathered(InitialFactors(self), Gathers(), DENSE)
         operands = gathered.operands(flat.dtype, x=rows, scaling=scaling, gates=gates)
-        return mix(operands, flat, transport=gathered).y.view(y.shape)
+        return mix(operands, flat, products=gathered).y.view(y.shape)
 
     def topology(self) -> Tensor:
         """[ep_size, distance between the ranks of a group]: which experts a rank's optimizer state belongs to.

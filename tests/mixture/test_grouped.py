@@ -24,7 +24,7 @@ def results(products: Products, tokens: int, top_k: int, settings: GateSettings,
         for shape in [(tokens, 5), (4, 5), (4, 5, 3), (4, 6, 3), (tokens, 6), (tokens, 6)]
     )
     leaves = [t.requires_grad_() for t in (x, W, A, B, base)]
-    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=0.7, gates=route(x @ W.t(), top_k).gates, settings=settings)
+    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=0.7, gates=route(x @ W.t(), top_k), settings=settings)
     y = mix(operands, base * 1 if inplace else base, inplace=inplace, products=products).y
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
