@@ -7,20 +7,15 @@ config and data. A flag that no line names is said, so that a new one of transfo
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
-from ds_moelora.checkpoint.record import IGNORE, REFUSE, SAY, Difference, adapter_record, verdict
+from ds_moelora.checkpoint.record import IGNORE, REFUSE, SAY, Difference, adapter_record, compare, plain, verdict
 from ds_moelora.checkpoint.record import TABLE as RUN_TABLE
-from ds_moelora.checkpoint.record import compare as compare_records
+from ds_moelora.redaction import is_secret, redact
 from launch.checks.arguments import Arguments
-
-HASHED_BYTES = 1 << 28  # of a larger data set, evenly spaced rows are hashed
-HASHED_ROWS = 4096
+from launch.cluster.agreement import fingerprint
 
 # Flags that cannot change what is trained.
 IGNORED = (
@@ -59,7 +54,6 @@ TABLE = (
     ("data.*", SAY),
     *RUN_TABLE,
 )
-SECRET = ("token", "key", "secret", "password")
 NOT_YET = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform")  # completed with the model
 
 
@@ -67,37 +61,28 @@ def settings(arguments: Arguments) -> dict[str, Any]:
     """Flags and DeepSpeed's config, as the command line and its files have them; nothing secret."""
     record: dict[str, Any] = {}
     for part in (arguments.run, arguments.scoring, arguments.training):
-        for field in dataclasses.fields(part):
-            name = f"flag.{field.name}"
-            hidden = any(word in field.name.split("_") for word in SECRET)
-            if not hidden and verdict(name, TABLE) != IGNORE:
-                record[name] = _plain(getattr(part, field.name))
+        record |= {f"flag.{field.name}": getattr(part, field.name) for field in dataclasses.fields(part)}
     path = arguments.training.deepspeed
     if isinstance(path, str | Path) and Path(path).is_file():
         record |= _flat("deepspeed", json.loads(Path(path).read_text()))
-    return {name: value for name, value in record.items() if verdict(name, TABLE) != IGNORE}
+    return {
+        name: plain(redact(value))
+        for name, value in record.items()
+        if verdict(name, TABLE) != IGNORE and not is_secret(name)
+    }
 
 
 def data_record(rows: Any) -> dict[str, Any]:
-    """Number and content of the rows that the trainer reads; of a stream the first one."""
-    digest = hashlib.sha256()
-    if not isinstance(rows, Dataset):
-        digest.update(repr(next(iter(rows), None)).encode())
-        return {"data.rows": None, "data.sha256": digest.hexdigest()}
-    table = rows.with_format("arrow")
-    size = rows.data.nbytes
-    chosen = table if size <= HASHED_BYTES else table.select(range(0, len(rows), max(len(rows) // HASHED_ROWS, 1)))
-    for batch in chosen.iter(1000):
-        for name in sorted(batch.column_names):
-            digest.update(repr((name, batch.column(name).to_pylist())).encode())
-    return {"data.rows": len(rows), "data.sha256": digest.hexdigest()}
+    """Number and content of the rows that the trainer reads; of a stream its first ones."""
+    count, digest = fingerprint(rows)
+    return {"data.rows": count, "data.digest": digest}
 
 
 def before_loading(saved: dict[str, Any], arguments: Arguments, config: Any) -> list[Difference]:
     """What differs, as far as it is known before the model is loaded."""
     mine = {**settings(arguments), **adapter_record(config)}
     mine = {name: value for name, value in mine.items() if not name.endswith(NOT_YET)}
-    return compare_records({name: value for name, value in saved.items() if name in mine}, mine, TABLE)
+    return compare({name: value for name, value in saved.items() if name in mine}, mine, TABLE)
 
 
 def _flat(name: str, value: Any) -> dict[str, Any]:
@@ -105,7 +90,3 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {name: value}
     return {key: part for inner in value for key, part in _flat(f"{name}.{inner}", value[inner]).items()}
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=lambda x: str(getattr(x, "value", x))))

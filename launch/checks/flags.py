@@ -141,12 +141,22 @@ class ScoringArguments:
     max_new_tokens: int = flag(64, "causal-lm: longest answer in tokens.")
 
 
+@dataclass
 class _Deferred:
-    """Training arguments that wait for the checks.
+    """This launcher's defaults, in training arguments that wait for the checks.
 
     `TrainingArguments.__post_init__` opens torch.distributed and parses the DeepSpeed config. It is put off to
     `start()`, so that everything that can be wrong is found before any rank waits for another.
     """
+
+    output_dir: str = flag("outputs/run", "Folder for the adapter, checkpoints, TensorBoard logs and the summary.")
+    optim: str | None = flag(None, "Only without an optimizer block in the DeepSpeed config: a transformers name.")
+    report_to: str = flag("tensorboard", "Where metrics go: tensorboard, none, or another integration's name.")
+    logging_first_step: bool = flag(True, "Log the first step.")
+    include_num_input_tokens_seen: str = flag("non_padding", "Count tokens: no, all or non_padding.")
+
+    def __post_init__(self) -> None:
+        """Left to `start()`."""
 
     def wants_bf16(self) -> bool:
         """`--bf16`, or what it is by default.
@@ -189,38 +199,22 @@ class _Deferred:
 
 @dataclass
 class CausalConfig(_Deferred, SFTConfig):
-    """TRL's `SFTConfig` with this launcher's defaults."""
+    """TRL's `SFTConfig`."""
 
     # The adapter's coefficient, not that of a mixture inside the base model: `AdapterArguments` has the flag.
     router_aux_loss_coef: float | None = field(default=None, init=False)
-    output_dir: str = flag("outputs/run", "Folder for the adapter, checkpoints, TensorBoard logs and the summary.")
-    optim: str | None = flag(None, "Only without an optimizer block in the DeepSpeed config: a transformers name.")
-    report_to: str = flag("tensorboard", "Where metrics go: tensorboard, none, or another integration's name.")
-    logging_first_step: bool = flag(True, "Log the first step.")
-    include_num_input_tokens_seen: str = flag("non_padding", "Count tokens: no, all or non_padding.")
-
-    def __post_init__(self) -> None:
-        """Left to `start()`."""
 
 
 @dataclass
 class HeadConfig(_Deferred, TrainingArguments):
-    """transformers' `TrainingArguments` with this launcher's defaults, for models with a classification head."""
+    """transformers' `TrainingArguments`, for models with a classification head."""
 
-    output_dir: str = flag("outputs/run", "Folder for the adapter, checkpoints, TensorBoard logs and the summary.")
-    optim: str | None = flag(None, "Only without an optimizer block in the DeepSpeed config: a transformers name.")
-    report_to: str = flag("tensorboard", "Where metrics go: tensorboard, none, or another integration's name.")
-    logging_first_step: bool = flag(True, "Log the first step.")
-    include_num_input_tokens_seen: str = flag("non_padding", "Count tokens: no, all or non_padding.")
     logging_steps: float = flag(10, "Log every so many steps.")
     bf16: bool | None = flag(None, "bf16 training. Default: where an accelerator supports it.")
     trust_remote_code: bool = flag(False, "Run code that a model's repository brings. Off unless you trust it.")
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON: what `from_pretrained` gets besides."}
     )
-
-    def __post_init__(self) -> None:
-        """Left to `start()`."""
 
 
 @dataclass

@@ -104,7 +104,10 @@ class Converter:
         for where, row in read_batch(batch, numbers, self.flag):
             self.left_out.add_columns(row, self.reads)
             more = {"tools": _tools(row, where) if self.has_tools else None, self.keep: row.get(self.keep)}
-            made += [{**more, "prompt": prompt, "completion": answer} for prompt, answer in self.pairs(row, where)]
+            try:
+                made += [{**more, "prompt": prompt, "completion": answer} for prompt, answer in self.pairs(row, where)]
+            except (TypeError, ValueError, LookupError) as error:  # such as a number where a list should be
+                raise user_error(error, where) from error
         return {name: [row[name] for row in made] for name in self.features}
 
     def pairs(self, row: Row, where: str) -> Iterator[Pair]:
@@ -156,7 +159,7 @@ class Converter:
         yield messages, completion
 
     def _answers(self, messages: list[Row], where: str, row: Row) -> Iterator[Pair]:
-        """Every answer of the assistant that is to be trained, and all before it."""
+        """Every trained answer of the assistant, and all before it."""
         weights = [message.pop("weight", 1) for message in messages]
         if self.whole and 0 in weights:
             raise UserError(f"{where}: --completion_only_loss false trains all of a row, and a message has weight 0.")
@@ -216,7 +219,7 @@ def causal_rows(
             another kind, with its file and line. A stream's rows are looked at when they are read.
     """
     convert = Converter(rows, run, flag, tokenizer, keep, as_chat, whole)
-    # Not from the cache: what is left out is to be said in every run.
+    # Not from the cache: every run says what is left out.
     how = {} if isinstance(rows, IterableDataset) else {"desc": "Building prompts", "load_from_cache_file": False}
     how |= {"batched": True, "with_indices": True, "features": convert.features}
     try:

@@ -22,7 +22,7 @@ from launch.checks.flags import SCORED_TASKS, flag
 from launch.data.classification import class_options
 from launch.training import processors
 from launch.training.fit import check_weights
-from launch.training.modeling import AUTO_CLASSES, TASK_TYPES, pad_with
+from launch.training.modeling import TASK_TYPES, load_base
 from launch.training.processors import Processor
 from launch.training.report import SUMMARY_NAME
 
@@ -89,7 +89,7 @@ def find_source(flags: SourceArguments, task: str | None, classes: list[str] | N
         known = {str(kind.value if kind else None): name for name, kind in TASK_TYPES.items() if name in SCORED_TASKS}
         task = known.get(str(getattr(saved.task_type, "value", saved.task_type))) if saved else "causal-lm"
         if task is None:
-            raise UserError(f"{adapter} is for {saved.task_type}; say with --task what it is to be scored as.")
+            raise UserError(f"{adapter} is for {saved.task_type}; choose with --task how to score it.")
     if saved and task != "causal-lm" and not classes:
         places = [folder / SUMMARY_NAME for folder in (Path(adapter), Path(adapter).parent)]
         summary = next((json.loads(file.read_text()) for file in places if file.is_file()), {})
@@ -141,17 +141,8 @@ def load_for_inference(source: Source, processor: Processor) -> nn.Module:
         options = {"ignore_mismatched_sizes": source.adapter is not None, **class_options(source.classes)}
     if source.flags.attn_implementation is not None:
         options["attn_implementation"] = source.flags.attn_implementation
-    try:
-        model = AUTO_CLASSES[source.task].from_pretrained(
-            source.base,
-            revision=source.flags.revision,
-            trust_remote_code=source.flags.trust_remote_code,
-            dtype=source.dtype,
-            **options,
-        )
-    except Exception as error:  # damaged files raise what their format's library pleases
-        raise UserError(f"--model_name_or_path {source.base} cannot be loaded: {error}") from error
-    pad_with(model, processor)
+    options |= {"revision": source.flags.revision, "trust_remote_code": source.flags.trust_remote_code}
+    model = load_base(source.task, source.base, processor, dtype=source.dtype, **options)
     if source.adapter is not None:
         try:
             model = PeftModel.from_pretrained(model, source.adapter)

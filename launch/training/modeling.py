@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -201,7 +200,7 @@ def build_on_meta(arguments: Arguments, model_options: dict[str, Any]) -> PreTra
             return AUTO_CLASSES[run.task].from_config(config, trust_remote_code=trust, **attention)
     except UserError:
         raise
-    except Exception as error:  # a config of another kind raises what its model pleases
+    except Exception as error:  # a config of another kind can raise anything
         raise UserError(f"--model_name_or_path {run.model_name_or_path}: {_first_lines(error)}") from error
 
 
@@ -209,6 +208,22 @@ def _first_lines(error: Exception) -> str:
     """An error without the list of all classes that transformers adds."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) < 400 else f"{text[:400]} ..."
+
+
+def load_base(task: str, name: str, processor: Any, **options: Any) -> Any:
+    """A base model with its weights, which pads with the tokenizer's token if it has none of its own.
+
+    Raises:
+        UserError: weights that cannot be read, or that do not fit.
+    """
+    try:
+        model = AUTO_CLASSES[task].from_pretrained(name, **options)
+    except Exception as error:  # damaged files can raise anything
+        raise UserError(f"--model_name_or_path {name} cannot be loaded: {_first_lines(error)}") from error
+    tokenizer, config = tokenizer_of(processor), model.config.get_text_config()
+    if tokenizer is not None and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return model
 
 
 def load_model(arguments: Arguments, config: Any, model_options: dict[str, Any], processor: Any) -> PeftModel:
@@ -223,27 +238,17 @@ def load_model(arguments: Arguments, config: Any, model_options: dict[str, Any],
     # In fp32 unless mixed precision was asked for: a checkpoint's own bf16 would train the adapter in bf16 unasked.
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     options = {"dtype": dtype, **loading_options(arguments), **model_options}
+    options |= {"revision": run.revision, "trust_remote_code": training.trust_remote_code}
     options |= quantization.loading_options(run.load_in_4bit, dtype)
+    model = load_base(run.task, run.model_name_or_path, processor, **options)
     try:
-        model = AUTO_CLASSES[run.task].from_pretrained(
-            run.model_name_or_path, revision=run.revision, trust_remote_code=training.trust_remote_code, **options
-        )
-        pad_with(model, processor)
         if run.start_adapter is None:
             model = get_peft_model(model, config)
         else:
             model = PeftModel.from_pretrained(model, run.start_adapter, is_trainable=True, config=config)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        what = run.model_name_or_path if run.start_adapter is None else f"{run.model_name_or_path}, {run.start_adapter}"
-        raise UserError(f"--model_name_or_path {what} cannot be loaded: {_first_lines(error)}") from error
+    except Exception as error:
+        which = run.start_adapter or "a new adapter"
+        raise UserError(f"{which} does not fit {run.model_name_or_path}: {_first_lines(error)}") from error
     if run.load_in_4bit:
         quantization.settle(model)
     return model
-
-
-def pad_with(model: PreTrainedModel, processor: Any) -> None:
-    """Tells a model that has no padding token which one the tokenizer pads with."""
-    tokenizer = tokenizer_of(processor)
-    config = model.config.get_text_config()
-    if tokenizer is not None and getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = tokenizer.pad_token_id

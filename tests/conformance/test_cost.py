@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_moelora import GateRiemannianAdamW
+from ds_moelora import GateRiemannianAdamW, GateRiemannianMuon
 from ds_moelora.optimizer import preconditioner
 from ds_moelora.pairs import LoraPair, tag_pair
 
@@ -23,8 +23,14 @@ from ..support.training import engine_config, loraplus_groups, one_group, run_en
 WIDE = [(7, 5, 3, 3), (5, 1101, 2, 5), (1101, 7, 3, 3)]  # SHAPES with a hundredfold inner width
 
 
-def traffic(stage: int, world: int, model: Callable[[], nn.Module], groups: Any = one_group) -> list[list[Any]]:
-    config = engine_config(stage, "GateRiemannianAdamW")
+def traffic(
+    stage: int,
+    world: int,
+    model: Callable[[], nn.Module],
+    groups: Any = one_group,
+    kind: str = "GateRiemannianAdamW",
+) -> list[list[Any]]:
+    config = engine_config(stage, kind)
     return run_on_ranks(world, run_engine, config=config, model=model, groups=groups, steps=3)[0]["traffic"]
 
 
@@ -43,6 +49,26 @@ def test_bytes_do_not_depend_on_in_and_out(stage: int, world: int, report: Calla
         report(
             "Bytes of the one all-reduce per step",
             f"stage {stage} world {world} {width:6s}: {sorted(found)}; Gram matrices {grams}, cut rows at most {rows}",
+        )
+        assert all(grams <= nbytes <= grams + rows for nbytes in found)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bytes_of_muon(stage: int, report: Callable[[str, str], None]) -> None:
+    """One all-reduce where factors are stepped, of one float64 triangle for A, B and both gradients; none elsewhere."""
+    grams = 4 * sum(4 * experts * rank * (rank + 1) for _, _, experts, rank in SHAPES)
+    rows = 8 * 2 * (1 if stage < 3 else 2 * len(SHAPES)) * max(rank for *_, rank in SHAPES)
+    for shapes in (SHAPES, WIDE):
+        calls = [
+            step for step in traffic(stage, 2, functools.partial(Stack, shapes), kind="GateRiemannianMuon") if step
+        ]
+        assert len(calls) == 3  # one in each step: other parameters' groups have none
+        assert all(len(step) == 1 for step in calls)
+        found = {numel * size for step in calls for numel, size in step}
+        report(
+            "Bytes of the one all-reduce per step",
+            f"stage {stage} world 2 Muon: {sorted(found)}; Gram matrices {grams}, cut rows at most {rows}",
         )
         assert all(grams <= nbytes <= grams + rows for nbytes in found)
 
@@ -94,20 +120,25 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     return peak
 
 
-def test_extra_memory_of_a_step(report: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "per_gram"), [(GateRiemannianAdamW, 8), (GateRiemannianMuon, 20)])
+def test_extra_memory_of_a_step(
+    kind: Any, per_gram: int, report: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the Gram matrices: the sums, two damped copies with their factors, the chosen one, the inverse. Muon's are
+    twice as many, in float64.
+    """
     monkeypatch.setattr(preconditioner, "on_host", lambda tensor: False)  # which needs more: both attempts, always
     params = big_pairs()
-    optimizer = GateRiemannianAdamW(params)
-    optimizer.step()  # makes AdamW's state and the plan
+    optimizer = kind(params, lr=1e-3)
+    optimizer.step()  # makes the state and the plan
     peak = peak_bytes(optimizer.step)
     pair = sum(p.numel() * 4 for p in params[:2])
     grams = 4 * sum(len(p) * p.shape[-1] ** 2 for p in params)
     report(
         "Peak extra memory of step()",
-        f"{peak} bytes; largest pair's gradient {pair}, Gram matrices {grams}; all gradients {6 * pair}",
+        f"{kind.__name__}: {peak} bytes; largest pair's gradient {pair}, Gram matrices {grams}; all {6 * pair}",
     )
-    # Of the Gram matrices: the sums, two damped copies with their factors, the chosen one, the inverse.
-    assert peak <= 2 * pair + 8 * grams
+    assert peak <= 2 * pair + per_gram * grams
 
 
 class NoHostSync(TorchDispatchMode):

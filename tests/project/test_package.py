@@ -138,6 +138,7 @@ def test_no_import_circles(folder: Path) -> None:
 def test_public_names() -> None:
     expected = {
         "GateRiemannianAdamW",
+        "GateRiemannianMuon",
         "GateRiemannianSGD",
         "MoELoRAConfig",
         "MoELoRAModel",
