@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_moelora.mixture.dense import DENSE
+from ds_moelora.mixture.grouped import GROUPED
 from ds_moelora.mixture.mixture import mix
 from ds_moelora.mixture.operands import Operands, gate_factor
 from ds_moelora.mixture.reference import max_relative_error, reference_layer
@@ -43,18 +45,18 @@ def make(shape, dtype=torch.float64, seed=0):
     return [draw(T, I), draw(T, O), draw(E, I, r), draw(E, O, r), draw(E, I)], draw(T, O).detach()
 
 
-def fast(tensors, k, s, gate, inplace=False):
+def fast(tensors, k, s, gate, inplace=False, products=DENSE):
     x, base, A, B, router = tensors
     gates = route(x @ router.t(), k)
     # base * 1: a leaf may not be overwritten.
     operands = Operands(x=x, lora_A=A, lora_B=B, scaling=s, gates=gates, settings=gate)
-    return mix(operands, base * 1, inplace=inplace).y, chosen_by(gates)
+    return mix(operands, base * 1, inplace=inplace, products=products).y, chosen_by(gates)
 
 
-def compare(shape, gate_scaling, scale_input_grad, dtype=torch.float64, inplace=False, seed=0, s=1.7):
+def compare(shape, gate_scaling, scale_input_grad, dtype=torch.float64, inplace=False, seed=0, s=1.7, products=DENSE):
     """Largest relative error of the output and each gradient against float64 autograd of the per-expert formula."""
     tensors, dy = make(shape, dtype, seed)
-    y, chosen = fast(tensors, shape[4], s, GateSettings(gate_scaling, scale_input_grad), inplace)
+    y, chosen = fast(tensors, shape[4], s, GateSettings(gate_scaling, scale_input_grad), inplace, products)
     y.backward(dy)
     wide = [t.detach().double().requires_grad_() for t in tensors]
     x, base, A, B, router = wide
@@ -83,11 +85,13 @@ def test_gradients_are_those_of_the_per_expert_formula(shape, gate_scaling, scal
     dtype=st.sampled_from([torch.float64, torch.float32]),
     inplace=st.booleans(),
     seed=st.integers(0, 1000),
+    products=st.sampled_from([DENSE, GROUPED]),
 )
-@settings(max_examples=60, deadline=None)
-def test_gradients_for_any_sizes(shape, gate_scaling, scale_input_grad, dtype, inplace, seed):
+@settings(max_examples=100, deadline=None)
+def test_gradients_for_any_sizes(shape, gate_scaling, scale_input_grad, dtype, inplace, seed, products):
     T, I, O, E, k, r = shape
-    errors = compare((T, I, O, E, min(k, E), r), gate_scaling, scale_input_grad, dtype, inplace, seed)
+    sizes = (T, I, O, E, min(k, E), r)
+    errors = compare(sizes, gate_scaling, scale_input_grad, dtype, inplace, seed, products=products)
     # One expert's gate is constant; two nearly equal experts make the router's gradient a small difference.
     router = errors.pop("router")
     assert max(errors.values()) < TOLERANCE[dtype], errors
