@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -175,7 +176,8 @@ class ShardedExperts(MoE):
         """
         rows, flat = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         gates = rows.new_full((len(rows), self.num_experts), 1 / self.num_experts, dtype=torch.float32)
-        gathered = Gathered(InitialFactors(self), Gathers(), DENSE)
+        start = SimpleNamespace(lora_A=self.initial_A, lora_B=self.initial_B, group=self.group)
+        gathered = Gathered(start, Gathers(), DENSE)
         operands = gathered.operands(flat.dtype, x=rows, scaling=scaling, gates=gates)
         return mix(operands, flat, products=gathered).y.view(y.shape)
 
@@ -203,12 +205,13 @@ class ShardedExperts(MoE):
 
     def local_entries(self, prefix: str, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's experts of whole tensors, one by one, as `state_dict()` names them under `prefix`."""
-        first, entries = self.first_expert, {}
-        for i in range(self.num_local_experts if whole else 0):
-            entries[f"{prefix}{EXPERTS}{i}.{TOPOLOGY}"] = self.topology()
-        for name, tensor in whole.items():
-            for i in range(self.num_local_experts):
-                entries[f"{prefix}{EXPERTS}{i}.{name}"] = tensor[first + i]
+        own = slice(self.first_expert, self.first_expert + self.num_local_experts)
+        return self._one_by_one(prefix, {name: tensor[own] for name, tensor in whole.items()}) if whole else {}
+
+    def _one_by_one(self, prefix: str, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        entries = {f"{prefix}{EXPERTS}{i}.{TOPOLOGY}": self.topology() for i in range(self.num_local_experts)}
+        for name, stacked in factors.items():
+            entries |= {f"{prefix}{EXPERTS}{i}.{name}": expert for i, expert in enumerate(stacked)}
         return entries
 
 
@@ -218,26 +221,10 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
-class InitialFactors:
-    """The factors of a layer's start as a layer of their own, to be gathered."""
-
-    def __init__(self, experts: ShardedExperts) -> None:
-        self.lora_A, self.lora_B, self._experts = experts.initial_A, experts.initial_B, experts
-
-    @property
-    def group(self) -> dist.ProcessGroup:
-        return self._experts.group
-
-
 def _split_experts(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """State-dict hook: one entry per expert and factor."""
     assert isinstance(module, ShardedExperts)
-    for i in range(module.num_local_experts):
-        state_dict[f"{prefix}{EXPERTS}{i}.{TOPOLOGY}"] = module.topology()
-    for name in module.factor_names:
-        stacked = state_dict.pop(prefix + name)
-        for i, expert in enumerate(stacked):
-            state_dict[f"{prefix}{EXPERTS}{i}.{name}"] = expert
+    state_dict.update(module._one_by_one(prefix, {name: state_dict.pop(prefix + name) for name in module.factor_names}))
 
 
 def _stack_experts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -105,7 +105,7 @@ class MoELoRAExperts(nn.Module):
             scaling=self.scaling,
             gate=GateSettings(),
         )
-        self._register_load_state_dict_pre_hook(self._shard_whole_tensors)
+        self._register_load_state_dict_pre_hook(self.cut_whole_tensors)
         self.register_load_state_dict_post_hook(_tag_after_load)
         self.tag()
 
@@ -280,26 +280,23 @@ class MoELoRAExperts(nn.Module):
 
     # A saved adapter has whole tensors, whatever the topology it was trained in.
 
-    def _shard_whole_tensors(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        if self.is_sharded:
-            cut_whole_tensors(self, state_dict, prefix)
+    def cut_whole_tensors(self, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        """With `is_sharded`, replaces whole `lora_A` (E, I, R), ... under `prefix` by this rank's shard's entries.
 
-
-def cut_whole_tensors(experts: MoELoRAExperts, state_dict: dict[str, Tensor], prefix: str) -> None:
-    """Replaces whole `lora_A` (E, I, R), `lora_B`, `initial_A`, ... under `prefix` by this rank's shard's entries.
-
-    Raises:
-        ValueError: a tensor has another number of experts than the adapter.
-    """
-    names = [name for name in experts.factor_names() if prefix + name in state_dict]
-    whole = {name: state_dict.pop(prefix + name) for name in names}
-    for name, tensor in whole.items():
-        if len(tensor) != experts.num_experts:
-            raise ValueError(
-                f"{prefix}{name} has {len(tensor)} experts, the adapter num_experts={experts.num_experts}; load it "
-                "with the configuration that was saved beside it."
-            )
-    state_dict.update(experts.experts_shard().local_entries(prefix + "shard.", whole))
+        Raises:
+            ValueError: a tensor has another number of experts than the adapter.
+        """
+        if not self.is_sharded:
+            return
+        names = [name for name in self.factor_names() if prefix + name in state_dict]
+        whole = {name: state_dict.pop(prefix + name) for name in names}
+        for name, tensor in whole.items():
+            if len(tensor) != self.num_experts:
+                raise ValueError(
+                    f"{prefix}{name} has {len(tensor)} experts, the adapter num_experts={self.num_experts}; load it "
+                    "with the configuration that was saved beside it."
+                )
+        state_dict.update(self.experts_shard().local_entries(prefix + "shard.", whole))
 
 
 def _tag_after_load(module: nn.Module, incompatible_keys: Any) -> None:
