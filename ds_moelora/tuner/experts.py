@@ -14,7 +14,7 @@ from ..mixture.goat import mean_product
 from ..mixture.initial_values import draw_uniform_
 from ..mixture.mixture import mix
 from ..mixture.operands import Operands, RoutingRule
-from ..mixture.routing import chosen_by, route
+from ..mixture.routing import route
 from ..pairs import GateSettings, LoraPair, tag_pair
 from .config import MoELoRAConfig
 from .losses import RouterRecord, active_collector, coefs_of
@@ -264,7 +264,7 @@ class MoELoRAExperts(nn.Module):
                     layer=self.pair.name,
                     lead=lead,
                     logits=logits,
-                    chosen=chosen_by(gates),
+                    gates=gates,
                     grad_enabled=torch.is_grad_enabled(),
                 )
             )
