@@ -5,7 +5,7 @@ Importing the package registers the optimizers with DeepSpeed and the tuner with
 
 from .checkpoint.data_only import check_data_only, data_only
 from .checkpoint.elastic import load_elastic, save_elastic
-from .optimizer import GateRiemannianAdamW, GateRiemannianSGD
+from .optimizer import GateRiemannianAdamW, GateRiemannianMuon, GateRiemannianSGD
 from .plugin import register
 from .tuner import MoELoRAConfig, MoELoRAModel, gather_experts, save_without_residual, tag_lora_pairs
 
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GateRiemannianAdamW",
+    "GateRiemannianMuon",
     "GateRiemannianSGD",
     "MoELoRAConfig",
     "MoELoRAModel",

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from .expert_parallel.spec import ShardSpec, register_shard_builder
-from .optimizer import GateRiemannianAdamW, GateRiemannianSGD
+from .optimizer import GateRiemannianAdamW, GateRiemannianMuon, GateRiemannianSGD
 from .patches import install_at_import, install_for_expert_parallelism
 from .tuner import register_with_peft
 
-OPTIMIZERS = (GateRiemannianAdamW, GateRiemannianSGD)
+OPTIMIZERS = (GateRiemannianAdamW, GateRiemannianSGD, GateRiemannianMuon)
 
 
 def register() -> None:

@@ -38,11 +38,11 @@ from launch.checkpoint import resume, saving
 from launch.checkpoint.lock import OutputLock
 from launch.checkpoint.stopping import Stopping
 from launch.checks import errors
-from launch.checks import preflight as checks
 from launch.checks.arguments import Arguments, parse_arguments
 from launch.checks.errors import MASTER_PORT, UserError, adopt_rank, process_rank, run_guarded
 from launch.checks.extensions import skip_inference_collectives
 from launch.checks.flags import LANGUAGE
+from launch.checks.preflight import preflight
 from launch.cluster import watchdog
 from launch.cluster.agreement import check_same_data
 from launch.cluster.processes import find_free_port
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     adopt_rank()
     quieten()
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv, demo.DEFAULTS)
-    optimizer = checks.preflight(arguments)
+    optimizer = preflight(arguments)
     answers = answering.wants_answers(arguments.scoring, arguments.run.task)
     made, _ = prepare(arguments)
     processor, evaluation = made.processor, made.evaluation
@@ -83,12 +83,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     watch.reached("the loading of the model")
     stopping = Stopping(arguments.run.stop_after_nan_steps)
     status = saving.StatusFile(arguments.run.status_file)
-    callbacks: list[TrainerCallback] = [trainers.OptimizerGuard(optimizer), stopping, status, watchdog.Progress(watch)]
+    callbacks: list[TrainerCallback] = [status, watchdog.Progress(watch)]
     if arguments.demo:
         callbacks.append(demo.ExactMatch(processor))
     hub = HubUpload(arguments.training)
     callbacks.append(hub)
-    trainer = trainers.build_trainer(arguments, model, processor, made.train, evaluation, callbacks)
+    trainer = trainers.build_trainer(arguments, model, processor, made.train, evaluation, callbacks, stopping)
     guard_curves(trainer)
     if trainer.is_world_process_zero():
         report.print_truncation(trainer.truncation)

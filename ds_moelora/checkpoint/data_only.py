@@ -1,4 +1,4 @@
-"""Checkpoints are data: nothing that their files say is executed.
+"""DeepSpeed's own checkpoints are data: nothing that their files say is executed, and a cut file is named.
 
 torch's files are pickles, and a pickle can call anything. DeepSpeed 0.19.8 reads its engine files with
 `torch.load(weights_only=False)`, although they hold no more than tensors, numbers and objects of the few classes in
@@ -51,7 +51,7 @@ def data_only() -> Iterator[None]:
         with torch.serialization.safe_globals(_classes()):
             yield
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{_file_of(error)} holds more than data, and was not loaded ({_reason(error)}).") from error
+        raise ValueError(_refusal(_file_of(error), error)) from error
     finally:
         if before is None:
             del os.environ[SWITCH]
@@ -60,32 +60,37 @@ def data_only() -> Iterator[None]:
 
 
 def check_data_only(folder: str | Path) -> None:
-    """Reads the pickles of a folder's torch files, but no tensor's values: does each hold data alone?
-
-    Every process can find out by itself, before any of them loads.
+    """Looks through torch's files in a folder, without reading the tensors' values.
 
     Args:
-        folder: a checkpoint; files in folders below it are looked at, too.
+        folder: a checkpoint of DeepSpeed or a model; files in folders below it are looked at, too.
 
     Raises:
-        ValueError: naming the first file that holds more than data, and what it would have called.
+        ValueError: naming the first file that holds more than data, with what it would have called, or that is cut.
     """
-    for path in sorted(Path(folder).rglob("*")):
-        if path.suffix in SUFFIXES and path.name not in NEVER_READ and path.is_file():
-            with data_only():
-                torch.load(path, map_location="meta", weights_only=True)
+    with torch.serialization.safe_globals(_classes()):
+        for path in sorted(Path(folder).rglob("*")):
+            if path.suffix in SUFFIXES and path.name not in NEVER_READ and path.is_file():
+                try:
+                    torch.load(path, map_location="meta", weights_only=True)
+                except pickle.UnpicklingError as error:
+                    raise ValueError(_refusal(path, error)) from error
+                except (RuntimeError, EOFError) as error:  # torch's of an archive without its table, of an empty file
+                    raise ValueError(
+                        f"{path} is incomplete ({path.stat().st_size} bytes): the save was probably interrupted. Use "
+                        "the checkpoint before it."
+                    ) from error
 
 
 def _classes() -> list[Any]:
     """Those of `CLASSES` that the installed DeepSpeed has."""
     found: list[Any] = []
-    if find_spec("deepspeed") is None:
-        return found
-    for name in CLASSES:
-        module, _, attribute = name.rpartition(".")
-        found.append(getattr(importlib.import_module(module), attribute, None))
+    if find_spec("deepspeed") is not None:
+        for name in CLASSES:
+            module, _, attribute = name.rpartition(".")
+            found.append(getattr(importlib.import_module(module), attribute, None))
     # Some versions of Python (3.11.2) pickle the member of an Enum as a call of getattr.
-    return [*(entry for entry in found if entry is not None), (_enum_member, "builtins.getattr")]
+    return [*filter(None, found), (_enum_member, "builtins.getattr")]
 
 
 def _enum_member(kind: Any, name: Any) -> Enum:
@@ -110,7 +115,7 @@ def _file_of(error: BaseException) -> str:
     return found
 
 
-def _reason(error: Exception) -> str:
-    """What torch found in the file, without its advice on how to load it nevertheless."""
+def _refusal(path: str | Path, error: Exception) -> str:
+    """Names what torch found in the file, without its advice on how to load it nevertheless."""
     told = [line.strip() for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line]
-    return (told or str(error).splitlines())[0][:200]
+    return f"{path} holds more than data, and was not loaded ({(told or str(error).splitlines())[0][:200]})."

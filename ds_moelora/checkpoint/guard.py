@@ -17,8 +17,7 @@ from typing import Any
 from ..pairs import tag_of
 from .processes import agree, everyone, rank
 from .record import compare, refuse_others, run_record
-from .state_folder import write_flushed
-from .trained import Run, trained_shapes
+from .trained import Run
 
 logger = logging.getLogger("ds_moelora")
 RECORD = "moelora_record.json"
@@ -30,11 +29,11 @@ def record_when_saved(save: Callable[..., Any]) -> Callable[..., Any]:
     def save_checkpoint(self: Any, save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         result = save(self, save_dir, tag, *args, **kwargs)
         if _is_ours(self):
-            record, failure = engine_record(self), None
+            record, failure = run_record(Run.of(self)), None
             path = Path(save_dir) / str(tag or f"global_step{self.global_steps}") / RECORD
             try:
                 if rank() == 0:
-                    write_flushed(path, json.dumps(record, indent=1))
+                    path.write_text(json.dumps(record, indent=1))
             except OSError as error:
                 failure = error
             agree(failure, f"{path} could not be written")
@@ -52,34 +51,34 @@ def compare_when_loaded(load: Callable[..., Any]) -> Callable[..., Any]:
 
     def load_checkpoint(self: Any, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         if _is_ours(self):
-            path, saved, failure = Path(load_dir), None, None
-            try:
-                latest = path / ("latest_universal" if self.load_universal_checkpoint() else "latest")
-                path = path / (str(tag) if tag is not None or not latest.is_file() else latest.read_text().strip())
-                if (path / RECORD).is_file():
-                    saved = json.loads((path / RECORD).read_text())
-            except (OSError, ValueError, RecursionError) as error:
-                failure = error
-            agree(failure, f"{path / RECORD} cannot be read", ValueError)
-            if all(everyone(isinstance(saved, dict))):
-                assert saved is not None
-                options = inspect.signature(load).bind(self, load_dir, tag, *args, **kwargs).arguments
-                alone = options.get("load_module_only") or not options.get("load_optimizer_states", True)
-                differences = compare(saved, engine_record(self))
-                kept = [d for d in differences if not (alone and d.name.startswith("optimizer."))]
-                for line in refuse_others(kept, str(path)):
-                    if rank() == 0:
-                        logger.warning(line)
+            options = inspect.signature(load).bind(self, load_dir, tag, *args, **kwargs).arguments
+            alone = options.get("load_module_only") or not options.get("load_optimizer_states", True)
+            for line in _compare(self, Path(load_dir), tag, weights_alone=bool(alone)):
+                if rank() == 0:
+                    logger.warning(line)
         return load(self, load_dir, tag, *args, **kwargs)
 
     return load_checkpoint
 
 
-def engine_record(engine: Any) -> dict[str, Any]:
-    """Adapters, base model, optimizer, names and shapes of what an engine trains."""
-    run = Run.of(engine)
-    shapes = {f"trained.{name}": list(shape) for name, shape in trained_shapes(run.module).items()}
-    return {**run_record(run.module, run.optimizer), **shapes}
+def _compare(engine: Any, folder: Path, tag: Any, weights_alone: bool) -> list[str]:
+    """The lines to say of a checkpoint that has a record; [] without one. A collective call."""
+    saved, failure = None, None
+    try:
+        latest = folder / ("latest_universal" if engine.load_universal_checkpoint() else "latest")
+        folder /= str(tag) if tag is not None or not latest.is_file() else latest.read_text().strip()
+        if (folder / RECORD).is_file():
+            saved = dict(json.loads((folder / RECORD).read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        failure = error
+    agree(failure, f"{folder / RECORD} cannot be read", ValueError)
+    if not all(everyone(saved is not None)):
+        return []
+    assert saved is not None
+    differences = compare(saved, run_record(Run.of(engine)))
+    return refuse_others(
+        [d for d in differences if not (weights_alone and d.name.startswith("optimizer."))], str(folder)
+    )
 
 
 def _is_ours(engine: Any) -> bool:

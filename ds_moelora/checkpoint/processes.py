@@ -32,27 +32,31 @@ def everyone(mine: Any) -> list[Any]:
 def agree(failure: Exception | None, what: str, kind: type[Exception] = RuntimeError) -> None:
     """Raises on every process if any has failed: none goes on alone, and none waits for one that is gone.
 
+    Args:
+        what: begins the message, unless weights were not finite, or all processes raised the same plain ValueError:
+            those speak for themselves.
+
     Raises:
         NotFiniteError: some process raised that. kind: every other failure.
     """
-    mine = None if failure is None else (isinstance(failure, NotFiniteError), f"{type(failure).__name__}: {failure}")
-    found = [(number, told) for number, told in enumerate(everyone(mine)) if told]
+    mine = None if failure is None else (isinstance(failure, NotFiniteError), type(failure).__name__, str(failure))
+    told = everyone(mine)
+    found = [report for report in told if report]
     if not found:
         return
-    if any(not_finite for _, (not_finite, _) in found):
-        raise _agreed(NotFiniteError(next(text.partition(": ")[2] for _, (bad, text) in found if bad))) from failure
-    by_text: dict[str, list[int]] = {}
-    for number, (_, text) in found:
-        by_text.setdefault(text, []).append(number)
-    said = "; ".join(f"rank {', '.join(map(str, numbers[:8]))}: {text}" for text, numbers in by_text.items())
-    raise _agreed(kind(f"{what} ({said}).")) from failure
+    not_finite = [text for bad, _, text in found if bad]
+    if not_finite:
+        error: Exception = NotFiniteError(not_finite[0])
+    elif len(set(told)) == 1 and type(failure) is ValueError:
+        error = kind(str(failure))
+    else:
+        ranks = {report: [str(n) for n, other in enumerate(told) if other == report][:8] for report in found}
+        said = "; ".join(f"rank {', '.join(numbers)}: {name}: {text}" for (_, name, text), numbers in ranks.items())
+        error = kind(f"{what} ({said}).")
+    vars(error)["agreed"] = True
+    raise error from failure
 
 
 def is_agreed(error: Exception) -> bool:
     """Whether `agree` raised this error, and so on every process: the others are in no collective call meanwhile."""
     return bool(getattr(error, "agreed", False))
-
-
-def _agreed(error: Exception) -> Exception:
-    vars(error)["agreed"] = True
-    return error

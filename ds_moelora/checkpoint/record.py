@@ -1,7 +1,7 @@
 """What a run was: compared with the run that wants to go on from its checkpoint, before anything is loaded.
 
-A record is flat: {"adapter.default.r": 8, "base.hidden_size": 2048, "optimizer.class": "AdamW", ...}. What becomes of a
-difference is decided by the first pattern of `TABLE` that fits the name; docs/checkpoints.md has the table for people.
+A record is flat: {"adapter.default.r": 8, "base.hidden_size": 2048, "optimizer.class": "AdamW", ...}. The first
+pattern of `TABLE` that fits a name decides what becomes of a difference; docs/checkpoints.md has the table for people.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from ..optimizer.sharding.zero import is_partitioned, whole_shape
+from ..redaction import redact_text
+from .trained import Run, topology, trained_shapes
 
 REFUSE, SAY, IGNORE = "refuse", "say", "ignore"
 SAMPLED_PARAMETERS, SAMPLED_VALUES = 8, 16
@@ -55,6 +57,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("optimizer.fused", IGNORE),
     ("optimizer.capturable", IGNORE),
     ("optimizer.*", SAY),
+    ("topology.*", SAY),
 )
 
 
@@ -85,7 +88,7 @@ def compare(
     for name in sorted({*saved, *mine}):
         if name == "base.samples":
             differences += _compare_samples(saved.get(name) or {}, mine.get(name) or {})
-        elif _plain(saved.get(name)) != _plain(mine.get(name)):
+        elif saved.get(name) != mine.get(name):
             found = verdict(name, table)
             if found != IGNORE:
                 differences.append(Difference(name, saved.get(name), mine.get(name), found))
@@ -110,23 +113,25 @@ def refuse_others(differences: Iterable[Difference], what: str) -> list[str]:
 
 def adapter_record(config: Any, name: str = "default") -> dict[str, Any]:
     """The entries of one adapter's PEFT configuration."""
-    return {f"adapter.{name}.{key}": _plain(value) for key, value in config.to_dict().items()}
+    return {f"adapter.{name}.{key}": plain(value) for key, value in config.to_dict().items()}
 
 
-def run_record(module: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Adapters, base model and optimizer of a run. Every process has to call it: ZeRO-3's samples are gathered."""
+def run_record(run: Run) -> dict[str, Any]:
+    """What a run trains, with what, and how it is spread. A collective call: ZeRO-3's samples are gathered."""
     record: dict[str, Any] = {}
-    for name, config in getattr(module, "peft_config", {}).items():
+    for name, config in getattr(run.module, "peft_config", {}).items():
         record |= adapter_record(config, name)
-    base: Any = getattr(module, "config", None)
+    base: Any = getattr(run.module, "config", None)
     if hasattr(base, "to_dict"):
-        record |= {f"base.{key}": _plain(value) for key, value in base.to_dict().items()}
-    record["base.samples"] = sample_weights(module)
-    record["optimizer.class"] = type(optimizer).__name__
-    for key in sorted({key for group in optimizer.param_groups for key in group} - _NOT_SETTINGS):
-        values = [_plain(group.get(key)) for group in optimizer.param_groups]
+        record |= {f"base.{key}": plain(value) for key, value in base.to_dict().items()}
+    record["base.samples"] = sample_weights(run.module)
+    record["optimizer.class"] = type(run.optimizer).__name__
+    groups = run.optimizer.param_groups
+    for key in sorted({key for group in groups for key in group} - _NOT_SETTINGS):
+        values = [plain(group.get(key)) for group in groups]
         record[f"optimizer.{key}"] = values[0] if all(value == values[0] for value in values) else values
-    return record
+    record |= {f"trained.{name}": list(shape) for name, shape in trained_shapes(run.module).items()}
+    return record | {f"topology.{key}": value for key, value in topology(run).items()}
 
 
 _NOT_SETTINGS = {
@@ -177,17 +182,19 @@ def _compare_samples(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> list[
     return []
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON gives it back; sets in order, objects by their text."""
+def plain(value: Any) -> Any:
+    """A value as JSON gives it back, without secrets in its texts; sets in order, other objects by their text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
     if isinstance(value, set | frozenset):
-        value = sorted(value, key=str)
-    return json.loads(json.dumps(value, default=_as_text, sort_keys=True))
-
-
-def _as_text(value: Any) -> Any:
-    return sorted(value, key=str) if isinstance(value, set | frozenset) else str(getattr(value, "value", value))
+        return sorted(map(plain, value), key=str)
+    if value is None or isinstance(value, int | float):
+        return value
+    return redact_text(str(getattr(value, "value", value)))
 
 
 def _short(value: Any) -> str:
-    text = "not there" if value is None else json.dumps(_plain(value), ensure_ascii=True)
+    text = "not there" if value is None else json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .state_folder import COUNTERS
 from .trained import Run
 
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -30,20 +30,20 @@ def run_state(run: Run) -> dict[str, Any]:
 
 def restore_run_state(run: Run, saved: dict[str, Any]) -> None:
     """Sets a run to where `run_state` was taken. The optimizer must have its learning rates again."""
-    if run.engine is not None:
-        for name, value in saved["counters"].items():
-            setattr(run.engine, name, value)
+    if run.engine is not None and saved["counters"]:
+        for name in COUNTERS:
+            setattr(run.engine, name, int(saved["counters"][name]))
         run.engine.micro_steps = run.engine.global_steps * run.engine.gradient_accumulation_steps()
     if run.scheduler is not None and saved["scheduler"] is not None:
         run.scheduler.load_state_dict({**run.scheduler.state_dict(), **saved["scheduler"]})
         _refresh_rates(run)
-    if run.scaler is not None and saved["loss_scale"]:
-        run.scaler.load_state_dict(saved["loss_scale"])
-        return
-    scaler = _dynamic_scaler(run)
-    for name, value in (saved["loss_scale"] or {}).items():
-        if scaler is not None and hasattr(scaler, name):
-            setattr(scaler, name, value)
+    scaler, scale = _dynamic_scaler(run), saved["loss_scale"] or {}
+    if run.scaler is not None and scale:
+        run.scaler.load_state_dict(scale)
+    elif scaler is not None:
+        for name in SCALER_FIELDS:
+            if name in scale and hasattr(scaler, name):
+                setattr(scaler, name, scale[name])
 
 
 def base_rate(optimizer: Any, group: dict[str, Any]) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..optimizer.sharding.placement import Placement
 from ..optimizer.sharding.zero import Storage, find_storage, trained_groups, whole_shape, write_parameter
+from .gather import Segment
 from .processes import rank, world_size
 
 
@@ -80,13 +81,15 @@ class Trained:
         return torch.Size(self.shape).numel()
 
     @property
-    def start(self) -> int:
-        """First element of the whole that this process owns."""
-        return self.offset + self.placement.start
+    def length(self) -> int:
+        """Elements that this process owns."""
+        return self.placement.stop - self.placement.start
 
     @property
-    def length(self) -> int:
-        return self.placement.stop - self.placement.start
+    def rows(self) -> slice:
+        """The rows of the whole parameter's first dimension that this process's parameter has."""
+        first, count = (n * self.shape[0] // max(self.numel, 1) for n in (self.offset, self.placement.numel))
+        return slice(first, first + count)
 
     def local(self, flat: Tensor) -> Tensor:
         """This process's part in a flat tensor of its unit."""
@@ -110,12 +113,11 @@ class TrainedParameters(list[Trained]):
         flat = hasattr(run.wrapper, "fp32_groups_flat") and hasattr(run.wrapper, "fp16_groups_flat")
         self.storage: Storage = FlatCopies(params, groups, known) if flat else find_storage(params, groups, known)
         names = _whole_names(run.module)
-        found = []
         for index, (param, group) in enumerate(grouped):
             if id(param) not in names:
                 raise ValueError("the optimizer holds a parameter that the model does not name; rebuild the engine.")
             name, shape, offset = names[id(param)]
-            found.append(
+            self.append(
                 Trained(
                     name=name,
                     param=param,
@@ -126,11 +128,44 @@ class TrainedParameters(list[Trained]):
                     gives=self.storage.sharded or _is_first_replica(param),
                 )
             )
-        super().__init__(sorted(found, key=lambda t: t.name))
+        self.sort(key=lambda trained: trained.name)
 
-    def state(self, unit: Hashable) -> dict[str, Any]:
-        """The optimizer's state of a unit: tensors like its flat weights, and numbers. Empty before the first step."""
-        return self.optimizer.state.get(self.storage.held(unit), {})
+    def state(self, trained: Trained) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The optimizer's tensors for a parameter's unit, and its numbers; empty before the first step.
+
+        Raises:
+            ValueError: a partition's state has another shape than the partition.
+        """
+        held = self.storage.held(trained.placement.unit)
+        tensors, numbers = {}, {}
+        for name, value in self.optimizer.state.get(held, {}).items():
+            is_tensor = isinstance(value, Tensor)
+            if not is_tensor or name == "step" or (value.numel() == 1 and held.numel() != 1):
+                if value is not None:  # SGD without momentum has None
+                    numbers[name] = {"value": value.item() if is_tensor else value, "tensor": is_tensor}
+                continue
+            if value.numel() != held.numel() and self.storage.sharded:
+                raise ValueError(
+                    f"{type(self.optimizer).__name__} keeps {name} of shape {tuple(value.shape)} for a partition of "
+                    f"{held.numel()} elements, which cannot be saved by parameter. Use DeepSpeed's own "
+                    "(engine.save_checkpoint)."
+                )
+            tensors[name] = value
+        return tensors, numbers
+
+    def segments(self, trained: Trained, states: bool = True) -> list[Segment]:
+        """A parameter's weight and, with `states`, the optimizer's tensors for it."""
+        unit = trained.placement.unit
+        found = {"weight": self.storage.flat(unit)[0], **(self.state(trained)[0] if states else {})}
+        segments = []
+        for key, value in found.items():
+            if value.numel() == self.storage.held(unit).numel():
+                part, shape, start = trained.local(value), trained.shape, trained.offset + trained.placement.start
+            else:  # Adafactor's rows and columns
+                part, shape, start = value.reshape(-1), tuple(value.shape), 0
+            local = part.detach() if trained.gives else None
+            segments.append(Segment(trained.name, key, value.dtype, shape, start, local))
+        return segments
 
     @torch.no_grad()
     def write(self, trained: Trained, values: Tensor) -> None:
@@ -177,6 +212,40 @@ class FlatCopies:
         return set(self.known_groups)
 
 
+def check_ownership(parameters: TrainedParameters, device: Any) -> None:
+    """Every element of every parameter must have exactly one process that gives it. A collective call.
+
+    Raises:
+        ValueError: naming the parameter; on every process.
+    """
+    given = torch.tensor([t.length if t.gives else 0 for t in parameters], device=device)
+    if world_size() > 1:
+        dist.all_reduce(given)
+    for trained, count in zip(parameters, given.tolist(), strict=True):
+        if count != trained.numel:
+            raise ValueError(
+                f"{trained.name} has {trained.numel} elements, but the processes together own {count}: this way of "
+                "sharding is not known to elastic checkpoints. Use DeepSpeed's own (engine.save_checkpoint)."
+            )
+
+
+def trained_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of every trained parameter, without sharding."""
+    names = _whole_names(model)
+    return {names[id(p)][0]: names[id(p)][1] for p in model.parameters() if p.requires_grad}
+
+
+def topology(run: Run) -> dict[str, Any]:
+    """What decides how a run's state lies on its processes, and which rows are read in which step."""
+    shards = _sharded_experts(run.module)
+    return {
+        "world_size": world_size(),
+        "zero_stage": run.engine.zero_optimization_stage() if run.engine is not None else 0,
+        "ep_size": int(shards[0].topology()[0]) if shards else 1,
+        "samples_per_step": run.engine.train_batch_size() if run.engine is not None else None,
+    }
+
+
 def _sharded_experts(model: torch.nn.Module) -> list[Any]:
     """Modules whose experts are spread over processes; without DeepSpeed there are none."""
     found = [m for m in model.modules() if hasattr(m, "first_expert") and hasattr(m, "topology")]
@@ -210,22 +279,3 @@ def _is_first_replica(param: Any) -> bool:
     from ..expert_parallel.groups import expert_data_group
 
     return dist.get_rank(expert_data_group(param.group_name)) == 0
-
-
-def topology(run: Run) -> dict[str, Any]:
-    """What decides how a run's state lies on its processes."""
-    shards = _sharded_experts(run.module)
-    ep_size, distance = shards[0].topology().tolist()[:2] if shards else (1, 1)
-    return {
-        "world_size": world_size(),
-        "zero_stage": run.engine.zero_optimization_stage() if run.engine is not None else 0,
-        "ep_size": ep_size,
-        "expert_ranks_apart": distance,
-        "wrapper": type(run.wrapper).__name__,
-    }
-
-
-def trained_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of every trained parameter, without sharding."""
-    names = _whole_names(model)
-    return {names[id(p)][0]: names[id(p)][1] for p in model.parameters() if p.requires_grad}

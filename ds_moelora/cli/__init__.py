@@ -1,8 +1,9 @@
 """The command line: `python -m ds_moelora COMMAND ...`.
 
 A command is a module of this folder with `SUMMARY` (one line), `add_arguments(parser)` and `run(args) -> int`, listed
-in `COMMANDS`; its docstring is its help. It raises ValueError for a mistake in what was asked. A command with
-`TAKES_OTHER_FLAGS = True` finds unknown flags in `args.other_flags`.
+in `COMMANDS`; its docstring is its help, and `parents()`, if there, are parsers whose flags it has too. It raises
+ValueError for a mistake in what was asked. A command with `TAKES_OTHER_FLAGS = True` finds unknown flags in
+`args.other_flags`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NoReturn
 
 from .tables import plain
 
-COMMANDS = ("plan", "preview", "inspect", "export")
+COMMANDS = ("plan", "preview", "inspect", "export", "init-adapter")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,11 +35,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        module = importlib.import_module(f".{name}", __name__)
+        module = importlib.import_module(f".{name.replace('-', '_')}", __name__)
         command = commands.add_parser(
             name,
             help=module.SUMMARY,
             description=module.__doc__,
+            parents=module.parents() if hasattr(module, "parents") else [],
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..optimizer import GateRiemannianAdamW, GateRiemannianSGD
+from ..optimizer.base import GateRiemannian
 from ..optimizer.step_statistics import StepStatistics
 from ..tuner.losses import batch_layout
 from .formulas import load_over_ideal, mean_similarity
@@ -65,7 +65,7 @@ class TrainingMeter:
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         self.routers = RouterMeter(model)
         found = basic_optimizer(optimizer)
-        self.optimizer = found if isinstance(found, (GateRiemannianAdamW, GateRiemannianSGD)) else None
+        self.optimizer = found if isinstance(found, GateRiemannian) else None
         self.device = next(p.device for p in model.parameters())
         self.is_armed = False
         self._tokens: Tensor | int = 0

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.utils.tensorboard.summary import hparams
 
-from ..optimizer import GateRiemannianAdamW, GateRiemannianSGD
+from ..optimizer.base import GateRiemannian
 from ..redaction import redact, redact_words
 
 ADAPTER_FIELDS = (
@@ -38,7 +38,7 @@ def hyperparameters(model: nn.Module, optimizer: Any, extra: dict[str, Any]) -> 
             found[name] = getattr(config, name)
     basic = basic_optimizer(optimizer)
     found["optimizer"] = type(basic).__name__
-    ours = isinstance(basic, (GateRiemannianAdamW, GateRiemannianSGD))
+    ours = isinstance(basic, GateRiemannian)
     for name in OPTIMIZER_FIELDS + (PAIR_FIELDS if ours else ()):
         if name in getattr(basic, "defaults", {}):
             found[name] = basic.defaults[name]

@@ -16,7 +16,7 @@ from ..pairs import LoraPair, tag_of
 from .factors import Factor
 from .sharding.zero import configured_optimizer
 
-OURS = ("GateRiemannianAdamW", "GateRiemannianSGD")
+OURS = ("GateRiemannianAdamW", "GateRiemannianSGD", "GateRiemannianMuon")
 
 
 def await_step(factors: Sequence[Factor], optimizer: str) -> None:

@@ -7,13 +7,13 @@ which damping is raised. Works in the dtype of the parameters, float64 included.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..pairs import LoraPair, tag_of
-from .preconditioner import RELATIVE_DAMPING
+from .preconditioner import NOISE, RELATIVE_DAMPING
 
 
 def damped_inverse(G: Tensor, damping: float) -> Tensor:
@@ -64,12 +64,20 @@ def preconditioned_gradients(
 
 
 class _Reference:
+    """
+    Args:
+        groups: parameters, or groups with options of their own. options: in place of `defaults`.
+    """
+
+    defaults: ClassVar[dict[str, Any]]
+
     def __init__(self, groups: Iterable[Any], **options: Any) -> None:
+        assert options.keys() <= self.defaults.keys(), options
         groups = list(groups)
         if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups}]
         self.options: dict[nn.Parameter, dict[str, Any]] = {
-            p: {**options, **group} for group in groups for p in group["params"] if p.requires_grad
+            p: {**self.defaults, **options, **group} for group in groups for p in group["params"] if p.requires_grad
         }
         self.params = list(self.options)
         self.state: dict[nn.Parameter, dict[str, Any]] = {p: {} for p in self.params}
@@ -87,31 +95,16 @@ class _Reference:
 
 
 class ReferenceAdamW(_Reference):
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2) on preconditioned gradients.
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2) on preconditioned gradients."""
 
-    Args:
-        groups: parameters, or groups with options of their own.
-    """
-
-    def __init__(
-        self,
-        groups: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        damping: float = 1e-6,
-        include_scaling: bool = False,
-    ) -> None:
-        super().__init__(
-            groups,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            damping=damping,
-            include_scaling=include_scaling,
-        )
+    defaults: ClassVar = {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "damping": 1e-6,
+        "include_scaling": False,
+    }
 
     def _update(self, p: nn.Parameter, grad: Tensor, state: dict[str, Any], options: dict[str, Any]) -> None:
         lr, (b1, b2) = options["lr"], options["betas"]
@@ -123,31 +116,68 @@ class ReferenceAdamW(_Reference):
 
 
 class ReferenceSGD(_Reference):
-    """SGD with torch's heavy-ball momentum and coupled weight decay on preconditioned gradients.
+    """SGD with torch's heavy-ball momentum and coupled weight decay on preconditioned gradients."""
 
-    Args:
-        groups: parameters, or groups with options of their own.
-    """
-
-    def __init__(
-        self,
-        groups: Iterable[Any],
-        lr: float,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        damping: float = 1e-6,
-        include_scaling: bool = False,
-    ) -> None:
-        super().__init__(
-            groups,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            damping=damping,
-            include_scaling=include_scaling,
-        )
+    defaults: ClassVar = {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "damping": 1e-6, "include_scaling": False}
 
     def _update(self, p: nn.Parameter, grad: Tensor, state: dict[str, Any], options: dict[str, Any]) -> None:
         grad = grad + options["weight_decay"] * p
         velocity = state["velocity"] = options["momentum"] * state.get("velocity", 0) + grad
         p.sub_(options["lr"] * velocity)
+
+
+def spectral_step(m: Tensor, S: Tensor, damping: float) -> Tensor:
+    """`msign(m R) R` with R = (S + d I)^(-1/2), by singular values; m: (n, r), S: (r, r).
+
+    Directions in which |m u|^2 is below NOISE |m|^2 |u|^2, u = R v, are left out.
+    """
+    d = max(damping, RELATIVE_DAMPING * S.trace().item())
+    values, vectors = torch.linalg.eigh(S)
+    R = (vectors * (values.clamp_min(0) + d).rsqrt()) @ vectors.T
+    U, singular, Vh = torch.linalg.svd(m @ R, full_matrices=False)
+    told = singular**2 > NOISE * m.square().sum() * (Vh @ R).square().sum(1)
+    return (U * told) @ Vh @ R
+
+
+class ReferenceMuon(_Reference):
+    """LoRA-Muon (arXiv 2606.12921) on every expert of the pairs, AdamW on everything else."""
+
+    defaults: ClassVar = {
+        "lr": 1e-2,
+        "momentum": 0.95,
+        "weight_decay": 0.0,
+        "damping": 1e-6,
+        "aux_lr": 1e-3,
+        "aux_betas": (0.9, 0.999),
+        "aux_eps": 1e-8,
+    }
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step from the parameters' `.grad`; parameters without one stay as they are."""
+        factors: dict[LoraPair, dict[str, nn.Parameter]] = {}
+        for p in self.params:
+            tag = tag_of(p)
+            if tag is not None and tag[1] != "router":
+                factors.setdefault(tag[0], {})[tag[1]] = p
+        before = {p: p.detach().clone() for p in self.params}
+        partner = {pair[role]: pair["BA"["AB".index(role)]] for pair in factors.values() for role in "AB"}
+        for p in self.params:
+            if p.grad is None:
+                continue
+            options, state = self.options[p], self.state[p]
+            if p not in partner:
+                aux = {"lr": "aux_lr", "betas": "aux_betas", "eps": "aux_eps"}
+                aux_options = {name: options[given] for name, given in aux.items()}
+                ReferenceAdamW._update(self, p, p.grad, state, {**options, **aux_options})  # type: ignore[arg-type]
+                continue
+            m = state["m"] = options["momentum"] * state.get("m", 0) + (1 - options["momentum"]) * p.grad
+            (pair, role), c = tag_of(p), (1 - options["lr"] * options["weight_decay"]) ** 0.5  # type: ignore[misc]
+            other = _rank_last(before[partner[p]].contiguous(), pair, "BA"["AB".index(role)])
+            steps = torch.zeros_like(p, memory_format=torch.contiguous_format)
+            for i in range(pair.num_experts):
+                S, rows = other[i].T @ other[i], _rank_last(m.contiguous(), pair, role)[i]
+                d = max(options["damping"], RELATIVE_DAMPING * S.trace().item())
+                if role == "B" or S.trace() > pair.rank * d:
+                    _rank_last(steps, pair, role)[i].copy_(spectral_step(rows, S, options["damping"]))
+            p.mul_(c).sub_(options["lr"] / (2 * abs(pair.scaling)) / c * steps)

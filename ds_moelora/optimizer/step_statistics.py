@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .factors import Factor
 from .groups import expert_group_name
-from .preconditioner import condition_numbers
+from .preconditioner import condition_numbers, damped_inverse
 from .sharding.exchange import ShardedPreconditioner
 from .sharding.zero import Storage
 
@@ -68,9 +68,9 @@ class StepStatistics:
         self.update = self._add(self.update, self._old)
         self._old, self._new, self._grads = {}, {}, {}
 
-    def _saw(self, grams: Tensor, damping: Tensor | float, inverses: Tensor) -> None:
+    def _saw(self, grams: Tensor, damping: Tensor | float) -> None:
         if len(grams):
-            largest = condition_numbers(grams, damping, inverses).max()
+            largest = condition_numbers(grams, damping, damped_inverse(grams, damping)).max()
             self.condition = largest if self.condition is None else torch.maximum(self.condition, largest)
 
     def _add(self, total: Tensor | None, flats: dict[Hashable, Tensor]) -> Tensor | None:

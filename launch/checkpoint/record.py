@@ -14,9 +14,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from ds_moelora.checkpoint.record import IGNORE, REFUSE, SAY, Difference, adapter_record, verdict
+from ds_moelora.checkpoint.record import IGNORE, REFUSE, SAY, Difference, adapter_record, compare, plain, verdict
 from ds_moelora.checkpoint.record import TABLE as RUN_TABLE
-from ds_moelora.checkpoint.record import compare as compare_records
+from ds_moelora.redaction import is_secret, redact
 from launch.checks.arguments import Arguments
 
 HASHED_BYTES = 1 << 28  # of a larger data set, evenly spaced rows are hashed
@@ -59,7 +59,6 @@ TABLE = (
     ("data.*", SAY),
     *RUN_TABLE,
 )
-SECRET = ("token", "key", "secret", "password")
 NOT_YET = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform")  # completed with the model
 
 
@@ -67,15 +66,15 @@ def settings(arguments: Arguments) -> dict[str, Any]:
     """Flags and DeepSpeed's config, as the command line and its files have them; nothing secret."""
     record: dict[str, Any] = {}
     for part in (arguments.run, arguments.scoring, arguments.training):
-        for field in dataclasses.fields(part):
-            name = f"flag.{field.name}"
-            hidden = any(word in field.name.split("_") for word in SECRET)
-            if not hidden and verdict(name, TABLE) != IGNORE:
-                record[name] = _plain(getattr(part, field.name))
+        record |= {f"flag.{field.name}": getattr(part, field.name) for field in dataclasses.fields(part)}
     path = arguments.training.deepspeed
     if isinstance(path, str | Path) and Path(path).is_file():
         record |= _flat("deepspeed", json.loads(Path(path).read_text()))
-    return {name: value for name, value in record.items() if verdict(name, TABLE) != IGNORE}
+    return {
+        name: plain(redact(value))
+        for name, value in record.items()
+        if verdict(name, TABLE) != IGNORE and not is_secret(name)
+    }
 
 
 def data_record(rows: Any) -> dict[str, Any]:
@@ -97,7 +96,7 @@ def before_loading(saved: dict[str, Any], arguments: Arguments, config: Any) -> 
     """What differs, as far as it is known before the model is loaded."""
     mine = {**settings(arguments), **adapter_record(config)}
     mine = {name: value for name, value in mine.items() if not name.endswith(NOT_YET)}
-    return compare_records({name: value for name, value in saved.items() if name in mine}, mine, TABLE)
+    return compare({name: value for name, value in saved.items() if name in mine}, mine, TABLE)
 
 
 def _flat(name: str, value: Any) -> dict[str, Any]:
@@ -105,7 +104,3 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {name: value}
     return {key: part for inner in value for key, part in _flat(f"{name}.{inner}", value[inner]).items()}
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=lambda x: str(getattr(x, "value", x))))

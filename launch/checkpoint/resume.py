@@ -13,11 +13,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ds_moelora.checkpoint.manifest import check_manifest, has_manifest
+from ds_moelora.checkpoint.manifest import check_contents, read_manifest
 from ds_moelora.checkpoint.processes import everyone, rank, world_size
 from ds_moelora.checkpoint.record import refuse_others
-from ds_moelora.checkpoint.state_folder import read_manifest
-from ds_moelora.checkpoint.whole import check_checkpoint
 from launch.checkpoint.lock import NAME as LOCK
 from launch.checkpoint.record import before_loading
 from launch.checks.arguments import Arguments
@@ -25,7 +23,6 @@ from launch.checks.errors import UserError
 from launch.checks.flags import AUTO
 
 PARTIAL = ".partial"  # folder inside the output folder in which checkpoints are written
-STATE = "state"  # folder of a checkpoint: what a run needs to go on
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -42,32 +39,30 @@ def step_of(checkpoint: Path) -> int:
     return int(match.group(1))
 
 
-def fault(checkpoint: str | Path) -> str | None:
-    """Why a checkpoint is not complete, by the sizes in its manifest and the insides of its files; None: it is."""
-    if not (Path(checkpoint) / "trainer_state.json").is_file():
-        return f"{checkpoint} has no trainer_state.json."
-    if not has_manifest(checkpoint):
-        return f"{checkpoint} has no manifest.json: it was not written to its end, or by something else."
-    try:
-        check_checkpoint(checkpoint)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def without_state(checkpoint: str | Path) -> str | None:
-    """Why a complete checkpoint cannot be resumed: it holds the adapter alone; None: it can."""
-    if (Path(checkpoint) / STATE).is_dir():
-        return None
-    return (
-        f"{checkpoint} holds the adapter alone, without optimizer state (--save_only_model). Resume from another "
-        f"checkpoint, or start a new run from that adapter."
-    )
-
-
 def newest_complete(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint; files are not hashed."""
-    return next((path for path in checkpoints(output_dir) if fault(path) is None), None)
+    """The newest checkpoint whose files are all there, in full length; they are not hashed."""
+    return next((path for path in checkpoints(output_dir) if fault(path, resumable=False) is None), None)
+
+
+def fault(checkpoint: str | Path, resumable: bool = True, share: tuple[int, int] | None = None) -> str | None:
+    """What is wrong with a checkpoint: a sentence that names the file; None: nothing.
+
+    Args:
+        resumable: whether it has to hold more than the adapter.
+        share: (number, count) of the ranks that hash its files together; None: sizes alone are compared.
+    """
+    try:
+        manifest = read_manifest(checkpoint)
+        if share is not None:
+            check_contents(checkpoint, manifest, share)
+    except (ValueError, OSError) as error:
+        return str(error)
+    if resumable and "parameters" not in manifest:
+        return (
+            f"{checkpoint} holds the adapter alone, without optimizer state (--save_only_model). Resume from another "
+            "checkpoint, or start a new run from that adapter."
+        )
+    return None
 
 
 def check_output_dir(arguments: Arguments) -> None:
@@ -107,6 +102,27 @@ def _check_place(output_dir: Path) -> None:
         raise UserError(f"--output_dir {output_dir}: {nearest} cannot be written to; choose another folder.")
 
 
+def _meaning(wish: str | None, output_dir: Path) -> str | None:
+    """The checkpoint folder that `--resume_from_checkpoint` means; AUTO is left for later."""
+    word = str(wish).lower()
+    if word in ("false", "no", "none"):
+        return None
+    if word == AUTO:
+        return AUTO
+    found = checkpoints(output_dir)
+    if word in ("true", "yes", "last"):
+        if not found:
+            raise UserError(f"--resume_from_checkpoint {wish}: {output_dir} has no checkpoint-* folder.")
+        wish = str(found[0])
+    elif not Path(str(wish)).is_dir():
+        known = f"{output_dir} has: {', '.join(map(str, found[::-1]))}." if found else f"{output_dir} has none either."
+        raise UserError(f"--resume_from_checkpoint {wish}: there is no checkpoint. {known}")
+    wrong = fault(str(wish))
+    if wrong:
+        raise UserError(f"--resume_from_checkpoint: {wrong}")
+    return wish
+
+
 def choose_checkpoint(arguments: Arguments) -> None:
     """Settles on all ranks together which checkpoint is loaded; a collective call.
 
@@ -122,7 +138,7 @@ def choose_checkpoint(arguments: Arguments) -> None:
         return
     candidates = [str(path) for path in checkpoints(training.output_dir)] if wish == AUTO else [wish]
     for folder in everyone(candidates)[0]:  # rank 0's list: a network file system may show another to others
-        found = next((text for text in everyone(_damage(folder)) if text), None)
+        found = next(filter(None, everyone(fault(folder, share=(rank(), world_size())))), None)
         if found is None:
             if wish == AUTO:
                 _say(training, f"--resume_from_checkpoint auto: going on from {folder}.")
@@ -148,8 +164,7 @@ def check_settings(arguments: Arguments, config: Any) -> None:
     if folder is None:
         return
     try:
-        saved = read_manifest(Path(folder) / STATE)["record"]
-        refuse_others(before_loading(saved, arguments, config), str(folder))
+        refuse_others(before_loading(read_manifest(folder)["record"], arguments, config), str(folder))
     except ValueError as error:
         raise UserError(f"--resume_from_checkpoint: {error}") from error
 
@@ -160,33 +175,6 @@ def clear_partial(output_dir: str | Path) -> None:
     for path in sorted(partial.glob("checkpoint-*")):
         print(f"{path} was not saved to its end, and is removed.", flush=True)
     shutil.rmtree(partial, ignore_errors=True)
-
-
-def _meaning(wish: str | None, output_dir: Path) -> str | None:
-    """The checkpoint folder that `--resume_from_checkpoint` means; AUTO is left for later."""
-    if wish is None or str(wish).lower() in ("false", "no", "none"):
-        return None
-    if str(wish).lower() == AUTO:
-        return AUTO
-    if str(wish).lower() in ("true", "yes", "last"):
-        found = checkpoints(output_dir)
-        if not found:
-            raise UserError(f"--resume_from_checkpoint {wish}: {output_dir} has no checkpoint-* folder.")
-        wish = str(found[0])
-    elif not (Path(wish) / "trainer_state.json").is_file():
-        here = ", ".join(str(path) for path in reversed(checkpoints(output_dir)))
-        known = f" {output_dir} has: {here}." if here else f" {output_dir} has none either."
-        raise UserError(f"--resume_from_checkpoint {wish}: there is no checkpoint (no trainer_state.json).{known}")
-    found_fault = fault(wish) or without_state(wish)
-    if found_fault:
-        raise UserError(f"--resume_from_checkpoint: {found_fault}")
-    return str(wish)
-
-
-def _damage(folder: str) -> str | None:
-    """What this rank finds wrong with a checkpoint, having hashed its share of the files."""
-    found = fault(folder) or without_state(folder)
-    return found or check_manifest(folder, hashes=True, rank=rank(), world_size=world_size())
 
 
 def _say(training: Any, text: str) -> None:

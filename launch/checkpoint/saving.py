@@ -2,13 +2,14 @@
 
     checkpoint-N/
         adapter_model.safetensors, adapter_config.json, tokenizer    for inference, as PEFT saves them
-        state/            weights, optimizer, scheduler, loss scale, record (`ds_moelora.checkpoint.elastic`)
-        random.json       the random states of every process
+        00000.safetensors, ...    weights and optimizer state, by parameter
+        random.json               the random states of every process
         trainer_state.json
-        manifest.json     size and SHA-256 of every file, written last
+        elastic.json              what is in the tensors' files, the record, sizes and hashes of all files; written last
 
-A checkpoint is written into `<output_dir>/.partial/` and then renamed to its place. So a folder called `checkpoint-N`
-is complete, and older ones are deleted only when a newer one is.
+So a checkpoint is an elastic one (`ds_moelora.checkpoint.elastic`) with further files. It is written into
+`<output_dir>/.partial/` and then renamed to its place. So a folder called `checkpoint-N` is complete, and older ones
+are deleted only when a newer one is.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -34,22 +34,14 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from ds_moelora.checkpoint.elastic import (
-    check_state,
-    gather_weights,
-    restore_state,
-    topology_changes,
-    why_not_elastic,
-    write_state,
-)
-from ds_moelora.checkpoint.manifest import describe_files, files_in, write_manifest
-from ds_moelora.checkpoint.processes import NotFiniteError, everyone, is_agreed
-from ds_moelora.checkpoint.record import compare, refuse_others, run_record
+from ds_moelora.checkpoint.elastic import check_state, gather_weights, restore_state, why_not_elastic, write_state
+from ds_moelora.checkpoint.manifest import flush, publish, write_manifest
+from ds_moelora.checkpoint.processes import NotFiniteError, everyone, is_agreed, rank
 from ds_moelora.checkpoint.trained import Run
-from ds_moelora.optimizer.sharding.zero import is_partitioned
+from ds_moelora.optimizer.sharding.zero import configured_optimizer, is_partitioned
 from ds_moelora.tuner import sharded_experts
 from launch.checkpoint.record import TABLE, data_record
-from launch.checkpoint.resume import PARTIAL, STATE, checkpoints, newest_complete, step_of
+from launch.checkpoint.resume import PARTIAL, checkpoints, newest_complete, step_of
 from launch.checkpoint.stopping import Stopping, ignore_signals
 from launch.checks.errors import UserError
 
@@ -69,16 +61,16 @@ PRIVATE = {
 class CheckpointedTrainer(Trainer):
     """A Trainer with this launcher's checkpoints, which stops in time and watches its losses.
 
-    `build_trainer` sets `stopping` and `settings` (`launch.checkpoint.record.settings`).
+    Args:
+        settings: `launch.checkpoint.record.settings` of the run.
+        stopping: what watches signals and losses; None: nothing does.
     """
 
-    stopping: Stopping | None = None
-    settings: dict[str, Any]
-    data: dict[str, Any]  # `data_record` of the rows that are trained on
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, settings: dict[str, Any], stopping: Stopping | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.settings, self.data = {}, {}
+        self.settings, self.stopping = settings, stopping
+        if stopping is not None:
+            self.add_callback(stopping)
         # Deleting is `rotate`'s alone: transformers deletes before a newer checkpoint is complete.
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
 
@@ -126,14 +118,13 @@ class CheckpointedTrainer(Trainer):
         folder = target / PARTIAL / "model"
 
         def write() -> None:
-            self._write_adapter(folder, gather_weights(self.run_state()))
-            if self.is_world_process_zero():
-                (folder / STATE).rmdir()
-                described = describe_files(folder, files_in(folder))  # flushes them
-                for name in sorted(described):
-                    (target / name).parent.mkdir(exist_ok=True)
-                    (folder / name).replace(target / name)
-                shutil.rmtree(target / PARTIAL)
+            self._write_adapter(folder, gather_weights(self.as_run()))
+            for path in sorted(folder.rglob("*")) if self.is_world_process_zero() else []:
+                if path.is_file():
+                    flush(path)
+                    place = target / path.relative_to(folder)
+                    place.parent.mkdir(exist_ok=True)
+                    path.replace(place)
 
         self._save_safely(folder, target, write)
 
@@ -149,24 +140,18 @@ class CheckpointedTrainer(Trainer):
 
         def write() -> None:
             self.store_flos()
-            states = everyone(random_states())
-            weights, files = self._write_training_state(folder)
-            self._write_adapter(folder, weights)
-            if not self.is_world_process_zero():
-                return
-            if files:
-                (folder / RANDOM).write_text(json.dumps(states))
+            states, manifest, run = everyone(random_states()), {}, self.as_run()
+            if self.args.save_only_model:
+                weights = gather_weights(run)
             else:
-                (folder / STATE).rmdir()
-            self._write_trainer_state(folder, final)
-            rest = describe_files(folder, files_in(folder) - set(files))
-            write_manifest(folder, {**files, **rest})
-            if final.exists():  # damaged, or of a run that went on from an older one
-                final.rename(run_dir / PARTIAL / f"replaced-{final.name}")
-            folder.rename(final)
-            _flush_folder(run_dir)
-            rotate(final, self.save_total_limit, self.state.best_model_checkpoint)
-            shutil.rmtree(run_dir / PARTIAL, ignore_errors=True)
+                manifest, weights = write_state(run, folder, self.settings)
+            self._write_adapter(folder, weights)
+            if self.is_world_process_zero():
+                (folder / RANDOM).write_text(json.dumps(states))
+                self._write_trainer_state(folder, final)
+                write_manifest(folder, manifest)
+                publish(folder, final)
+                rotate(final, self.save_total_limit, self.state.best_model_checkpoint)
 
         self._save_safely(folder, run_dir, write)
 
@@ -180,27 +165,22 @@ class CheckpointedTrainer(Trainer):
         try:
             if self.is_world_process_zero():
                 shutil.rmtree(run_dir / PARTIAL, ignore_errors=True)
-                (folder / STATE).mkdir(parents=True)
+                folder.mkdir(parents=True)
         except OSError as error:
             failure = error
         if not any(everyone(failure is not None)):
             try:
                 write()
+                if self.is_world_process_zero():
+                    shutil.rmtree(run_dir / PARTIAL, ignore_errors=True)
             except (OSError, RuntimeError, ValueError) as error:
                 if not self.is_world_process_zero() and not is_agreed(error):
                     raise
                 failure = error
         step = self.state.global_step
-        found = next((e for e in everyone(failure and _save_error(folder, run_dir, failure, step)) if e), None)
+        found = next(filter(None, everyone(failure and _save_error(folder, run_dir, failure, step))), None)
         if found is not None:
             raise found from failure
-
-    def _write_training_state(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that a run needs to go on; (the trained weights, files described already) on process 0."""
-        if self.args.save_only_model:
-            return gather_weights(self.run_state()), {}
-        written = write_state(self.run_state(), folder / STATE, {**self.settings, **self.data})
-        return written.get("weights", {}), {f"{STATE}/{k}": entry for k, entry in written.get("files", {}).items()}
 
     def _write_adapter(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """What PEFT saves, from the trained weights, and the tokenizer; a collective call, process 0 writes."""
@@ -234,7 +214,7 @@ class CheckpointedTrainer(Trainer):
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 
-    def run_state(self) -> Run:
+    def as_run(self) -> Run:
         """Model, optimizer and scheduler, as checkpoints see them."""
         if self.is_deepspeed_enabled:
             # Where the engine has no scheduler, it is this trainer's; otherwise accelerate's wrapper stands here.
@@ -253,45 +233,39 @@ class CheckpointedTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # the engine exists from here on
         strategy = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
-        obstacle = why_not_elastic(self.run_state())
+        obstacle = why_not_elastic(self.as_run())
         if obstacle and (resume_from_checkpoint or (strategy != "no" and not self.args.save_only_model)):
             raise UserError(
                 f"this run cannot write or read checkpoints: {obstacle} Or pass --save_strategy no (the adapter is "
                 "saved at the end), or --save_only_model."
             )
-        self.data = everyone(data_record(self.train_dataset) if self.is_world_process_zero() else None)[0]
+        self.settings |= everyone(data_record(self.train_dataset) if self.is_world_process_zero() else None)[0]
+        if self.is_deepspeed_enabled and self.is_world_process_zero():
+            say_optimizer(self.deepspeed)
         if resume_from_checkpoint is not None:
-            self._resume(resume_from_checkpoint)
+            self._restore(resume_from_checkpoint, "--resume_from_checkpoint", contents=False)  # hashed when chosen
         return prepared
 
-    def _resume(self, checkpoint: str) -> None:
+    def _restore(self, checkpoint: str, flag: str, contents: bool) -> None:
         """Compares the checkpoint's record with this run, says what differs, and loads.
 
         Raises:
-            UserError: it is of another run.
+            UserError: it is damaged, or of another run.
         """
-        run, folder = self.run_state(), Path(checkpoint) / STATE
+        run, folder = self.as_run(), Path(checkpoint)
         try:
-            manifest = check_state(run, folder, contents=False)  # hashed when it was chosen
-            mine = {**self.settings, **self.data, **run_record(run.module, run.optimizer)}
-            lines = refuse_others(compare(manifest["record"], mine, TABLE), checkpoint)
+            manifest, lines = check_state(run, folder, self.settings, TABLE, contents)
         except ValueError as error:
-            raise UserError(f"--resume_from_checkpoint: {error}") from error
-        changes = topology_changes(run, manifest)
-        if changes:
-            lines.append(f"{checkpoint}: the topology has changed, {', '.join(changes)}.")
-        if self.is_world_process_zero():
-            for line in lines:
-                print(line, flush=True)
+            raise UserError(f"{flag}: {error}") from error
+        for line in lines if self.is_world_process_zero() else []:
+            print(line, flush=True)
         restore_state(run, folder, manifest)
 
     def _load_best_model(self) -> None:
-        folder = Path(self.state.best_model_checkpoint) / STATE
-        if not folder.is_dir():
+        if self.args.save_only_model:
             super()._load_best_model()
-            return
-        run = self.run_state()
-        restore_state(run, folder, check_state(run, folder))
+        else:
+            self._restore(self.state.best_model_checkpoint, "--load_best_model_at_end", contents=True)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -299,6 +273,17 @@ class CheckpointedTrainer(Trainer):
         states = json.loads((Path(checkpoint) / RANDOM).read_text())
         if self.args.process_index < len(states):  # further processes keep the states of their seeds
             set_random_states(states[self.args.process_index])
+
+
+def say_optimizer(engine: Any) -> None:
+    """Prints which class runs, if DeepSpeed has its own for the name in the config ("AdamW": FusedAdam or CPUAdam).
+
+    That another optimizer runs in place of one of the package's is refused by the engine itself
+    (`ds_moelora.optimizer.guard`).
+    """
+    wanted, running = configured_optimizer(engine), type(engine.basic_optimizer)
+    if wanted is not None and wanted.lower() != running.__name__.lower():
+        print(f"Optimizer: {wanted} is {running.__module__}.{running.__name__} here.", flush=True)
 
 
 def rotate(newest: Path, limit: int | None, best: str | None) -> None:
@@ -376,24 +361,23 @@ def check_shared(output_dir: str | Path) -> None:
         UserError: on every rank, naming those that do not.
     """
     token = Path(output_dir) / PARTIAL / "seen-by-all"
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    if dist.get_rank() == 0:
+    if rank() == 0:
         token.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    os.listdir(token.parent.parent if token.parent.parent.is_dir() else ".")  # refreshes what NFS remembers
-    mine = None if token.is_dir() else f"rank {dist.get_rank()} on {socket.gethostname()}"
-    blind = everyone(mine)
-    if dist.get_rank() == 0:
+    everyone(None)  # no rank looks before it is there
+    if Path(output_dir).is_dir():
+        os.listdir(output_dir)  # refreshes what NFS remembers
+    blind = list(filter(None, everyone(None if token.is_dir() else f"rank {rank()} on {socket.gethostname()}")))
+    if rank() == 0:
         shutil.rmtree(token.parent)
-    if any(blind):
+    if blind:
         raise UserError(
-            f"--output_dir {output_dir}: what rank 0 writes there is not seen by {', '.join(filter(None, blind))}. "
-            "Checkpoints need one folder that all hosts share; without one, pass --save_strategy no."
+            f"--output_dir {output_dir}: what rank 0 writes there is not seen by {', '.join(blind)}. Checkpoints need "
+            "one folder that all hosts share; without one, pass --save_strategy no."
         )
 
 
 def _deaf(loader: DataLoader) -> DataLoader:
+    """A loader whose workers leave signals to their process."""
     loader.worker_init_fn = partial(ignore_signals, loader.worker_init_fn)
     return loader
 
@@ -411,15 +395,6 @@ def _sharded_starts(model: PeftModel) -> dict[str, Tensor]:
 
 def _bytes(text: str) -> Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _save_error(partial: Path, run_dir: Path, error: Exception, step: int) -> Exception:

@@ -10,10 +10,8 @@ flag of a step's loss is read when the next step has been queued, and the exchan
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,22 +23,6 @@ from launch.checkpoint.resume import newest_complete
 from launch.checks.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
-@dataclass
-class _Exchange:
-    """What all ranks said at the end of one step."""
-
-    step: int  # the last whose loss is counted
-    gathered: list[Tensor]
-    work: Any
-
-    def read(self) -> tuple[bool, list[int]]:
-        """(whether any rank got a signal, every rank's number of steps in a row without a finite loss)."""
-        if self.work is not None:
-            self.work.wait()
-        told, streaks = torch.stack(self.gathered).T.tolist()
-        return any(told), streaks
 
 
 class Stopping(TrainerCallback):
@@ -56,8 +38,8 @@ class Stopping(TrainerCallback):
         self._told = False
         self._bad: Tensor | None = None  # on the device: was a loss of this step not finite?
         self._copy: tuple[Tensor, Any] | None = None  # that flag of the last step, on its way to the host
-        self._streak = 0
-        self._exchange: _Exchange | None = None
+        self._exchange: tuple[int, list[Tensor], Any] | None = None  # (step, what every rank said of it, the work)
+        self._streaks: list[int] = []  # of every rank
         self._group: Any = None
 
     def see(self, loss: Tensor) -> None:
@@ -68,35 +50,33 @@ class Stopping(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self._streaks = [0] * ranks
+        if ranks > 1:
             self._group = dist.new_group(backend="gloo")
         for number in SIGNALS:
             signal.signal(number, self._note_signal)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        before, self._exchange = self._exchange, None
-        if before is not None:
-            told, streaks = before.read()
-            if self.nan_steps and max(streaks) >= self.nan_steps:
-                raise UserError(_not_finite(before.step, streaks, args.output_dir))
-            if told and not control.should_training_stop:
-                self.preempted = True
-                control.should_save = control.should_training_stop = True
-                control.should_evaluate = False
-        self._count_last_step()
+        told = self._read_exchange(args.output_dir)
+        if told and not control.should_training_stop:
+            self.preempted = True
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+        mine = torch.tensor([int(self._told), int(self._copy is not None and _read(self._copy))])
         self._copy, self._bad = _to_host(self._bad), None
-        self._exchange = self._start_exchange(state.global_step - 1)
+        heard, work = [mine], None
+        if self._group is not None:
+            heard = [torch.empty_like(mine) for _ in self._streaks]
+            work = dist.all_gather(heard, mine, group=self._group, async_op=True)
+        self._exchange = (state.global_step - 1, heard, work)
 
-    def last_step_was_finite(self, gradient_norm: float | None = None) -> bool:
-        """Whether the step that has just ended had finite losses (and gradients) on all ranks.
+    def last_step_was_finite(self) -> bool:
+        """Whether the step that has just ended had finite losses on all ranks.
 
         A collective call, which waits for the device: for moments that do so anyway.
-
-        Args:
-            gradient_norm: of that step; None: not known.
         """
-        finite = gradient_norm is None or math.isfinite(gradient_norm)
-        bad = torch.tensor([int(not finite or (self._copy is not None and _read(self._copy)))])
+        bad = torch.tensor([int(self._copy is not None and _read(self._copy))])
         if self._group is not None:
             dist.all_reduce(bad, group=self._group)
         return not bad.item()
@@ -104,16 +84,22 @@ class Stopping(TrainerCallback):
     def _note_signal(self, number: int, frame: Any) -> None:
         self._told = True
 
-    def _count_last_step(self) -> None:
-        if self._copy is not None:
-            self._streak = self._streak + 1 if _read(self._copy) else 0
+    def _read_exchange(self, output_dir: str) -> bool:
+        """Whether any rank got a signal.
 
-    def _start_exchange(self, step: int) -> _Exchange:
-        mine = torch.tensor([int(self._told), self._streak])
-        if self._group is None:
-            return _Exchange(step, [mine], None)
-        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        return _Exchange(step, gathered, dist.all_gather(gathered, mine, group=self._group, async_op=True))
+        Raises:
+            UserError: too many steps in a row were not finite.
+        """
+        if self._exchange is None:
+            return False
+        step, heard, work = self._exchange
+        if work is not None:
+            work.wait()
+        told, bad = torch.stack(heard).T.tolist()
+        self._streaks = [streak + 1 if wrong else 0 for streak, wrong in zip(self._streaks, bad, strict=True)]
+        if self.nan_steps and max(self._streaks) >= self.nan_steps:
+            raise UserError(_not_finite(step, self._streaks, output_dir))
+        return any(told)
 
 
 def ignore_signals(initialize: Callable[[int], None] | None, worker: int) -> None:

@@ -1,4 +1,4 @@
-"""Bounds of the training arguments that transformers takes as they come, to fail, or train nonsense, much later."""
+"""Bounds of numbers and names. transformers takes most as they come, to fail, or train nonsense, much later."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers.integrations.integration_utils import (
@@ -15,6 +16,7 @@ from transformers.integrations.integration_utils import (
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
+from launch.checks.arguments import Arguments
 from launch.checks.errors import UserError
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -43,6 +45,14 @@ RULES: dict[str, Rule] = {
     "save_total_limit": AT_LEAST_1,
     "ddp_timeout": ABOVE_0,
 }
+RUN_RULES: dict[str, Rule] = {
+    "max_train_samples": AT_LEAST_1,
+    "max_eval_samples": AT_LEAST_1,
+    "eval_fraction": BELOW_1,
+    "stop_after_nan_steps": (lambda v: v >= 0, "at least 1, or 0 for never"),
+    # Keepalive counts in whole seconds, and takes six of its intervals.
+    "lost_rank_seconds": (lambda v: 6 <= v <= 3600, "from 6 to 3600"),
+}
 CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 CHOICES = {
     "lr_scheduler_type": SchedulerType,
@@ -53,16 +63,17 @@ CHOICES = {
 }
 
 
-def check_bounds(training: Any) -> None:
-    """Checks the numbers and names among the training arguments.
+def check_bounds(arguments: Arguments) -> None:
+    """Checks numbers, names and places among the flags.
 
     Raises:
         UserError: naming the flag, its value and its bound, or what there is to choose from.
     """
-    for name, (holds, bound) in RULES.items():
-        value = getattr(training, name, None)
-        if value is not None and not (math.isfinite(value) and holds(value)):
-            raise UserError(f"--{name} {value} must be {bound}.")
+    training, status_file = arguments.training, arguments.run.status_file
+    _check_numbers(arguments.run, RUN_RULES)
+    _check_numbers(training, RULES)
+    if status_file is not None and not os.access(folder := Path(status_file).absolute().parent, os.W_OK):
+        raise UserError(f"--status_file {status_file}: {folder} is not there, or cannot be written to.")
     if training.max_steps <= 0 and not 0 < training.num_train_epochs < math.inf:
         raise UserError(f"--num_train_epochs {training.num_train_epochs} must be above 0, or --max_steps be given.")
     for name, choices in CHOICES.items():
@@ -72,6 +83,13 @@ def check_bounds(training: Any) -> None:
     for name in ("accelerator_config", "lr_scheduler_kwargs", *CHECKPOINTING):
         _check_object(name, getattr(training, name, None))
     _check_reports(training.report_to)
+
+
+def _check_numbers(flags: Any, rules: dict[str, Rule]) -> None:
+    for name, (holds, bound) in rules.items():
+        value = getattr(flags, name, None)
+        if value is not None and not (math.isfinite(value) and holds(value)):
+            raise UserError(f"--{name} {value} must be {bound}.")
 
 
 def _check_object(name: str, value: Any) -> None:

@@ -1,16 +1,20 @@
-"""What DeepSpeed's own code says of a DeepSpeed config, asked before any rank waits for another.
+"""The DeepSpeed config and the optimizer in it, judged before any rank waits for another.
 
 DeepSpeed parses its config when the engine is built, with the model loaded and the ranks connected; what it does not
 parse (the parameters of optimizers and schedulers) fails later still. Here the config is filled in and parsed as it
-will be then, and the optimizer and the scheduler are built once on a parameter of a few elements.
+will be then, and the optimizer and the scheduler are built once on a pair of factors of a few elements.
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
+import inspect
+import json
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,9 +25,10 @@ from pydantic import ValidationError
 from torch import nn
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
+from ds_moelora.optimizer.guard import OURS
 from ds_moelora.pairs import LoraPair, tag_pair
-from launch.checks.arguments import Arguments
-from launch.checks.errors import UserError, process_rank
+from launch.checks.arguments import Arguments, non_defaults
+from launch.checks.errors import UserError, process_rank, say
 
 SECTIONS = (
     *("zero_optimization", "optimizer", "scheduler", "fp16", "bf16", "data_types", "checkpoint", "elasticity", "aio"),
@@ -43,22 +48,125 @@ FILLED_LATER = {
     "zero_optimization": ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
     "scheduler.params": ("total_num_steps", "warmup_num_steps"),
 }
+# The optimizer's parameters that transformers fills in, from these flags; torch.optim.AdamW and DeepSpeed's own
+# optimizers share them.
+FILLED_IN = {
+    "learning_rate": "lr",
+    "weight_decay": "weight_decay",
+    "adam_epsilon": "eps",
+    "adam_beta1": "betas",
+    "adam_beta2": "betas",
+}
+COMMON_PARAMS = tuple(dict.fromkeys(FILLED_IN.values()))
 # What DeepSpeed's "adam" and "adamw" take besides.
 ADAM_PARAMS = ("bias_correction", "amsgrad", "torch_adam", "adam_w_mode", "fp32_optimizer_states")
-# Those of torch.optim.AdamW that DeepSpeed's own optimizers share with it.
-COMMON_PARAMS = ("lr", "betas", "eps", "weight_decay")
 
 
-def check_deepspeed_config(path: str, config: dict[str, Any], arguments: Arguments) -> None:
+def read_deepspeed_config(path: str) -> dict[str, Any]:
+    """The DeepSpeed config as a dict.
+
+    Raises:
+        UserError: no such file, not JSON (with line and column), or not an object.
+    """
+    file = Path(path)
+    if not os.path.isfile(file):  # not file.is_file(), which raises for a name that is too long for a path
+        near = sorted(str(p) for p in file.parent.glob("*.json")) if file.parent.is_dir() else []
+        found = f" That folder has: {', '.join(near)}." if near else ""
+        raise UserError(f"--deepspeed {path}: there is no such file (working directory: {Path.cwd()}).{found}")
+    try:
+        config = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:  # ValueError: also what is not text
+        raise UserError(f"--deepspeed {path} is not JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"--deepspeed {path} holds a JSON {type(config).__name__}; a config is an object {{...}}.")
+    return config
+
+
+def check_optimizer(arguments: Arguments) -> str:
+    """Makes sure that the optimizer that will run is one that was asked for.
+
+    Returns:
+        The optimizer's name: the `type` in the DeepSpeed config, or `--optim`.
+
+    Raises:
+        UserError: no DeepSpeed optimizer block and no `--optim` (transformers would quietly run its AdamW), both of
+            them (DeepSpeed's would quietly win), an unknown type, or parameters the optimizer does not take.
+    """
+    path, optim = arguments.training.deepspeed, arguments.training.optim
+    if path is None:
+        if optim is None:
+            raise UserError(
+                "no --deepspeed config was given, so transformers would train with its own AdamW. Pass --deepspeed "
+                "configs/zero2.json for GateRiemannianAdamW, or choose an optimizer yourself with --optim."
+            )
+        return optim
+    config = read_deepspeed_config(path)
+    _check_shapes(path, config)
+    block = config.get("optimizer")
+    if block is None:
+        if optim is None:
+            raise UserError(
+                f'{path} has no "optimizer" block, so transformers would train with its own AdamW. Add '
+                '"optimizer": {"type": "GateRiemannianAdamW", "params": {"lr": "auto"}}, or pass --optim to accept '
+                "another one."
+            )
+        _check_config(path, config, arguments)
+        return optim
+    if optim is not None:
+        raise UserError(f'--optim {optim} has no effect: {path} has an "optimizer" block. Remove one of the two.')
+    if not isinstance(block, dict) or not isinstance(block.get("type"), str):
+        raise UserError(f'{path}: "optimizer" must be an object with a "type", such as "GateRiemannianAdamW".')
+    _check_block(path, block["type"], block.get("params", {}))
+    _check_config(path, config, arguments)
+    _name_idle_flags(path, config, arguments.training)
+    return block["type"]
+
+
+def _name_idle_flags(path: str, config: dict[str, Any], training: Any) -> None:
+    """Flags whose place in the DeepSpeed config is missing, or taken by something else, do nothing."""
+    params = config["optimizer"].get("params", {})
+    idle = {flag: f'has no optimizer.params "{key}"' for flag, key in FILLED_IN.items() if key not in params}
+    if "gradient_clipping" not in config:
+        idle["max_grad_norm"] = 'has no "gradient_clipping"'
+    if "scheduler" in config:
+        idle |= dict.fromkeys(("lr_scheduler_type", "lr_scheduler_kwargs"), "has a scheduler of its own")
+    given = non_defaults(training)
+    for flag in idle.keys() & given.keys():
+        say(f"--{flag} {given[flag]} is not used: {path} {idle[flag]}.")
+
+
+def _check_block(path: str, name: str, params: dict[str, Any]) -> None:
+    """Refuses a type that neither DeepSpeed nor torch.optim, where ours are registered, has, and unknown parameters."""
+    known = [n for n in dir(torch.optim) if _is_optimizer(getattr(torch.optim, n)) and n != "Optimizer"]
+    if name.lower() in deepspeed_config.DEEPSPEED_OPTIMIZERS:
+        accepted = [*COMMON_PARAMS, *ADAM_PARAMS] if name.lower() in ("adam", "adamw") else [*params]
+    elif name in known:
+        accepted = [n for n in inspect.signature(getattr(torch.optim, name)).parameters if n != "params"]
+    else:
+        names = {n.lower(): n for n in [*deepspeed_config.DEEPSPEED_OPTIMIZERS, *known]}
+        near = [names[n] for n in difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)]
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"{', '.join(OURS)} come with ds_moelora."
+        raise UserError(f'{path}: there is no optimizer "{name}". {hint}')
+    for key, value in params.items():
+        if key not in accepted:
+            raise UserError(f"{path}: {name} has no parameter {key!r}; it takes: {', '.join(accepted)}.")
+        if value == "auto" and key not in COMMON_PARAMS:
+            raise UserError(
+                f'{path}: optimizer.params.{key} is "auto", which transformers fills in for {", ".join(COMMON_PARAMS)} '
+                "only. Write a value, or remove the key for the optimizer's default."
+            )
+
+
+def _is_optimizer(candidate: object) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, torch.optim.Optimizer)
+
+
+def _check_config(path: str, config: dict[str, Any], arguments: Arguments) -> None:
     """Finds what DeepSpeed, or its optimizer or scheduler, would not take.
-
-    Args:
-        path: of the config, for messages. config: what it holds; its optimizer's name has been checked.
 
     Raises:
         UserError: a key or value that is refused, with the reason; or one that a flag contradicts.
     """
-    _check_shapes(path, config)
     filled = _filled(path, config, arguments.training)
     _attempt(path, lambda: deepspeed_config.DeepSpeedConfig(filled))
     dtype = config.get("data_types", {}).get("grad_accum_dtype")
@@ -131,9 +239,6 @@ def _try_optimizer(type: str, params: dict[str, Any] | None = None, **_: Any) ->
             raise ValueError(f"{name}={value} must be finite")
     if type.lower() not in deepspeed_config.DEEPSPEED_OPTIMIZERS:
         return getattr(torch.optim, type)(factors, **given)
-    unknown = sorted(given.keys() - {*ADAM_PARAMS, *COMMON_PARAMS})
-    if unknown and type.lower() in ("adam", "adamw"):
-        raise ValueError(f"no parameter {unknown[0]!r}; {type} takes {', '.join((*COMMON_PARAMS, *ADAM_PARAMS))}")
     return torch.optim.AdamW(factors, **{name: given[name] for name in COMMON_PARAMS if name in given})
 
 

@@ -1,8 +1,9 @@
 """What becomes of every flag: used, refused, or named in one line because it does nothing here.
 
 The flags are fields of TRL's and transformers' dataclasses, many of which are for other trainers, other devices or
-other ways to run. A flag that is accepted and does nothing trains something else than was asked for. So every field
-stands in one of the tables below; `tests/launch/test_effects.py` fails for a field of a newer version that does not.
+other ways to run. A flag that is accepted and does nothing trains something else than was asked for. The tables below
+have all that are not simply used; `tests/launch/test_effects.py` has those that are, and fails for a field of a newer
+version that stands in neither.
 """
 
 from __future__ import annotations
@@ -15,33 +16,6 @@ from launch.checks.arguments import Arguments, non_defaults
 from launch.checks.errors import UserError, say
 from launch.checks.flags import LANGUAGE, AdapterArguments, DataArguments, RunArguments, ScoringArguments
 from launch.data.answering import wants_answers
-
-# Read by the launcher, TRL, transformers or accelerate, whatever their value is. `launch.checks.preflight` bounds some.
-_USED = """
-output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs
-warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon gradient_accumulation_steps max_grad_norm
-train_sampling_strategy neftune_noise_alpha loss_type label_smoothing_factor
-
-bf16 fp16 tf32 activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing
-gradient_checkpointing_kwargs activation_offloading torch_compile torch_compile_backend torch_compile_mode
-torch_empty_cache_steps use_cpu full_determinism
-
-logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica
-include_num_input_tokens_seen disable_tqdm report_to run_name skip_memory_metrics debug
-
-eval_strategy eval_on_start eval_accumulation_steps
-
-save_only_model save_strategy save_steps save_on_each_node save_total_limit load_best_model_at_end
-metric_for_best_model greater_is_better resume_from_checkpoint ignore_data_skip push_to_hub
-restore_callback_states_from_checkpoint
-
-seed data_seed dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_in_order max_length
-truncation_mode shuffle_dataset packing padding_free pad_to_multiple_of eval_packing completion_only_loss
-assistant_only_loss dataset_num_proc chat_template_path eos_token pad_token
-
-accelerator_config ddp_timeout deepspeed local_rank model_init_kwargs trust_remote_code
-"""
-USED = frozenset(_USED.split())
 
 REFUSED = {
     "auto_find_batch_size": "it begins again in a process whose other ranks go on; choose a batch size",
@@ -56,6 +30,7 @@ REFUSED = {
     "fsdp": "sharding is ZeRO's: pass --deepspeed configs/zero3.json",
     "fsdp_config": "sharding is ZeRO's: pass --deepspeed configs/zero3.json",
     "include_for_metrics": "the launcher's metrics read predictions and labels",
+    "label_smoothing_factor": "it replaces the model's loss, and the routers' load-balancing loss with it",
     "label_names": "labels are named by the launcher",
     "length_column_name": "rows have no column of lengths; they are measured",
     "liger_kernel_config": "Liger's kernels replace modules that the mixture adapts, and were not tested with it",
@@ -122,18 +97,6 @@ ADAPTER_NEEDS: dict[str, tuple[Callable[[AdapterArguments], bool], str]] = {
     "ep_dispatch": _EXPERT_PARALLEL,
 }
 
-# The launcher's own flags. Which of them a task, a layout or another flag makes idle is refused by
-# `launch.checks.preflight`, `launch.checks.data` and the readers of the data.
-_OWN = """
-task model_name_or_path revision attn_implementation dataset_name dataset_config dataset_split max_eval_samples
-prompt_template instruction_column input_column output_column prompt_column completion_column messages_column
-prompt_format completion_format text_column text_pair_column text_pattern image_column label_column show_traceback
-dataset_weights dataset_stopping streaming eval_dataset_name eval_dataset_split eval_fraction max_train_samples
-load_in_4bit regression overwrite_output_dir lost_rank_seconds stop_after_nan_steps status_file
-score answer_pattern answer_ignore max_new_tokens
-"""
-OWN = frozenset(_OWN.split())
-
 # Flags of data, and the tasks that they are for.
 TASK_FLAGS = {
     "prompt_template": ("causal-lm",),
@@ -165,7 +128,7 @@ def idle_flags(arguments: Arguments) -> dict[str, str]:
 
 
 def check_effects(arguments: Arguments) -> None:
-    """Refuses the training arguments that would do harm, and names those that do nothing.
+    """Refuses the flags that would do harm or that contradict each other, and names those that do nothing.
 
     Raises:
         UserError: naming the flag, its value and the remedy.
@@ -177,6 +140,7 @@ def check_effects(arguments: Arguments) -> None:
         # A secret is no part of a message.
         shown = "" if "token" in name else f" {_shown(given[name])}"
         say(f"--{name}{shown} is not used: {reason}.")
+    check_task(arguments.run)
     _check_own(arguments)
 
 
@@ -193,18 +157,26 @@ def check_task(run: DataArguments) -> None:
 
 
 def _check_own(arguments: Arguments) -> None:
-    """The launcher's own flags that need another one."""
-    run, scoring = arguments.run, arguments.scoring
+    """Flags that need another one, or exclude it."""
+    run, scoring, training = arguments.run, arguments.scoring, arguments.training
+    if getattr(training, "loss_type", "nll") == "dft":
+        raise UserError("--loss_type dft is not supported: it leaves out the routers' load-balancing loss. Use nll.")
     if run.revision != RunArguments.revision and os.path.isdir(str(run.model_name_or_path)):
         say(f"--revision {run.revision} is not used: the model is a folder.")
     if scoring.max_new_tokens != ScoringArguments.max_new_tokens and not wants_answers(scoring, run.task):
         say(f"--max_new_tokens {scoring.max_new_tokens} is not used: no answers are scored (--score answers).")
     if run.eval_dataset_split is not None and run.eval_dataset_name is None:
         raise UserError(f"--eval_dataset_split {run.eval_dataset_split} has no effect without --eval_dataset_name.")
-    if run.max_eval_samples is not None and not _has_evaluation(arguments):
-        raise UserError(
-            f"--max_eval_samples {run.max_eval_samples} has no effect without --eval_dataset_name or --eval_fraction."
-        )
+    if run.eval_fraction and run.eval_dataset_name:
+        raise UserError("--eval_fraction and --eval_dataset_name both name an evaluation set; keep one.")
+    if not _has_evaluation(arguments):
+        needing = {
+            f"--max_eval_samples {run.max_eval_samples}": run.max_eval_samples is not None,
+            "--eval_strategy": _shown(training.eval_strategy) != "no",
+            "--score answers (or --answer_pattern)": wants_answers(scoring, run.task),
+        }
+        for flag in (name for name, given in needing.items() if given):
+            raise UserError(f"{flag} has no effect without evaluation data: --eval_dataset_name, or --eval_fraction.")
 
 
 def _shown(value: Any) -> str:

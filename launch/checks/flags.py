@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import functools
-from dataclasses import dataclass, field, fields, make_dataclass
-from typing import TYPE_CHECKING, Any, get_type_hints
+from dataclasses import dataclass, field, make_dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from ds_moelora import MoELoRAConfig
 from ds_moelora.redaction import redact
-from ds_moelora.tuner.config import PATTERNS
+from ds_moelora.tuner.flags import adapter_flags
 
 TASKS = ("causal-lm", "sequence-classification", "image-classification", "image-text-to-text")
 AUTO = "auto"  # --resume_from_checkpoint: the newest complete one, if there is one
@@ -112,41 +109,6 @@ class RunArguments(DataArguments):
             self.dataset_name = [self.dataset_name]
 
 
-# Fields of the configuration that are no flags: a regular expression in --target_modules says the same.
-_NO_FLAGS = {item.name for item in fields(PeftConfig)} | {"exclude_modules", "layers_to_transform", "layers_pattern"}
-# What a command line must write otherwise than Python: type, default, and what is said of it.
-_FLAG_FORMS: dict[str, tuple[Any, Any, str]] = {
-    "target_modules": (list[str], ["all-linear"], "Module names, one regular expression, or all-linear."),
-    "init_lora_weights": (
-        str,
-        "true",
-        "true: B starts at zero. goat, goat_mini, pissa, milora: from the weight's SVD.",
-    ),
-    "modules_to_save": (list[str], [], "Modules trained and saved in full beside the adapter."),
-    **{
-        name: (str | None, None, f"As JSON, e.g. '{{\"q_proj\": 4}}': modules whose {PATTERNS[name]} differs.")
-        for name in PATTERNS
-    },
-}
-
-
-def _adapter_flags() -> list[tuple[str, Any, Any]]:
-    """Name, type and dataclass field of every flag that is a field of `MoELoRAConfig`, with that field's help."""
-    types, flags = get_type_hints(MoELoRAConfig), []
-    for item in fields(MoELoRAConfig):
-        if item.name in _NO_FLAGS:
-            continue
-        form = (types[item.name], item.default, item.metadata["help"])
-        kind, default, help_text = _FLAG_FORMS.get(item.name, form)
-        metadata = {**item.metadata, "help": help_text}
-        if isinstance(default, list):
-            made = field(default_factory=functools.partial(list, default), metadata=metadata)
-        else:
-            made = field(default=default, metadata=metadata)
-        flags.append((item.name, kind, made))
-    return flags
-
-
 if TYPE_CHECKING:
 
     class AdapterArguments:
@@ -154,7 +116,7 @@ if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
 else:
-    AdapterArguments = make_dataclass("AdapterArguments", _adapter_flags(), namespace={"__module__": __name__})
+    AdapterArguments = make_dataclass("AdapterArguments", adapter_flags(), namespace={"__module__": __name__})
 
 
 @dataclass
@@ -179,12 +141,22 @@ class ScoringArguments:
     max_new_tokens: int = flag(64, "causal-lm: longest answer in tokens.")
 
 
+@dataclass
 class _Deferred:
-    """Training arguments that wait for the checks.
+    """This launcher's defaults, in training arguments that wait for the checks.
 
     `TrainingArguments.__post_init__` opens torch.distributed and parses the DeepSpeed config. It is put off to
     `start()`, so that everything that can be wrong is found before any rank waits for another.
     """
+
+    output_dir: str = flag("outputs/run", "Folder for the adapter, checkpoints, TensorBoard logs and the summary.")
+    optim: str | None = flag(None, "Only without an optimizer block in the DeepSpeed config: a transformers name.")
+    report_to: str = flag("tensorboard", "Where metrics go: tensorboard, none, or another integration's name.")
+    logging_first_step: bool = flag(True, "Log the first step.")
+    include_num_input_tokens_seen: str = flag("non_padding", "Count tokens: no, all or non_padding.")
+
+    def __post_init__(self) -> None:
+        """Left to `start()`."""
 
     def wants_bf16(self) -> bool:
         """`--bf16`, or what it is by default.
@@ -227,38 +199,22 @@ class _Deferred:
 
 @dataclass
 class CausalConfig(_Deferred, SFTConfig):
-    """TRL's `SFTConfig` with this launcher's defaults."""
+    """TRL's `SFTConfig`."""
 
     # The adapter's coefficient, not that of a mixture inside the base model: `AdapterArguments` has the flag.
     router_aux_loss_coef: float | None = field(default=None, init=False)
-    output_dir: str = flag("outputs/run", "Folder for the adapter, checkpoints, TensorBoard logs and the summary.")
-    optim: str | None = flag(None, "Only without an optimizer block in the DeepSpeed config: a transformers name.")
-    report_to: str = flag("tensorboard", "Where metrics go: tensorboard, none, or another integration's name.")
-    logging_first_step: bool = flag(True, "Log the first step.")
-    include_num_input_tokens_seen: str = flag("non_padding", "Count tokens: no, all or non_padding.")
-
-    def __post_init__(self) -> None:
-        """Left to `start()`."""
 
 
 @dataclass
 class HeadConfig(_Deferred, TrainingArguments):
-    """transformers' `TrainingArguments` with this launcher's defaults, for models with a classification head."""
+    """transformers' `TrainingArguments`, for models with a classification head."""
 
-    output_dir: str = flag("outputs/run", "Folder for the adapter, checkpoints, TensorBoard logs and the summary.")
-    optim: str | None = flag(None, "Only without an optimizer block in the DeepSpeed config: a transformers name.")
-    report_to: str = flag("tensorboard", "Where metrics go: tensorboard, none, or another integration's name.")
-    logging_first_step: bool = flag(True, "Log the first step.")
-    include_num_input_tokens_seen: str = flag("non_padding", "Count tokens: no, all or non_padding.")
     logging_steps: float = flag(10, "Log every so many steps.")
     bf16: bool | None = flag(None, "bf16 training. Default: where an accelerator supports it.")
     trust_remote_code: bool = flag(False, "Run code that a model's repository brings. Off unless you trust it.")
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON: what `from_pretrained` gets besides."}
     )
-
-    def __post_init__(self) -> None:
-        """Left to `start()`."""
 
 
 @dataclass

@@ -104,7 +104,10 @@ class Converter:
         for where, row in read_batch(batch, numbers, self.flag):
             self.left_out.add_columns(row, self.reads)
             more = {"tools": _tools(row, where) if self.has_tools else None, self.keep: row.get(self.keep)}
-            made += [{**more, "prompt": prompt, "completion": answer} for prompt, answer in self.pairs(row, where)]
+            try:
+                made += [{**more, "prompt": prompt, "completion": answer} for prompt, answer in self.pairs(row, where)]
+            except (TypeError, ValueError, LookupError) as error:  # such as a number where a list should be
+                raise user_error(error, where) from error
         return {name: [row[name] for row in made] for name in self.features}
 
     def pairs(self, row: Row, where: str) -> Iterator[Pair]:

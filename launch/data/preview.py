@@ -28,10 +28,9 @@ from rich.text import Text
 from torch import Tensor
 from transformers import Trainer
 
-from launch.checks import preflight as checks
 from launch.checks.arguments import Arguments, parse_arguments
-from launch.checks.effects import check_effects, check_task
 from launch.checks.errors import run_guarded
+from launch.checks.preflight import check_flags
 from launch.demo import defaults as demo
 from launch.train import quieten
 from launch.training import report, trainers
@@ -60,10 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments = parse_arguments(flags, demo.DEFAULTS)
         # The run's own folder may exist already, and stays as it is.
         arguments.training.output_dir, arguments.training.report_to = folder, "none"
-        checks.check_numbers(arguments)
-        check_task(arguments.run)
-        checks.check_data(arguments)
-        check_effects(arguments)
+        check_flags(arguments)
         show(arguments, console, options.rows, color)
 
 

@@ -22,7 +22,7 @@ from launch.checks.flags import SCORED_TASKS, flag
 from launch.data.classification import class_options
 from launch.training import processors
 from launch.training.fit import check_weights
-from launch.training.modeling import AUTO_CLASSES, TASK_TYPES, pad_with
+from launch.training.modeling import TASK_TYPES, load_base
 from launch.training.processors import Processor
 from launch.training.report import SUMMARY_NAME
 
@@ -141,17 +141,8 @@ def load_for_inference(source: Source, processor: Processor) -> nn.Module:
         options = {"ignore_mismatched_sizes": source.adapter is not None, **class_options(source.classes)}
     if source.flags.attn_implementation is not None:
         options["attn_implementation"] = source.flags.attn_implementation
-    try:
-        model = AUTO_CLASSES[source.task].from_pretrained(
-            source.base,
-            revision=source.flags.revision,
-            trust_remote_code=source.flags.trust_remote_code,
-            dtype=source.dtype,
-            **options,
-        )
-    except Exception as error:  # damaged files raise what their format's library pleases
-        raise UserError(f"--model_name_or_path {source.base} cannot be loaded: {error}") from error
-    pad_with(model, processor)
+    options |= {"revision": source.flags.revision, "trust_remote_code": source.flags.trust_remote_code}
+    model = load_base(source.task, source.base, processor, dtype=source.dtype, **options)
     if source.adapter is not None:
         try:
             model = PeftModel.from_pretrained(model, source.adapter)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
-from dataclasses import fields
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +19,7 @@ from transformers import (
 )
 
 import ds_moelora
+from ds_moelora.tuner.flags import config_from_flags, is_pattern
 from launch.checks.arguments import Arguments, non_defaults
 from launch.checks.errors import UserError, say
 from launch.checks.flags import AdapterArguments
@@ -43,7 +41,6 @@ TASK_TYPES = {
     "image-classification": None,
     "image-text-to-text": TaskType.CAUSAL_LM,
 }
-PATTERNS = ("rank_pattern", "alpha_pattern", "num_experts_pattern", "top_k_pattern")
 # Of an adapter that is trained further: what is this run's own choice, not part of what was saved.
 OF_THE_RUN = (
     *("lora_dropout", "router_aux_loss_coef", "router_z_loss_coef", "router_jitter", "ep_size", "ep_dispatch"),
@@ -112,33 +109,10 @@ def adapter_config(adapter: AdapterArguments, task: str) -> Any:
     Raises:
         UserError: a value outside its bounds.
     """
-    values = {item.name: getattr(adapter, item.name) for item in fields(adapter)}
-    values |= {name: _read_pattern(name, values[name]) for name in PATTERNS}
-    # A single plain name means "modules called so"; a string would be a regular expression for the full path.
-    if adapter.target_modules == ["all-linear"] or _is_pattern(adapter.target_modules):
-        values["target_modules"] = adapter.target_modules[0]
-    start = adapter.init_lora_weights
-    values["init_lora_weights"] = {"true": True, "false": False}.get(start.lower(), start)
-    values["modules_to_save"] = adapter.modules_to_save or None
     try:
-        return ds_moelora.MoELoRAConfig(task_type=TASK_TYPES[task], **values)
+        return config_from_flags(vars(adapter), task_type=TASK_TYPES[task])
     except (ValueError, TypeError) as error:
         raise UserError(f"adapter: {error}") from error
-
-
-def _is_pattern(targets: list[str]) -> bool:
-    """Whether `--target_modules` is one regular expression for full names."""
-    return len(targets) == 1 and re.fullmatch(r"[\w.-]+", targets[0]) is None
-
-
-def _read_pattern(flag: str, value: Any) -> Any:
-    """A pattern from the command line (JSON) or a recipe (a mapping, as it is); {} without one."""
-    if not isinstance(value, str):
-        return value or {}
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--{flag} {value} is not JSON ({error}); write e.g. '{{\"q_proj\": 4}}'.") from error
 
 
 def check_model(arguments: Arguments, config: Any, skeleton: PreTrainedModel) -> PeftModel:
@@ -156,7 +130,7 @@ def check_model(arguments: Arguments, config: Any, skeleton: PreTrainedModel) ->
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), head]))
         if config.target_modules == "all-linear":
             config.exclude_modules = rf"(.*\.)?{head}(\..*)?"
-    elif run.task == "image-text-to-text" and not _is_pattern(arguments.adapter.target_modules):
+    elif run.task == "image-text-to-text" and not is_pattern(arguments.adapter.target_modules):
         config.exclude_modules = outside_text(skeleton)
     elif run.task == "sequence-classification" and config.target_modules == "all-linear":
         config.exclude_modules = TEXT_HEADS
@@ -236,6 +210,22 @@ def _first_lines(error: Exception) -> str:
     return text if len(text) < 400 else f"{text[:400]} ..."
 
 
+def load_base(task: str, name: str, processor: Any, **options: Any) -> Any:
+    """A base model with its weights, which pads with the tokenizer's token if it has none of its own.
+
+    Raises:
+        UserError: weights that cannot be read, or that do not fit.
+    """
+    try:
+        model = AUTO_CLASSES[task].from_pretrained(name, **options)
+    except Exception as error:  # damaged files raise what their format's library pleases
+        raise UserError(f"--model_name_or_path {name} cannot be loaded: {_first_lines(error)}") from error
+    tokenizer, config = tokenizer_of(processor), model.config.get_text_config()
+    if tokenizer is not None and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
 def load_model(arguments: Arguments, config: Any, model_options: dict[str, Any], processor: Any) -> PeftModel:
     """The model with its weights, and a fresh adapter or the one that training goes on with.
 
@@ -248,27 +238,17 @@ def load_model(arguments: Arguments, config: Any, model_options: dict[str, Any],
     # In fp32 unless mixed precision was asked for: a checkpoint's own bf16 would train the adapter in bf16 unasked.
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     options = {"dtype": dtype, **loading_options(arguments), **model_options}
+    options |= {"revision": run.revision, "trust_remote_code": training.trust_remote_code}
     options |= quantization.loading_options(run.load_in_4bit, dtype)
+    model = load_base(run.task, run.model_name_or_path, processor, **options)
     try:
-        model = AUTO_CLASSES[run.task].from_pretrained(
-            run.model_name_or_path, revision=run.revision, trust_remote_code=training.trust_remote_code, **options
-        )
-        pad_with(model, processor)
         if run.start_adapter is None:
             model = get_peft_model(model, config)
         else:
             model = PeftModel.from_pretrained(model, run.start_adapter, is_trainable=True, config=config)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        what = run.model_name_or_path if run.start_adapter is None else f"{run.model_name_or_path}, {run.start_adapter}"
-        raise UserError(f"--model_name_or_path {what} cannot be loaded: {_first_lines(error)}") from error
+    except Exception as error:
+        which = run.start_adapter or "a new adapter"
+        raise UserError(f"{which} does not fit {run.model_name_or_path}: {_first_lines(error)}") from error
     if run.load_in_4bit:
         quantization.settle(model)
     return model
-
-
-def pad_with(model: PreTrainedModel, processor: Any) -> None:
-    """Tells a model that has no padding token which one the tokenizer pads with."""
-    tokenizer = tokenizer_of(processor)
-    config = model.config.get_text_config()
-    if tokenizer is not None and getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = tokenizer.pad_token_id

@@ -127,13 +127,12 @@ class PackingGuard(TrainerCallback):
     the same: its logits must not depend on the first.
     """
 
-    def __init__(self) -> None:
-        self.trainer: SFTTrainer | None = None
+    def __init__(self, trainer: SFTTrainer) -> None:
+        self.trainer = trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        assert self.trainer is not None
         leak = packed_leak(self.trainer)
         if leak > PROBE_TOLERANCE:
             raise UserError(

@@ -15,9 +15,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     default_data_collator,
 )
 from transformers.trainer_utils import EvalLoopOutput
@@ -81,31 +78,6 @@ class HeadTrainer(CheckpointedTrainer):
     """The trainer of models with a classification head."""
 
 
-class OptimizerGuard(TrainerCallback):
-    """Says which class runs, if DeepSpeed has its own for the name in the config ("AdamW": FusedAdam or CPUAdam).
-
-    That another optimizer runs in place of one of the package's is refused by the engine itself
-    (`ds_moelora.optimizer.guard`).
-
-    Args:
-        wanted: the `type` in the DeepSpeed config, or `--optim`.
-    """
-
-    def __init__(self, wanted: str) -> None:
-        self.wanted = wanted
-        self.trainer: Trainer | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        engine = self.trainer.deepspeed if self.trainer is not None else None
-        if engine is None or not self.trainer.is_world_process_zero():
-            return
-        running = type(engine.basic_optimizer)
-        if running.__name__ != self.wanted:
-            print(f"Optimizer: {self.wanted} is {running.__module__}.{running.__name__} here.", flush=True)
-
-
 def tokenize_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, Truncation]:
     """`text` (and `text_pair`) as token ids, cut at `max_length`, and a count of what was cut."""
     columns = [name for name in ("text", "text_pair") if name in rows.column_names]
@@ -130,6 +102,7 @@ def build_trainer(
     train: Rows,
     evaluation: Dataset | None,
     callbacks: list[TrainerCallback],
+    stopping: Stopping | None = None,
 ) -> Trainer:
     """The trainer of the task. `processor` is the tokenizer, or what prepares pictures.
 
@@ -139,19 +112,11 @@ def build_trainer(
         UserError: no training row has an answer within `max_length`.
     """
     check_private_methods()
-    recorded = settings(arguments)
-    common = {"model": model, "args": arguments.training, "processing_class": processor}
+    common = {"model": model, "args": arguments.training, "processing_class": processor, "callbacks": callbacks}
+    common |= {"settings": settings(arguments), "stopping": stopping}
     if arguments.run.task in LANGUAGE:
-        trainer = _language_trainer(train, evaluation, callbacks, **common)
-    else:
-        trainer = _head_trainer(arguments.run.task, train, evaluation, callbacks, **common)
-    trainer.settings = recorded
-    for callback in callbacks:
-        if isinstance(callback, OptimizerGuard | PackingGuard):
-            callback.trainer = trainer
-        if isinstance(callback, Stopping):
-            trainer.stopping = callback
-    return trainer
+        return _language_trainer(train, evaluation, **common)
+    return _head_trainer(arguments.run.task, train, evaluation, **common)
 
 
 def check_private_methods() -> None:
@@ -170,27 +135,23 @@ def check_private_methods() -> None:
             )
 
 
-def _language_trainer(
-    train: Rows, evaluation: Dataset | None, callbacks: list[TrainerCallback], args: Any, **common: Any
-) -> Trainer:
+def _language_trainer(train: Rows, evaluation: Dataset | None, args: Any, **common: Any) -> Trainer:
     if args.completion_only_loss is None:
         args.completion_only_loss = True
-    if args.packing or args.padding_free:
-        callbacks.append(PackingGuard())
     if isinstance(train, IterableDataset):
         # Every rank reads the stream and keeps its share. Otherwise one would read, and put batches of different
         # lengths into one tensor to send them to the others.
         args.accelerator_config.dispatch_batches = False
-    trainer = MixtureSFTTrainer(train_dataset=train, eval_dataset=evaluation, callbacks=callbacks, args=args, **common)
+    trainer = MixtureSFTTrainer(train_dataset=train, eval_dataset=evaluation, args=args, **common)
     for what, rows in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
         if rows is not None and next(iter(rows), None) is None:
             raise UserError(f"no {what} row has an answer within --max_length {args.max_length} tokens; raise it.")
+    if args.packing or args.padding_free:
+        trainer.add_callback(PackingGuard(trainer))
     return trainer
 
 
-def _head_trainer(
-    task: str, train: Dataset, evaluation: Dataset | None, callbacks: list[TrainerCallback], **common: Any
-) -> Trainer:
+def _head_trainer(task: str, train: Dataset, evaluation: Dataset | None, **common: Any) -> Trainer:
     processor, sets, truncation = common["processing_class"], {"train": train, "eval": evaluation}, {}
     if task == "image-classification":
         sets = {name: rows and images.as_inputs(rows, processor) for name, rows in sets.items()}
@@ -205,7 +166,6 @@ def _head_trainer(
         eval_dataset=sets["eval"],
         data_collator=collator,
         compute_metrics=head_scores,
-        callbacks=callbacks,
         **common,
     )
     # transformers takes any forward with **kwargs for one that divides its loss by num_items_in_batch, and then

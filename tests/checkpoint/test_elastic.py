@@ -18,9 +18,10 @@ from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 
 import ds_moelora
-from ds_moelora.checkpoint import elastic, state_folder
-from ds_moelora.checkpoint.elastic import topology_changes
-from ds_moelora.checkpoint.state_folder import read_manifest
+from ds_moelora.checkpoint import manifest as files
+from ds_moelora.checkpoint.elastic import check_state
+from ds_moelora.checkpoint.gather import gather
+from ds_moelora.checkpoint.manifest import read_manifest
 from ds_moelora.checkpoint.trained import Run
 
 from ..support.expert_parallel import adapted, batches, whole_weights
@@ -71,7 +72,8 @@ def train(
     engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=config)
     result: dict[str, Any] = {"losses": [], "lr": [], "changes": None}
     if load:
-        result["changes"] = topology_changes(Run.of(engine), read_manifest(load))
+        _, lines = check_state(Run.of(engine), Path(load))
+        result["changes"] = [line.partition("topology.")[2] for line in lines]
         ds_moelora.load_elastic(engine, load)
         assert engine.global_steps == first
     dtype = next(engine.module.parameters()).dtype
@@ -110,7 +112,7 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["GateRiemannianAdamW", "GateRiemannianSGD", "AdamW"])
+@pytest.mark.parametrize("kind", ["GateRiemannianAdamW", "GateRiemannianSGD", "GateRiemannianMuon", "AdamW"])
 @pytest.mark.parametrize("chain", list(CHAINS))
 def test_goes_on_in_other_topologies(chain: str, kind: str, tmp_path: Path, record_property: Any) -> None:
     whole = uninterrupted(kind)
@@ -153,6 +155,8 @@ EXACT = {
         "more": {"data_types": {"grad_accum_dtype": "fp32"}},
     },
     "stage 1, SGD": {"stage": 1, "kind": "GateRiemannianSGD"},
+    "stage 2, Muon, ep 2": {"stage": 2, "ep_size": 2, "kind": "GateRiemannianMuon"},
+    "stage 3, Muon, sub-groups of 50": {"stage": 3, "kind": "GateRiemannianMuon", "zero": {"sub_group_size": 50}},
     "stage 1, fp16, ep 2": {"stage": 1, "ep_size": 2, "precision": "fp16"},
     "stage 2": {"stage": 2},
     "stage 2, bf16, ep 2": {"stage": 2, "ep_size": 2, "precision": "bf16"},
@@ -279,12 +283,12 @@ def refused(damage: str, folder: str) -> tuple[str, bool]:
 DAMAGE = {
     "truncated": "00000.safetensors is incomplete",
     "missing": "00000.safetensors is incomplete: 0 of",
-    "no manifest": "is no elastic checkpoint",
+    "no manifest": "has no elastic.json",
     "half a manifest": "is damaged",
-    "newer": "this version reads 2",
-    "optimizer": "saved by GateRiemannianAdamW, this run trains with AdamW",
-    "rank": "r, num_experts and the base model must be those",
-    "frozen": "are not trained here",
+    "newer": "this version reads 3",
+    "optimizer": 'optimizer.class "GateRiemannianAdamW" -> "AdamW"',
+    "rank": "adapter.default.r 3 -> 2",
+    "frozen": "trained.base_model.model.second.",
 }
 
 
@@ -302,7 +306,7 @@ def test_refuses_before_it_changes_anything(damage: str, trained: Path, tmp_path
     elif damage == "half a manifest":
         manifest.write_text(manifest.read_text()[:100])
     elif damage == "newer":
-        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 3}))
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 4}))
     for text, same in run_on_ranks(2, refused, damage=damage, folder=str(folder)):
         assert DAMAGE[damage] in text
         assert same
@@ -411,7 +415,7 @@ def fails_to_write(folder: str) -> str:
     engine, *_ = deepspeed.initialize(
         model=module, model_parameters=params, config=engine_config(2, "GateRiemannianAdamW")
     )
-    written, original = [], state_folder.save
+    written, original = [], files.save
 
     def full(tensors: Any, **options: Any) -> bytes:
         if written:
@@ -419,12 +423,12 @@ def fails_to_write(folder: str) -> str:
         written.append(tensors)
         return original(tensors, **options)
 
-    state_folder.save, state_folder.FILE_BYTES = full, 1  # type: ignore[assignment]
+    files.save, files.FILE_BYTES = full, 1  # type: ignore[assignment]
     try:
         with pytest.raises(RuntimeError) as caught:
             ds_moelora.save_elastic(engine, folder)
     finally:
-        state_folder.save, state_folder.FILE_BYTES = original, 1 << 26
+        files.save, files.FILE_BYTES = original, 1 << 26
     engine.destroy()
     return str(caught.value)
 
@@ -443,7 +447,7 @@ def test_a_newer_checkpoint_takes_the_place_of_an_older_one(trained: Path, tmp_p
     (folder / "stale.safetensors").write_bytes(b"")
     config = {**engine_config(1, "GateRiemannianAdamW"), "scheduler": copy.deepcopy(WARMUP)}
     run_on_ranks(2, resave, config=config, ep_size=1, load=str(trained), save=str(folder))
-    assert read_manifest(folder)["topology"]["world_size"] == 2
+    assert read_manifest(folder)["record"]["topology.world_size"] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
     assert not (folder / "stale.safetensors").exists()
 
@@ -461,17 +465,17 @@ def watched_save(folder: str) -> tuple[list[int], int]:
     engine.backward(engine(x, target)["loss"])
     engine.step()
     sizes: list[int] = []
-    original, limit = dist.reduce, elastic.gather.__defaults__
+    original, limit = dist.reduce, gather.__defaults__
 
     def reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         sizes.append(tensor.nbytes)
         return original(tensor, *args, **kwargs)
 
-    dist.reduce, elastic.gather.__defaults__ = reduce, (1000,)  # type: ignore[assignment]
+    dist.reduce, gather.__defaults__ = reduce, (1000,)  # type: ignore[assignment]
     try:
         ds_moelora.save_elastic(engine, folder)
     finally:
-        dist.reduce, elastic.gather.__defaults__ = original, limit
+        dist.reduce, gather.__defaults__ = original, limit
     engine.destroy()
     return sizes, sum(4 * p.ds_numel * 3 for p in params)
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_moelora.checkpoint.whole import check_checkpoint
+from ds_moelora import check_data_only
 
 from ..support.mixture import SHAPES, Stack, batches
 from ..support.plain_lora import plain_lora
@@ -195,7 +195,7 @@ def test_a_damaged_checkpoint_never_loads_as_if_whole(stage: int, how: str, tmp_
     run(start=0, stop=2, save=True)
     (tmp_path / "latest").rename(tmp_path / "older")
     whole = run(start=0, stop=4, save=True)
-    check_checkpoint(tmp_path)
+    check_data_only(tmp_path)
     name = damage(tmp_path, how)
     with pytest.raises(AssertionError) as error:
         run(start=4, stop=5, load=True)
@@ -203,7 +203,7 @@ def test_a_damaged_checkpoint_never_loads_as_if_whole(stage: int, how: str, tmp_
         assert name in str(error.value)
     else:
         with pytest.raises(ValueError, match=name):
-            check_checkpoint(tmp_path)
+            check_data_only(tmp_path)
     (tmp_path / "older").rename(tmp_path / "latest")
     resumed = run(start=2, stop=4, load=True)
     assert resumed[0]["losses"] == whole[0]["losses"][2:]
@@ -247,7 +247,7 @@ def test_killed_while_saving(stage: int, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="the process died"):
         run_on_ranks(2, killed_while_saving, config=config, folder=str(tmp_path))
     with pytest.raises(ValueError, match=r"rank_1.*_states\.pt is incomplete.*checkpoint before it"):
-        check_checkpoint(tmp_path)
-    check_checkpoint(tmp_path / "global_step2")
+        check_data_only(tmp_path)
+    check_data_only(tmp_path / "global_step2")
     (tmp_path / "latest").write_text("global_step2")
     assert run(start=2, stop=4, load=True)[0]["losses"] == whole[0]["losses"][2:]

@@ -23,8 +23,14 @@ from ..support.training import engine_config, loraplus_groups, one_group, run_en
 WIDE = [(7, 5, 3, 3), (5, 1101, 2, 5), (1101, 7, 3, 3)]  # SHAPES with a hundredfold inner width
 
 
-def traffic(stage: int, world: int, model: Callable[[], nn.Module], groups: Any = one_group) -> list[list[Any]]:
-    config = engine_config(stage, "GateRiemannianAdamW")
+def traffic(
+    stage: int,
+    world: int,
+    model: Callable[[], nn.Module],
+    groups: Any = one_group,
+    kind: str = "GateRiemannianAdamW",
+) -> list[list[Any]]:
+    config = engine_config(stage, kind)
     return run_on_ranks(world, run_engine, config=config, model=model, groups=groups, steps=3)[0]["traffic"]
 
 
@@ -43,6 +49,26 @@ def test_bytes_do_not_depend_on_in_and_out(stage: int, world: int, report: Calla
         report(
             "Bytes of the one all-reduce per step",
             f"stage {stage} world {world} {width:6s}: {sorted(found)}; Gram matrices {grams}, cut rows at most {rows}",
+        )
+        assert all(grams <= nbytes <= grams + rows for nbytes in found)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bytes_of_muon(stage: int, report: Callable[[str, str], None]) -> None:
+    """One all-reduce where factors are stepped, of one float64 triangle for A, B and both gradients; none elsewhere."""
+    grams = 4 * sum(4 * experts * rank * (rank + 1) for _, _, experts, rank in SHAPES)
+    rows = 8 * 2 * (1 if stage < 3 else 2 * len(SHAPES)) * max(rank for *_, rank in SHAPES)
+    for shapes in (SHAPES, WIDE):
+        calls = [
+            step for step in traffic(stage, 2, functools.partial(Stack, shapes), kind="GateRiemannianMuon") if step
+        ]
+        assert len(calls) == 3  # one in each step: other parameters' groups have none
+        assert all(len(step) == 1 for step in calls)
+        found = {numel * size for step in calls for numel, size in step}
+        report(
+            "Bytes of the one all-reduce per step",
+            f"stage {stage} world 2 Muon: {sorted(found)}; Gram matrices {grams}, cut rows at most {rows}",
         )
         assert all(grams <= nbytes <= grams + rows for nbytes in found)
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.dist
 
 # The same fp32 sums in another order; 10 steps of Adam, whose first is nearly a sign. Seen: below 4e-6.
 TOLERANCE = 1e-5
-KINDS = ["GateRiemannianAdamW", "GateRiemannianSGD", "AdamW"]
+KINDS = ["GateRiemannianAdamW", "GateRiemannianSGD", "GateRiemannianMuon", "AdamW"]
 
 
 def compare(found: dict[str, Any], wanted: dict[str, Any], what: str) -> float:
@@ -86,7 +86,8 @@ def test_settings_one_by_one(how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "stage"), [("GateRiemannianSGD", 0), ("GateRiemannianAdamW", 1), ("GateRiemannianSGD", 2)]
+    ("kind", "stage"),
+    [("GateRiemannianSGD", 0), ("GateRiemannianAdamW", 1), ("GateRiemannianSGD", 2), ("GateRiemannianMuon", 2)],
 )
 def test_client_optimizer(kind: str, stage: int) -> None:
     """Our optimizers split the experts off into groups as DeepSpeed wants them."""

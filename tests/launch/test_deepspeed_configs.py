@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from ds_moelora.optimizer.guard import OURS
+from launch.checkpoint.saving import say_optimizer
 from launch.checks.arguments import Arguments, parse_arguments
-from launch.checks.preflight import check_optimizer
+from launch.checks.deepspeed_config import check_optimizer
 from launch.demo import defaults
-from launch.training.trainers import OptimizerGuard
 from tests.support.mixture import SHAPES, Stack, batches
 from tests.support.ranks import run_on_ranks
 from tests.support.training import one_group
@@ -109,12 +110,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
 }
 PARAMS = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
-OURS = ("GateRiemannianAdamW", "GateRiemannianSGD")
 
 
 def named(config: dict[str, Any], kind: str) -> dict[str, Any]:
     """The config with an optimizer, which is the one word that a user writes."""
-    params = dict.fromkeys(("lr", "weight_decay"), "auto") if kind == "GateRiemannianSGD" else PARAMS
+    params = PARAMS if kind.endswith("AdamW") else dict.fromkeys(("lr", "weight_decay"), "auto")
     return {**copy.deepcopy(config), "optimizer": {"type": kind, "params": dict(params)}}
 
 
@@ -135,25 +135,14 @@ def test_the_launcher_accepts_it(name: str, kind: str, tmp_path: Path) -> None:
     assert check_optimizer(arguments_for(named(CONFIGS[name], kind), tmp_path, *flags)) == kind
 
 
-class _Trainer:
-    """What the callback asks of a trainer whose engine runs `optimizer`."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.deepspeed = SimpleNamespace(basic_optimizer=optimizer)
-
-    @staticmethod
-    def is_world_process_zero() -> bool:
-        return True
-
-
 def test_the_class_that_deepspeed_has_for_a_name_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     class FusedAdam(torch.optim.AdamW):
         pass
 
-    for kind, said in ((FusedAdam, f"Optimizer: AdamW is {__name__}.FusedAdam here.\n"), (torch.optim.AdamW, "")):
-        guard = OptimizerGuard("AdamW")
-        guard.trainer = _Trainer(kind([torch.zeros(1, requires_grad=True)]))  # type: ignore[assignment]
-        guard.on_train_begin(None, None, None)  # type: ignore[arg-type]
+    config = SimpleNamespace(optimizer_name="adamw")  # as DeepSpeed reads it
+    for kind, said in ((FusedAdam, f"Optimizer: adamw is {__name__}.FusedAdam here.\n"), (torch.optim.AdamW, "")):
+        optimizer = kind([torch.zeros(1, requires_grad=True)])
+        say_optimizer(SimpleNamespace(basic_optimizer=optimizer, _config=config))
         assert capsys.readouterr().out == said
 
 
@@ -193,7 +182,7 @@ def train_with(configs: dict[str, dict[str, Any]]) -> dict[str, tuple[str, bool]
 
 @pytest.mark.dist
 def test_it_trains() -> None:
-    kinds = {name: OURS[i % 2] for i, name in enumerate(CONFIGS)}
+    kinds = {name: OURS[i % len(OURS)] for i, name in enumerate(CONFIGS)}
     configs = {name: named(CONFIGS[name], kind) for name, kind in kinds.items()}
     for found in run_on_ranks(2, train_with, configs=configs):
         assert found == {name: (kind, True) for name, kind in kinds.items()}

@@ -12,12 +12,51 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 
 from launch.checks.arguments import parse_arguments
-from launch.checks.effects import NEEDS, OWN, REFUSED, UNUSED, USED, check_effects
+from launch.checks.effects import NEEDS, REFUSED, UNUSED, check_effects
 from launch.checks.errors import UserError
 from launch.checks.flags import TRAINING_CLASSES, RunArguments, ScoringArguments
 from launch.data.causal import causal_rows
 from launch.data.sources import load_data
 from tests.support.launch_support import CHAT_TEMPLATE, chat_tokenizer, write_jsonl
+
+# Read by the launcher, TRL, transformers or accelerate, whatever their value is. `launch.checks.bounds` bounds some.
+_USED = """
+output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs
+warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon gradient_accumulation_steps max_grad_norm
+train_sampling_strategy neftune_noise_alpha loss_type
+
+bf16 fp16 tf32 activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing
+gradient_checkpointing_kwargs activation_offloading torch_compile torch_compile_backend torch_compile_mode
+torch_empty_cache_steps use_cpu full_determinism
+
+logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica
+include_num_input_tokens_seen disable_tqdm report_to run_name skip_memory_metrics debug
+
+eval_strategy eval_on_start eval_accumulation_steps
+
+save_only_model save_strategy save_steps save_on_each_node save_total_limit load_best_model_at_end
+metric_for_best_model greater_is_better resume_from_checkpoint ignore_data_skip push_to_hub
+restore_callback_states_from_checkpoint
+
+seed data_seed dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_in_order max_length
+truncation_mode shuffle_dataset packing padding_free pad_to_multiple_of eval_packing completion_only_loss
+assistant_only_loss dataset_num_proc chat_template_path eos_token pad_token
+
+accelerator_config ddp_timeout deepspeed local_rank model_init_kwargs trust_remote_code
+"""
+USED = frozenset(_USED.split())
+
+# The launcher's own flags. Which of them a task, a layout or another flag makes idle is refused by
+# `launch.checks.effects`, `launch.data.data_checks` and the readers of the data.
+_OWN = """
+task model_name_or_path revision attn_implementation dataset_name dataset_config dataset_split max_eval_samples
+prompt_template instruction_column input_column output_column prompt_column completion_column messages_column
+prompt_format completion_format text_column text_pair_column text_pattern image_column label_column show_traceback
+dataset_weights dataset_stopping streaming eval_dataset_name eval_dataset_split eval_fraction max_train_samples
+load_in_4bit regression overwrite_output_dir lost_rank_seconds stop_after_nan_steps status_file
+score answer_pattern answer_ignore max_new_tokens
+"""
+OWN = frozenset(_OWN.split())
 
 NAMED = ["--model_name_or_path", "m", "--dataset_name", "d"]
 

@@ -35,8 +35,8 @@ from transformers import (
 from ds_moelora import MoELoRAConfig
 from launch import train
 from launch.checks.arguments import Arguments, parse_arguments
+from launch.checks.bounds import check_bounds
 from launch.checks.errors import UserError
-from launch.checks.preflight import check_bounds
 from launch.demo import base as demo_base
 from launch.demo import defaults as demo
 from launch.training import modeling, trainers
@@ -242,7 +242,7 @@ def test_what_loading_is_told_reaches_the_model(parse: Any) -> None:
 
 def test_json_in_flags_is_read_at_once(parse: Any) -> None:
     with pytest.raises(UserError, match=r"--lr_scheduler_kwargs \{'a': 1\} is not JSON"):
-        check_bounds(parse("--lr_scheduler_kwargs", "{'a': 1}").training)
+        check_bounds(parse("--lr_scheduler_kwargs", "{'a': 1}"))
 
 
 @pytest.fixture(scope="module")

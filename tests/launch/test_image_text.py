@@ -18,8 +18,8 @@ from launch.checks.arguments import parse_arguments
 from launch.checks.effects import check_task
 from launch.checks.errors import UsageError, UserError
 from launch.checks.flags import RunArguments
-from launch.checks.preflight import check_data
 from launch.data import image_text, sources
+from launch.data.data_checks import check_data
 from launch.training import modeling, trainers
 from launch.training.processors import processor_of_run
 from tests.support.launch_support import chat_tokenizer, tiny_model

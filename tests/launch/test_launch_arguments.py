@@ -10,10 +10,11 @@ import pytest
 from peft import PeftConfig
 
 from ds_moelora import MoELoRAConfig
+from ds_moelora.tuner.config import PATTERNS
 from launch.checks.arguments import parse_arguments
 from launch.checks.errors import UsageError, UserError
 from launch.checks.flags import AdapterArguments, CausalConfig, ClassificationConfig
-from launch.training.modeling import PATTERNS, adapter_config
+from launch.training.modeling import adapter_config
 from tests.support.launch_support import ROOT
 
 NAMED = ["--model_name_or_path", "m", "--dataset_name", "d"]

@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
-from ds_moelora.checkpoint.manifest import describe_files, files_in, write_manifest
 from launch import train
 from launch.checks import errors
 from launch.checks.errors import UserError
 from launch.training import modeling
-from tests.support.launch_support import ROOT, alpaca_rows, launch, tiny_model, write_jsonl
+from tests.support.launch_support import ROOT, alpaca_rows, launch, save_checkpoint, tiny_model, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -204,20 +201,15 @@ def test_non_empty_output_dir(good: dict[str, Any]):
 
 
 def test_resuming_from_a_checkpoint_that_was_cut_short(good: dict[str, Any]):
-    checkpoint = Path(good["output_dir"]) / "checkpoint-7"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text("{}")
-    (checkpoint / "state").mkdir()
-    tensors = checkpoint / "state" / "00000.safetensors"
-    save_file({"x": torch.zeros(100)}, tensors)
-    with pytest.raises(UserError, match=r"has no manifest\.json: it was not written to its end"):
-        run({**good, "resume_from_checkpoint": "true"})
-    write_manifest(checkpoint, describe_files(checkpoint, files_in(checkpoint)))
+    checkpoint = save_checkpoint(Path(good["output_dir"]), 7)
     with pytest.raises(PassedError):
         run({**good, "resume_from_checkpoint": "true"})
-    tensors.write_bytes(tensors.read_bytes()[:200])
-    with pytest.raises(UserError, match=r"00000\.safetensors .*checkpoint before it"):
+    (checkpoint / "inside" / "data").write_bytes(b"")
+    with pytest.raises(UserError, match=r"data is incomplete: 0 of 200 bytes\. Resume from an older checkpoint"):
         run({**good, "resume_from_checkpoint": "true"})
+    (checkpoint / "elastic.json").unlink()
+    with pytest.raises(UserError, match=r"has no elastic\.json: it was not saved to its end, or by something else"):
+        run({**good, "resume_from_checkpoint": str(checkpoint)})
 
 
 def test_output_dir_is_a_file(good: dict[str, Any]):
@@ -281,7 +273,7 @@ train.run_guarded(train.main, debug=False)
 @pytest.mark.dist
 @pytest.mark.parametrize(
     "patch",
-    ["train.prepare = fail", "saving.CheckpointedTrainer._write_training_state = fail"],
+    ["train.prepare = fail", "saving.write_state = fail"],
     ids=["before the others wait", "in training"],
 )
 def test_a_failure_on_one_rank_ends_all(good: dict[str, Any], tmp_path: Path, patch: str):

@@ -97,6 +97,21 @@ def test_causal_lm_and_resume(model: Path, alpaca: Path, tmp_path: Path):
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, got[name]), name
+    resume_at_another_rate(model, alpaca, whole, tmp_path / "faster", *more)
+
+
+def resume_at_another_rate(model: Path, alpaca: Path, trained: Path, resumed: Path, *more: str):
+    """A new --learning_rate is said, and steps are as much longer from the first one on."""
+    shutil.copytree(trained / "checkpoint-2", resumed / "checkpoint-2")
+    more = (*more, "--learning_rate", "5e-2", "--resume_from_checkpoint", "true")
+    finished = launch(arguments(model, alpaca, "zero2", resumed, *more))
+    assert finished.code == 0, finished.output[-4000:]
+    assert "checkpoint-2: flag.learning_rate 0.01 -> 0.05; this run's value holds." in finished.output
+    rates = [[entry["learning_rate"] for entry in log_of(path)[2:]] for path in (trained, resumed)]
+    assert rates[1] == pytest.approx([5 * rate for rate in rates[0]])
+    before, slow, fast = (adapter_of(path) for path in (trained / "checkpoint-2", trained, resumed))
+    moved = [sum((after[name] - before[name]).norm() ** 2 for name in before) ** 0.5 for after in (slow, fast)]
+    assert 3 < moved[1] / moved[0] < 8, "AdamW's steps are proportional to the rate, up to curvature"
 
 
 FOUR_EXPERTS = ("--max_steps", "4", "--save_steps", "2", "--eval_fraction", "0.25", "--num_experts", "4")
@@ -144,9 +159,9 @@ def test_expert_parallel(model: Path, alpaca: Path, whole: Path, tmp_path: Path,
     resume_elsewhere(model, alpaca, spread, tmp_path / "elsewhere", *again)
 
 
-def losses_of(checkpoint: Path) -> list[float]:
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+def log_of(output_dir: Path) -> list[dict[str, Any]]:
+    state = json.loads((output_dir / "checkpoint-4" / "trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "loss" in entry]
 
 
 def resume_elsewhere(model: Path, alpaca: Path, trained: Path, resumed: Path, *more: str):
@@ -154,12 +169,13 @@ def resume_elsewhere(model: Path, alpaca: Path, trained: Path, resumed: Path, *m
     shutil.copytree(trained / "checkpoint-2", resumed / "checkpoint-2")
     finished = launch(arguments(model, alpaca, "zero3", resumed, *more, "--gradient_accumulation_steps", "2"), ranks=1)
     assert finished.code == 0, finished.output[-4000:]
-    assert "topology has changed, world_size 2 -> 1, zero_stage 2 -> 3, ep_size 2 -> 1" in finished.output
+    for change in ("world_size 2 -> 1", "zero_stage 2 -> 3", "ep_size 2 -> 1"):
+        assert f"checkpoint-2: topology.{change}; this run's value holds." in finished.output
     expected, got = adapter_of(trained), adapter_of(resumed)
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
         assert (got[name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, name
-    losses = [losses_of(path / "checkpoint-4") for path in (trained, resumed)]
+    losses = [[entry["loss"] for entry in log_of(path)] for path in (trained, resumed)]
     assert len(losses[0]) == 4
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from launch.checks.arguments import Arguments, parse_arguments
 from launch.checks.errors import UserError
-from launch.checks.preflight import check_data
+from launch.data.data_checks import check_data
 from launch.training import modeling, trainers
 from launch.training.preparation import PROBE_TOLERANCE, PackingGuard, packed_leak
 from launch.training.processors import processor_of_run

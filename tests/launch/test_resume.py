@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,30 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_moelora.checkpoint.manifest import MANIFEST, check_manifest, describe_files, files_in, write_manifest
-from ds_moelora.checkpoint.whole import check_checkpoint
-from launch.checkpoint.resume import check_output_dir, checkpoints, choose_checkpoint, newest_complete, step_of
+from ds_moelora.checkpoint.manifest import MANIFEST, write_manifest
+from launch.checkpoint.resume import check_output_dir, checkpoints, choose_checkpoint, fault, newest_complete, step_of
 from launch.checkpoint.saving import rotate
 from launch.checks.errors import UserError
-
-
-def save(output_dir: Path, step: int) -> Path:
-    """A checkpoint with a few files and a manifest."""
-    folder = output_dir / f"checkpoint-{step}"
-    (folder / "inside").mkdir(parents=True)
-    (folder / "state").mkdir()
-    (folder / "state" / "elastic.json").write_text("{}")
-    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    (folder / "inside" / "data").write_bytes(bytes(range(200)))
-    (folder / "empty").touch()
-    write_manifest(folder, describe_files(folder, files_in(folder)))
-    return folder
-
-
-def save_without_state(folder: Path) -> None:
-    """As with --save_only_model."""
-    shutil.rmtree(folder / "state")
-    write_manifest(folder, describe_files(folder, files_in(folder)))
+from tests.support.launch_support import STATE, save_checkpoint
 
 
 def change_bit(path: Path) -> None:
@@ -49,13 +28,14 @@ DAMAGE = {
     "a file cut short": lambda folder: (folder / "inside" / "data").write_bytes(b"abc"),
     "a file gone": lambda folder: (folder / "inside" / "data").unlink(),
     "no trainer state": lambda folder: (folder / "trainer_state.json").unlink(),
-    "a broken manifest": lambda folder: (folder / MANIFEST).write_text('{"format": 1, "files": {"x"'),
+    "a broken manifest": lambda folder: (folder / MANIFEST).write_text('{"format": 3, "files": {"x"'),
     "a manifest of something else": lambda folder: (folder / MANIFEST).write_text("[1]"),
     "no manifest": lambda folder: (folder / MANIFEST).unlink(),
-    "a manifest that leaves the folder": lambda folder: (folder / MANIFEST).write_text(
-        json.dumps({"format": 1, "files": {"../x": {"size": 0, "sha256": ""}}})
+    "a manifest that leaves the folder": lambda folder: write_manifest(
+        folder, {**STATE, "files": {"../x": {"size": 0, "sha256": ""}}}
     ),
-    "the adapter alone": lambda folder: save_without_state(folder),
+    "a tensor in no file": lambda folder: write_manifest(folder, {**STATE, "tensors": {"x|weight": "gone"}}),
+    "the adapter alone": lambda folder: write_manifest(folder, {}),  # as with --save_only_model
     "a bit changed": lambda folder: change_bit(folder / "inside" / "data"),
 }
 
@@ -79,7 +59,7 @@ def chosen(output_dir: Path, wish: str | None = "auto") -> str | None:
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_auto_passes_over_what_is_damaged(tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    older, newer = save(tmp_path, 9), save(tmp_path, 10)
+    older, newer = save_checkpoint(tmp_path, 9), save_checkpoint(tmp_path, 10)
     assert chosen(tmp_path) == str(newer)
     DAMAGE[damage](newer)
     capsys.readouterr()
@@ -97,7 +77,7 @@ def test_auto_starts_anew_where_there_is_nothing(tmp_path: Path, capsys: pytest.
     (tmp_path / "notes.txt").write_text("mine")
     assert chosen(tmp_path) is None, "other files in the folder are no obstacle"
     assert "starting anew" in capsys.readouterr().out
-    DAMAGE["a file gone"](save(tmp_path, 3))
+    DAMAGE["a file gone"](save_checkpoint(tmp_path, 3))
     assert chosen(tmp_path) is None
     with pytest.raises(UserError, match="--resume_from_checkpoint auto"):
         chosen(tmp_path, None)
@@ -107,16 +87,15 @@ def test_auto_starts_anew_where_there_is_nothing(tmp_path: Path, capsys: pytest.
 @settings(max_examples=20, deadline=None)
 def test_one_rank_finds_a_changed_bit(ranks: int, bits: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = save(Path(folder), 1)
-        faults = [check_manifest(checkpoint, True, rank, ranks) for rank in range(ranks)]
-        assert faults == [None] * ranks
+        checkpoint = save_checkpoint(Path(folder), 1)
+        assert [fault(checkpoint, share=(rank, ranks)) for rank in range(ranks)] == [None] * ranks
         path = checkpoint / "inside" / "data"
         data = bytearray(path.read_bytes())
         data[bits // 8] ^= 1 << bits % 8
         path.write_bytes(bytes(data))
-        check_checkpoint(checkpoint)  # sizes do not tell
-        faults = [check_manifest(checkpoint, True, rank, ranks) for rank in range(ranks)]
-        assert [fault is not None for fault in faults].count(True) == 1
+        assert fault(checkpoint) is None, "sizes do not tell"
+        faults = [fault(checkpoint, share=(rank, ranks)) for rank in range(ranks)]
+        assert [said is not None for said in faults].count(True) == 1
         assert str(path) in next(filter(None, faults))
 
 
@@ -134,7 +113,7 @@ def test_rotation_keeps_what_was_just_saved(steps: set[int], newest: int, limit:
         (root / ".partial").mkdir()
         for step in steps:
             (root / f"checkpoint-{step}").mkdir(exist_ok=True)  # without a manifest or anything in it
-        saved = save(root, newest) if newest not in steps else root / f"checkpoint-{newest}"
+        saved = save_checkpoint(root, newest) if newest not in steps else root / f"checkpoint-{newest}"
         path = str(root / f"checkpoint-{best}") if best in steps | {newest} else None
         rotate(saved, limit, path)
         left = [step_of(path) for path in checkpoints(root)]

@@ -193,6 +193,23 @@ def test_a_template_that_refuses_a_row_names_it() -> None:
             list(causal_rows(data, RunArguments(), "data", tokenizer))
 
 
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [USER, {"role": "assistant", "content": "a", "tool_calls": 3}],
+        [USER, {"role": "assistant", "content": "a", "tool_calls": [3]}],
+        [USER, {"role": "assistant", "content": "a", "weight": []}],
+        [USER, {"role": ["assistant"], "content": "a"}],
+        {"role": ["user", "assistant"], "content": ["q"]},
+    ],
+)
+def test_messages_of_another_shape_name_the_row(tmp_path: Path, messages: Any) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [{"messages": [USER, {"role": "assistant", "content": "a"}]},
+                                              {"messages": messages}])  # fmt: skip
+    with pytest.raises(UserError, match=r"x\.jsonl, line 2"):
+        read(path)
+
+
 def test_content_in_parts_is_joined(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": [USER, {"role": "assistant", "content": parts}]}])

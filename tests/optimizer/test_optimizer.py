@@ -13,15 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ds_moelora import GateRiemannianAdamW, GateRiemannianSGD
-from ds_moelora.optimizer.reference import ReferenceAdamW, ReferenceSGD
+from ds_moelora import GateRiemannianAdamW, GateRiemannianMuon, GateRiemannianSGD
+from ds_moelora.optimizer.reference import ReferenceAdamW, ReferenceMuon, ReferenceSGD
 from ds_moelora.pairs import LoraPair, tag_pair
 
 from ..support.mixture import SHAPES, Mixture, Stack, batches
 from ..support.training import OPTIMIZERS, SHARDED, loraplus_groups, run_reference, scattered_groups
 
-CLASSES: dict[str, Any] = {"GateRiemannianAdamW": GateRiemannianAdamW, "GateRiemannianSGD": GateRiemannianSGD}
-REFERENCES: dict[str, Any] = {"GateRiemannianAdamW": ReferenceAdamW, "GateRiemannianSGD": ReferenceSGD}
+CLASSES: dict[str, Any] = {
+    "GateRiemannianAdamW": GateRiemannianAdamW,
+    "GateRiemannianSGD": GateRiemannianSGD,
+    "GateRiemannianMuon": GateRiemannianMuon,
+}
+REFERENCES: dict[str, Any] = {
+    "GateRiemannianAdamW": ReferenceAdamW,
+    "GateRiemannianSGD": ReferenceSGD,
+    "GateRiemannianMuon": ReferenceMuon,
+}
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -358,7 +366,6 @@ def test_sparse_gradient() -> None:
         ({"gate_lr_scale": math.inf}, "gate_lr_scale=inf"),
         ({"gate_scaling": "sqr"}, "gate_scaling='sqr' is unknown; choose one of 'none', 'sqrt', 'full'"),
         ({"scale_input_grad": 1}, "scale_input_grad=1 must be true or false"),
-        ({"include_scaling": "s"}, "include_scaling='s' must be true or false"),
     ],
 )
 @pytest.mark.parametrize("kind", SHARDED)
@@ -368,6 +375,11 @@ def test_bad_options(kind: str, options: dict[str, Any], message: str) -> None:
         CLASSES[kind](trained(model), lr=1e-3, **options)
     with pytest.raises(ValueError, match=message):
         CLASSES[kind]([{"params": trained(model), **options}], lr=1e-3)
+
+
+def test_bad_include_scaling() -> None:
+    with pytest.raises(ValueError, match="include_scaling='s' must be true or false"):
+        GateRiemannianSGD(trained(Mixture("m", 5, 7, 2, 3, 1)), lr=1e-3, include_scaling="s")  # type: ignore[arg-type]
 
 
 def test_nan_in_one_expert_stays_in_that_expert() -> None:

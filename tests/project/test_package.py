@@ -39,7 +39,7 @@ LIBRARIES = {
     "expert_parallel": {"torch", "deepspeed"},
     "checkpoint": {"torch", "deepspeed", "safetensors"},
     "tuner": {"torch", "peft", "transformers", "huggingface_hub", "safetensors", "deepspeed"},
-    "integrations": {"torch", "peft", "transformers", "deepspeed"},
+    "integrations": {"torch", "peft", "transformers", "deepspeed", "axolotl", "swift"},
     "monitoring": {"torch", "transformers", "numpy", "PIL"},
     "planner": {"torch", "transformers"},
     "cli": {"transformers", "rich"},
@@ -138,6 +138,7 @@ def test_no_import_circles(folder: Path) -> None:
 def test_public_names() -> None:
     expected = {
         "GateRiemannianAdamW",
+        "GateRiemannianMuon",
         "GateRiemannianSGD",
         "MoELoRAConfig",
         "MoELoRAModel",

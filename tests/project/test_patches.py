@@ -51,6 +51,7 @@ print("classes", sum(":" in n for n in before))
 """
 REGISTERED = {
     "torch.optim.GateRiemannianAdamW",
+    "torch.optim.GateRiemannianMuon",
     "torch.optim.GateRiemannianSGD",
     "peft.utils.peft_types:PeftType.MOELORA",
 }

@@ -13,11 +13,11 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_moelora import GateRiemannianAdamW, GateRiemannianSGD, MoELoRAConfig, data_only, gather_experts
+import ds_moelora
+from ds_moelora import MoELoRAConfig, data_only, gather_experts
 
 from .training import OPTIMIZERS
 
-CLASSES: dict[str, Any] = {"GateRiemannianAdamW": GateRiemannianAdamW, "GateRiemannianSGD": GateRiemannianSGD}
 IN_FEATURES = 7
 
 
@@ -126,7 +126,7 @@ def run(
     options: dict[str, Any] = {"model_parameters": trained}
     if client:
         kind = config.pop("optimizer")["type"]
-        options = {"optimizer": CLASSES[kind](trained, **OPTIMIZERS[kind])}
+        options = {"optimizer": getattr(ds_moelora, kind)(trained, **OPTIMIZERS[kind])}
     engine, *_ = deepspeed.initialize(model=module, config=config, **options)
     if load:
         with data_only():

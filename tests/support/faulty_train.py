@@ -66,6 +66,18 @@ def spoil_losses() -> None:
     trainers.MixtureSFTTrainer.compute_loss = compute_loss
 
 
+def spoil_rates() -> None:
+    """In the chosen step every rank's learning rate is NaN, and so are the weights after it; its loss is finite."""
+    original = saving.CheckpointedTrainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for group in self.as_run().optimizer.param_groups if self.state.global_step + 1 == int(STEP) else []:
+            group["lr"] = float("nan")
+        return original(self, *args, **kwargs)
+
+    saving.CheckpointedTrainer.training_step = training_step
+
+
 count_steps()
 if KIND == "forward":
     replace(LlamaModel, "forward", die)
@@ -81,6 +93,8 @@ elif KIND == "end":
     replace(saving.CheckpointedTrainer, "_finalize_training", die)
 elif KIND == "nan":
     spoil_losses()
+elif KIND == "rate":
+    spoil_rates()
 else:
     raise ValueError(f"FAULT={os.environ['FAULT']}: unknown kind")
 

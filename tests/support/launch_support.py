@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ds_moelora.checkpoint.manifest import write_manifest
 from launch.cluster.processes import find_free_port
 from launch.data.values import read_batch
 from launch.demo.base import byte_tokenizer
@@ -72,6 +73,21 @@ def alpaca_rows(count: int) -> list[dict[str, Any]]:
 
 def question_rows(count: int) -> list[dict[str, Any]]:
     return [{"question": f"is {i} even?", "label": "yes" if i % 2 == 0 else "no"} for i in range(count)]
+
+
+STATE: dict[str, Any] = {"tensors": {}, "parameters": {}, "record": {}}
+STATE["run"] = {"counters": {}, "scheduler": None, "loss_scale": None}  # of a manifest, as empty as can be
+
+
+def save_checkpoint(output_dir: Path, step: int) -> Path:
+    """A checkpoint with a few files and a manifest."""
+    folder = output_dir / f"checkpoint-{step}"
+    (folder / "inside").mkdir(parents=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (folder / "inside" / "data").write_bytes(bytes(range(200)))
+    (folder / "empty").touch()
+    write_manifest(folder, STATE)
+    return folder
 
 
 @dataclass

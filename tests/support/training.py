@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_moelora.optimizer.reference import ReferenceAdamW, ReferenceSGD
+from ds_moelora.optimizer.reference import ReferenceAdamW, ReferenceMuon, ReferenceSGD
 
 from .mixture import SHAPES, Stack, batches
 
@@ -23,12 +23,21 @@ from .mixture import SHAPES, Stack, batches
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "GateRiemannianAdamW": {"lr": 1e-2, "betas": [0.9, 0.99], "eps": 1e-3, "weight_decay": 0.1, "damping": 1e-4},
     "GateRiemannianSGD": {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1, "damping": 1e-4},
+    "GateRiemannianMuon": {
+        "lr": 1e-2,
+        "momentum": 0.9,
+        "weight_decay": 0.1,
+        "damping": 1e-4,
+        "aux_lr": 3e-3,
+        "aux_betas": [0.9, 0.99],
+        "aux_eps": 1e-3,
+    },
     # What a user would have without this package: the yardstick where half precision limits everybody.
     "AdamW": {"lr": 1e-2, "betas": [0.9, 0.99], "eps": 1e-3, "weight_decay": 0.1, "torch_adam": True},
     # DeepSpeed's name for AdamW, too; with a usual eps: the yardstick for SGD, whose plain steps would be tiny here.
     "Adam": {"lr": 1e-2, "betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.1, "torch_adam": True},
 }
-PLAIN = {"GateRiemannianAdamW": "AdamW", "GateRiemannianSGD": "Adam"}
+PLAIN = {"GateRiemannianAdamW": "AdamW", "GateRiemannianSGD": "Adam", "GateRiemannianMuon": "Adam"}
 SHARDED = list(PLAIN)
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -194,6 +203,7 @@ def run_reference(
     classes: dict[str, Any] = {
         "GateRiemannianAdamW": ReferenceAdamW,
         "GateRiemannianSGD": ReferenceSGD,
+        "GateRiemannianMuon": ReferenceMuon,
         "AdamW": torch.optim.AdamW,
         "Adam": torch.optim.AdamW,
     }

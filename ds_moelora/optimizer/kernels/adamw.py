@@ -21,59 +21,59 @@ OTHER_MODES = ("amsgrad", "maximize", "capturable", "differentiable")  # the ker
 
 
 class CppAdamW:
-    """Steps of torch's AdamW, as far as kernels do them.
+    """The `base.Update` of torch's AdamW, as far as kernels do it.
 
     Args:
         held: unit -> the optimizer's own tensor of it.
     """
 
+    keeps_gradients = True
+
     def __init__(self, held: Callable[[Hashable], Tensor]) -> None:
         self._held = held
         self._states: dict[Hashable, AdamWState] = {}
-        self._groups: dict[int, tuple[bool, tuple[float, ...]]] = {}
+        self._groups: dict[int, tuple[float, ...] | None] = {}  # None: a mode that kernels do not know
         self._state_of: dict[Tensor, dict[str, Any]] = {}
 
-    def begin(self, optimizer: torch.optim.Optimizer) -> None:
-        """Reads the groups' settings, which may change between steps."""
-        self._groups, self._state_of = {}, optimizer.state
+    def begin(self, optimizer: torch.optim.Optimizer, units: set[Hashable]) -> None:
+        """Reads the groups' settings and states, which may change between steps."""
+        self._groups, self._states, self._state_of = {}, {}, optimizer.state
         for group in optimizer.param_groups:
             settings = (float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"])
             known = not any(group.get(mode) for mode in OTHER_MODES)
-            self._groups.update((id(p), (known, settings)) for p in group["params"])
+            self._groups.update((id(p), settings if known else None) for p in group["params"])
 
-    def __call__(self, unit: Hashable) -> AdamWState | None:
+    def state_of(self, unit: Hashable) -> AdamWState | None:
         """The state of a unit that has a gradient; None if torch shall step it."""
+        if unit in self._states:
+            return self._states[unit]
         if isinstance(unit, tuple):  # an assembled factor of the preconditioner's, no parameter
             return None
         p = self._held(unit)
-        known, settings = self._groups[id(p)]
-        state, mine = self._state_of[p], self._states.get(unit)
-        if not known:
+        settings, state = self._groups[id(p)], self._state_of[p]
+        if settings is None:
             return None
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        step, exp_avg, exp_avg_sq = state["step"], state["exp_avg"], state["exp_avg_sq"]
-        if mine is None or mine.step is not step or mine.exp_avg is not exp_avg or mine.exp_avg_sq is not exp_avg_sq:
-            tensors = (step, exp_avg, exp_avg_sq)
-            if any(t.dtype != torch.float32 or not t.is_cpu or not t.is_contiguous() for t in tensors):
-                return None
-            mine = self._states[unit] = AdamWState(exp_avg, exp_avg_sq, step, settings)
-        mine.settings = settings
-        return mine
+        tensors = (state["exp_avg"], state["exp_avg_sq"], state["step"])
+        if any(t.dtype != torch.float32 or not t.is_cpu or not t.is_contiguous() for t in tensors):
+            return None
+        self._states[unit] = AdamWState(*tensors, settings)
+        return self._states[unit]
 
     @contextmanager
-    def finished(self, stepped: Extents) -> Iterator[None]:
-        """Steps what lies between the `stepped` elements, counts, and hides the gradients of their units meanwhile."""
-        held = [self._held(unit) for unit in stepped]
+    def finished(self, done: Extents) -> Iterator[None]:
+        """Steps what lies between the `done` elements, counts, and hides the gradients of their units meanwhile."""
+        held = [self._held(unit) for unit in done]
         grads = [p.grad for p in held]
-        for unit, p in zip(stepped, held, strict=True):
-            gaps = complement(stepped[unit], p.numel())
+        for unit, p in zip(done, held, strict=True):
+            gaps = complement(done[unit], p.numel())
             if gaps:
                 self._step_gaps(self._states[unit], p, gaps)
             p.grad = None
-        if stepped:
-            torch._foreach_add_([self._states[unit].step for unit in stepped], 1)
+        if done:
+            torch._foreach_add_([self._states[unit].step for unit in done], 1)
         try:
             yield
         finally:

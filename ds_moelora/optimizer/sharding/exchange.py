@@ -10,24 +10,26 @@ from torch import Tensor
 
 from ..factors import Factor
 from ..kernels.cpp import FLOAT, RANKS, AdamWState, Extents, Kernels, Update
-from ..preconditioner import algebra_dtype, damped_inverse, gram, precondition_
+from ..preconditioner import algebra_dtype, gram, precondition_
 from .placement import Placement
-from .plan import RowBlocks, StepPlan
+from .plan import RowBlocks, Rows, StepPlan
 from .zero import Flat
 
 Units = Callable[[Hashable], Flat]
 StateOf = Callable[[Hashable], AdamWState | None]
-Watch = Callable[[Tensor, Tensor | float, Tensor], None]
+Matrices = Callable[..., Tensor]  # (partners' Gram matrices, gradients' or None, *settings) -> matrices
+WEIGHT, GRAD = range(2)  # in a Flat
 
 
 class ShardedPreconditioner:
-    """Preconditions the gradients of pairs in place, on whatever part of them each process owns.
+    """Multiplies the gradients of pairs by one r x r matrix per expert, in place, on what each process owns of them.
 
     Args:
         factors: of all pairs, in an order equal in every process. places: of each of them.
         flat: unit -> (local flat weights, their gradient or None).
-        damping: factor index -> d for that factor's gradient.
-        divisor: factor index -> what the inverse for that factor's gradient is divided by.
+        matrices: what gradients are multiplied by, made of Gram matrices: see `base.GateRiemannian._matrices`.
+        settings: factor index -> numbers that `matrices` wants for that factor's gradient, the damping first.
+        gradient_grams: `matrices` needs the Gram matrices of the gradients, too.
         comm_device: device on which the process groups communicate; None: where the weights are.
         kernels: do the work on rows, if their rank is among RANKS; None: torch does.
 
@@ -40,15 +42,16 @@ class ShardedPreconditioner:
         factors: Sequence[Factor],
         places: Sequence[Placement],
         flat: Units,
-        damping: Callable[[int], float],
-        divisor: Callable[[int], float],
+        matrices: Matrices,
+        settings: Callable[[int], tuple[float, ...]],
+        gradient_grams: bool = False,
         comm_device: torch.device | None = None,
         kernels: Kernels | None = None,
     ) -> None:
         self.factors, self.places, self.flat, self.comm_device = factors, places, flat, comm_device
-        self.damping, self.divisor, self.kernels = damping, divisor, kernels
-        # Called with (Gram matrices, damping, inverses of the damped ones), if somebody wants to look at them.
-        self.watch: Watch | None = None
+        self.matrices, self.settings, self.gradient_grams, self.kernels = matrices, settings, gradient_grams, kernels
+        # Called with (Gram matrices, damping), if somebody wants to look at them.
+        self.watch: Callable[[Tensor, Tensor | float], None] | None = None
         ranks = {f.rank for f in factors}
         if kernels is not None and not ranks & {*RANKS}:
             raise ValueError(
@@ -57,12 +60,12 @@ class ShardedPreconditioner:
             )
         self._plans: dict[tuple[int, frozenset[Hashable], frozenset[int]], StepPlan] = {}
         self._stepped: set[Hashable] = set()
-        self._matrices: dict[int, Tensor] = {}  # of factors whose partner is still to be stepped, too
+        self._grams: dict[int, Tensor] = {}  # of factors whose partner is still to be stepped, too
         self._constants: dict[Hashable, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, units: set[Hashable], adamw: StateOf = lambda _: None) -> Extents:
-        """Preconditions the gradients of `units`.
+        """Multiplies the gradients of `units`.
 
         A pair may lie in two units that are stepped one after the other (LoRA+ groups, small ZeRO-3 sub-groups). Both
         Gram matrices are then taken when the first of them is stepped, before any weight of the pair moves.
@@ -76,53 +79,56 @@ class ShardedPreconditioner:
         """
         stepped: Extents = {}
         if self._stepped & units:
-            self._stepped, self._matrices = set(), {}
+            self._stepped, self._grams = set(), {}
         self._stepped |= units
         active = [i for i, place in enumerate(self.places) if place.unit in units]
         pairs = sorted({*active, *(self.factors[i].partner for i in active)})
-        due = [i for i in pairs if i not in self._matrices]
+        due = [i for i in pairs if i not in self._grams]
         groups = {id(self.places[i].group): self.places[i].group for i in pairs}
         for key, group in groups.items():
             plan_key = (key, frozenset(units), frozenset(due))
             if plan_key not in self._plans:
                 mine = {i for i in pairs if id(self.places[i].group) == key}
                 parts = ([i for i in indices if i in mine] for indices in (due, active))
-                self._plans[plan_key] = StepPlan(self.factors, self.places, *parts)
+                self._plans[plan_key] = StepPlan(self.factors, self.places, *parts, self.gradient_grams)
             call = GroupCall(self._plans[plan_key], self.flat, group, self.comm_device, self.kernels)
-            stepped |= call.apply(self._row_matrices(call.plan, call.grams()), adamw)
+            stepped |= call.apply(self._row_matrices(call.plan, *call.grams()), adamw)
         return stepped
 
-    def _row_matrices(self, plan: StepPlan, grams: dict[int, Tensor]) -> dict[int, Tensor]:
-        """What rows are multiplied by, by rank: made of the due Gram matrices; behind them those of earlier calls."""
-        found = {}
-        for rank, matrices in grams.items():
-            due = plan.due_by_rank.get(rank, [])
-            # The Gram matrix of one factor preconditions the other: that one's group says with which damping.
-            d, scale = (self._per_matrix(due, setting, matrices) for setting in (self.damping, self.divisor))
-            invert = self.kernels.damped_inverse if self.kernels and rank in RANKS else damped_inverse
-            inverse = invert(matrices, d)
-            if self.watch is not None:
-                self.watch(matrices, d, inverse)
-            if not isinstance(scale, float) or scale != 1.0:
-                inverse = inverse / (scale[:, None, None] if isinstance(scale, Tensor) else scale)
+    def _row_matrices(
+        self, plan: StepPlan, grams: dict[int, Tensor], gradient_grams: dict[int, Tensor]
+    ) -> dict[int, Tensor]:
+        """What the active gradients' rows are multiplied by, (N, r, r) by rank."""
+        for rank, due in plan.weights.order.items():
             for i in due:
-                first = plan.matrix_of[i]
-                self._matrices[i] = inverse[first : first + self.factors[i].num_experts]
-            carried = [self._matrices[i] for i in plan.carried_by_rank.get(rank, [])]
-            found[rank] = torch.cat([inverse, *carried]) if carried else inverse
+                first = plan.weights.first[i]
+                self._grams[i] = grams[rank][first : first + self.factors[i].num_experts]
+        found = {}
+        for rank, active in plan.grads.order.items():
+            carried = [self._grams[i] for i in plan.carried if self.factors[i].rank == rank]
+            fresh = plan.grads.num[rank] - sum(map(len, carried))
+            parts = [*([grams[rank][:fresh]] if fresh else []), *carried]
+            partners = torch.cat(parts) if len(parts) > 1 else parts[0]
+            damping, *others = self._per_matrix(active, partners)
+            if self.watch is not None:
+                self.watch(partners, damping)
+            found[rank] = self.matrices(partners, gradient_grams.get(rank), damping, *others)
         return found
 
-    def _per_matrix(self, due: list[int], setting: Callable[[int], float], like: Tensor) -> Tensor | float:
-        """A setting for the partners' gradients: a number if it is the same for all, else one for each Gram matrix."""
-        values = tuple(setting(self.factors[i].partner) for i in due)
-        if all(value == values[0] for value in values):
-            return float(values[0]) if values else 1.0
-        counts = tuple(self.factors[i].num_experts for i in due)
-        key = (values, counts, like.dtype, like.device)
-        if key not in self._constants:  # copied to the device once, not in every step
-            repeated = [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
-            self._constants[key] = torch.tensor(repeated, dtype=like.dtype, device=like.device)
-        return self._constants[key]
+    def _per_matrix(self, active: Sequence[int], like: Tensor) -> list[Tensor | float]:
+        """Each setting: a number if it is the same for all gradients, else one for each matrix."""
+        found: list[Tensor | float] = []
+        for values in zip(*(self.settings(i) for i in active), strict=True):
+            if all(value == values[0] for value in values):
+                found.append(float(values[0]))
+                continue
+            counts = tuple(self.factors[i].num_experts for i in active)
+            key = (values, counts, like.dtype, like.device)
+            if key not in self._constants:  # copied to the device once, not in every step
+                repeated = [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
+                self._constants[key] = torch.tensor(repeated, dtype=like.dtype, device=like.device)
+            found.append(self._constants[key])
+        return found
 
 
 class GroupCall:
@@ -145,6 +151,8 @@ class GroupCall:
         self.flats: dict[Hashable, Flat] = {unit: flat(unit) for unit in plan.units}
         weights = [weight for weight, _ in self.flats.values()]
         self.dtype, self.device = algebra_dtype(*(w.dtype for w in weights)), weights[0].device
+        # Roots of gradients' Gram matrices lose half of their digits: float64, at four bytes an element (`_exchange`).
+        self.wide = bool(plan.grads.gram_offset)
         for w in weights if kernels else []:
             if w.dtype != torch.float32 or not w.is_cpu:
                 raise ValueError(
@@ -152,71 +160,77 @@ class GroupCall:
                     f'{w.device}; set "compiled": false.'
                 )
 
-    def grams(self) -> dict[int, Tensor]:
-        """Phases 0 to 2, and the outer products of phase 3: every due Gram matrix whole, by rank."""
-        plan = self.plan
+    def grams(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Phases 0 to 2, and the outer products of phase 3: all Gram matrices whole, by rank.
+
+        Returns:
+            those of the due factors, and those of the active gradients (none unless the plan has them).
+        """
+        plan, both = self.plan, ((self.plan.weights, WEIGHT), (self.plan.grads, GRAD))
         self._assemble()
-        self.buffer = torch.zeros(plan.numel, dtype=self.dtype, device=self.device)
-        self._add_grams(plan.gram_blocks, self._due_grams())
-        for copies, which in ((plan.weight_copies, 0), (plan.grad_copies, 1)):
-            for unit, c in copies.items():
+        dtype = torch.float64 if self.wide else self.dtype
+        self.buffer = torch.zeros(plan.numel, dtype=dtype, device=self.device)
+        for rows, which in both:
+            self._add_grams(rows, rows.own, which)
+            for unit, c in rows.copies.items():
                 source = self.flats[unit][which]
                 if source is not None:
-                    values = source[c.local.on(self.device)].to(self.dtype)
+                    values = source[c.local.on(self.device)].to(dtype)
                     self.buffer.index_copy_(0, c.buffer.on(self.device), values)
-        self.buffer = self._all_reduce(self.buffer)
-        grams = self._due_grams()
-        self._add_grams(plan.late_gram_blocks, grams)
-        for rows in plan.weight_rows:
-            cut = rows.view(self.buffer)
-            grams[rows.rank].index_add_(0, rows.matrix.on(self.device), cut[:, :, None] * cut[:, None, :])
-        return grams
+        self._exchange()
+        for rows, which in both:
+            self._add_grams(rows, rows.assembled, which)
+            grams = rows.grams(self.buffer)
+            for cut in rows.cut if grams else []:
+                values = cut.view(self.buffer)
+                grams[cut.rank].index_add_(0, cut.matrix.on(self.device), values[:, :, None] * values[:, None, :])
+        return plan.weights.grams(self.buffer), plan.grads.grams(self.buffer)
 
     def apply(self, matrices: dict[int, Tensor], adamw: StateOf) -> Extents:
         """The rest of phase 3: multiplies the gradient's rows by `matrices`, (N, r, r) by rank."""
         stepped: Extents = {}
-        for blocks in self.plan.apply_blocks:
+        matrices = {rank: own.to(self.dtype) for rank, own in matrices.items()}
+        for blocks in (*self.plan.grads.own, *self.plan.grads.assembled):
             if self.kernels and blocks.rank in RANKS:
                 self._apply_cpp(self.kernels, blocks, matrices[blocks.rank], adamw, stepped)
                 continue
             ordered = matrices[blocks.rank][blocks.matrix.on(self.device)]
             for b, own in zip(blocks.blocks, ordered.split(blocks.counts), strict=True):
-                grad = self.flats[b.source][1]
+                grad = self.flats[b.source][GRAD]
                 if grad is not None:
                     precondition_(b.view(grad), own)
         self._apply_to_cut_rows(matrices)
         for i in self.plan.assembled:
             p = self.plan.places[i]
-            grad, whole = self.flats[p.unit][1], self.flats["assembled", i][1]
+            grad, whole = self.flats[p.unit][GRAD], self.flats["assembled", i][GRAD]
             if i in self.plan.active and grad is not None and whole is not None:
                 grad[p.local_offset : p.local_offset + p.stop - p.start].copy_(whole[p.start : p.stop])
         return stepped
 
-    def _due_grams(self) -> dict[int, Tensor]:
-        """Views of the buffer, (N, r, r) by rank."""
-        found = {}
-        for rank, count in self.plan.num_due.items():
-            offset = self.plan.gram_offset[rank]
-            found[rank] = self.buffer[offset : offset + count * rank * rank].view(count, rank, rank)
-        return found
-
-    def _add_grams(self, equal: list[RowBlocks], grams: dict[int, Tensor]) -> None:
-        for blocks in equal:
+    def _add_grams(self, rows: Rows, equal: list[RowBlocks], which: int) -> None:
+        """Adds the Gram matrices of blocks of weights or gradients to those of `rows`, if the plan wants them."""
+        grams = rows.grams(self.buffer)
+        for blocks in equal if grams else []:
             target = grams[blocks.rank]
+            sources = [self.flats[b.source][which] for b in blocks.blocks]
             if self.kernels and blocks.rank in RANKS:
-                addresses = [self.flats[b.source][0].data_ptr() + FLOAT * b.offset for b in blocks.blocks]
+                addresses = [_address(source, b.offset) for b, source in zip(blocks.blocks, sources, strict=True)]
                 self.kernels.add_grams_(target, blocks.layout, addresses)
                 continue
-            sums = [gram(b.view(self.flats[b.source][0]), target.dtype) for b in blocks.blocks]
+            sums = [
+                target.new_zeros(b.experts, b.rank, b.rank) if source is None else gram(b.view(source), target.dtype)
+                for b, source in zip(blocks.blocks, sources, strict=True)
+            ]
             target.index_add_(0, blocks.matrix.on(self.device), torch.cat(sums))
 
     def _apply_to_cut_rows(self, matrices: dict[int, Tensor]) -> None:
-        for rows in self.plan.grad_rows:
-            cut = rows.view(self.buffer)
-            own = matrices[rows.rank][rows.matrix.on(self.device)]
-            cut.copy_(torch.bmm(cut[:, None, :], own)[:, 0])
-        for unit, c in self.plan.grad_copies.items():
-            grad = self.flats[unit][1]
+        rows = self.plan.grads
+        for cut in rows.cut:
+            values = cut.view(self.buffer)
+            own = matrices[cut.rank][cut.matrix.on(self.device)].to(values.dtype)
+            values.copy_(torch.bmm(values[:, None, :], own)[:, 0])
+        for unit, c in rows.copies.items():
+            grad = self.flats[unit][GRAD]
             if grad is not None:
                 values = self.buffer[c.buffer.on(self.device)].to(grad.dtype)
                 grad.index_copy_(0, c.local.on(self.device), values)
@@ -230,7 +244,7 @@ class GroupCall:
         for b in blocks.blocks:
             weight, grad = self.flats[b.source]
             state = None if grad is None else adamw(b.source)
-            addresses.append(0 if grad is None else grad.data_ptr() + FLOAT * b.offset)
+            addresses.append(_address(grad, b.offset))
             updates.append(None if state is None else Update(weight, state, b.offset))
             if state is not None:
                 stepped.setdefault(b.source, []).append((b.offset, b.end))
@@ -253,9 +267,25 @@ class GroupCall:
         for i, weight, grad in zip(plan.assembled, parts[::2], parts[1::2], strict=True):
             self.flats["assembled", i] = (weight, grad)
 
+    def _exchange(self) -> None:
+        """The one all-reduce; of float64 Gram matrices one triangle, 4 r (r + 1) bytes each."""
+        if self.wide and self._communicates:
+            kept, spread = self.plan.triangles(self.device)
+            self.buffer = self._all_reduce(self.buffer[kept])[spread]
+        else:
+            self.buffer = self._all_reduce(self.buffer)
+
+    @property
+    def _communicates(self) -> bool:
+        return self.group is not None and dist.get_world_size(self.group) > 1
+
     def _all_reduce(self, buffer: Tensor) -> Tensor:
-        if self.group is None or dist.get_world_size(self.group) == 1 or not buffer.numel():
+        if not self._communicates or not buffer.numel():
             return buffer
         there = buffer if self.comm_device is None else buffer.to(self.comm_device)
         dist.all_reduce(there, group=self.group)
         return there.to(buffer.device)
+
+
+def _address(flat: Tensor | None, offset: int) -> int:
+    return 0 if flat is None else flat.data_ptr() + FLOAT * offset

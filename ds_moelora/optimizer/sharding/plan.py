@@ -5,7 +5,7 @@ Built once from placements, on the host, then executed in every step by `exchang
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -110,67 +110,105 @@ class Copies:
     buffer: Index = field(default_factory=Index)
 
 
+class Rows:
+    """The rows of some factors, of their weights or their gradients, and their Gram matrices in the exchange buffer.
+
+    Args:
+        order: indices of the factors by rank; their Gram matrices are numbered in this order.
+    """
+
+    def __init__(self, order: Mapping[int, Sequence[int]]) -> None:
+        self.order = order
+        self.first: dict[int, int] = {}  # factor index -> number of its first Gram matrix among those of its rank
+        self.num: dict[int, int] = {}  # Gram matrices of each rank
+        self.gram_offset: dict[int, int] = {}  # where they begin in the buffer, if it has them
+        self.own: list[RowBlocks] = []  # whole rows that this process owns
+        self.assembled: list[RowBlocks] = []  # those of assembled factors, which every process owns
+        self.cut: list[CutRows] = []
+        self.copies: dict[Hashable, Copies] = {}  # this process's pieces of the cut rows
+
+    def grams(self, buffer: Tensor) -> dict[int, Tensor]:
+        """Views of the buffer, (N, r, r) by rank; none if it has no Gram matrices of these rows."""
+        return {
+            r: buffer[offset : offset + self.num[r] * r * r].view(-1, r, r) for r, offset in self.gram_offset.items()
+        }
+
+
 class StepPlan:
-    """One call's work in one process group. Matrices are numbered within each rank, due ones before carried ones.
+    """One call's work in one process group.
 
     Args:
         factors: all factors. places: of each of them.
         due: indices of those whose Gram matrices this call computes.
-        active: indices of those whose gradients this call preconditions.
+        active: indices of those whose gradients this call multiplies. The Gram matrices of their partners come first
+            among the due ones, in the same order; those that an earlier call has computed come behind.
+        gradient_grams: compute the Gram matrices of the active gradients, too.
     """
 
     def __init__(
-        self, factors: Sequence[Factor], places: Sequence[Placement], due: list[int], active: list[int]
+        self,
+        factors: Sequence[Factor],
+        places: Sequence[Placement],
+        due: list[int],
+        active: list[int],
+        gradient_grams: bool = False,
     ) -> None:
-        self.factors, self.places, self.due, self.active = factors, places, due, active
+        self.factors, self.places, self.due, self.active = factors, places, set(due), set(active)
         self.units = list(dict.fromkeys(places[i].unit for i in (*due, *active)))
-        # Their matrices were made by an earlier call of the same step, in which the other half was updated.
-        carried = [i for i in dict.fromkeys(factors[a].partner for a in active) if i not in set(due)]
-        self.due_by_rank, self.carried_by_rank = self._by_rank(due), self._by_rank(carried)
-        self.matrix_of: dict[int, int] = {}
-        self.num_due: dict[int, int] = {}  # Gram matrices to compute, by rank
-        self.gram_offset: dict[int, int] = {}  # of those in the exchange buffer
+        self.assembled = [i for i in sorted(self.due | self.active) if factors[i].rank_first and places[i].is_cut]
+        active = sorted(active, key=lambda i: factors[i].partner not in self.due)  # stable
+        partners = dict.fromkeys(factors[i].partner for i in active)
+        self.carried = [i for i in partners if i not in self.due]  # taken by an earlier call of the same step
+        needed = [*(i for i in partners if i in self.due), *(i for i in due if i not in partners)]
         self.numel = 0  # of the exchange buffer
-        for rank in dict.fromkeys(factors[i].rank for i in due + carried):
-            count = self._number(self.due_by_rank.get(rank, []), 0)
-            self._number(self.carried_by_rank.get(rank, []), count)
-            self.num_due[rank], self.gram_offset[rank] = count, self.numel
-            self.numel += count * rank * rank
+        self.weights, self.grads = Rows(self._by_rank(needed)), Rows(self._by_rank(active))
+        for rows, with_grams in ((self.weights, True), (self.grads, gradient_grams)):
+            self._number(rows, with_grams)
+            rows.own, rows.assembled = self._blocks(rows, False), self._blocks(rows, True)
+        for rows in (self.weights, self.grads):
+            self._cut_rows(rows)
+        self._triangles: tuple[Tensor, Tensor] | None = None
 
-        self.assembled = [i for i in sorted({*due, *active}) if factors[i].rank_first and places[i].is_cut]
-        self.gram_blocks, self.late_gram_blocks = self._blocks(due, True, False), self._blocks(due, True, True)
-        self.apply_blocks = self._blocks(active, False, False) + self._blocks(active, False, True)
-        self.weight_rows, self.weight_copies = self._cut_rows(due, own=True)
-        self.grad_rows, self.grad_copies = self._cut_rows(active, own=False)
+    def triangles(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Gram matrices are symmetric: positions in the buffer without what lies below their diagonals; and the place
+        among these of every element of the buffer.
+        """
+        if self._triangles is None:
+            every = torch.arange(self.numel)
+            twin = every.clone()
+            for rows in (self.weights, self.grads):
+                for own in rows.grams(twin).values():
+                    own.copy_(own.triu() + own.triu(1).mT)
+            kept = twin == every
+            self._triangles = every[kept].to(device), (kept.cumsum(0) - 1)[twin].to(device)
+        return self._triangles
 
-    def _by_rank(self, indices: list[int]) -> dict[int, list[int]]:
+    def _by_rank(self, indices: Sequence[int]) -> dict[int, list[int]]:
         found: dict[int, list[int]] = {}
         for i in indices:
             found.setdefault(self.factors[i].rank, []).append(i)
         return found
 
-    def _number(self, indices: list[int], first: int) -> int:
-        """Numbers the matrices of these factors from `first` on; returns the next number."""
-        for i in indices:
-            self.matrix_of[i] = first
-            first += self.factors[i].num_experts
-        return first
-
-    def _matrix(self, i: int, own: bool) -> int:
-        """Number of the first Gram matrix of factor i (own), or of the first matrix that its gradient's rows meet."""
-        return self.matrix_of[i if own else self.factors[i].partner]
+    def _number(self, rows: Rows, with_grams: bool) -> None:
+        for rank, indices in rows.order.items():
+            count = 0
+            for i in indices:
+                rows.first[i] = count
+                count += self.factors[i].num_experts
+            rows.num[rank] = count
+            if with_grams:
+                rows.gram_offset[rank] = self.numel
+                self.numel += count * rank * rank
 
     def _rows_per_expert(self, i: int) -> int:
         return self.places[i].numel // (self.factors[i].num_experts * self.factors[i].rank)
 
-    def _blocks(self, indices: list[int], own: bool, assembled: bool) -> list[RowBlocks]:
-        """Blocks of the whole rows that this process owns, or those of assembled factors, which every one owns."""
+    def _blocks(self, rows: Rows, assembled: bool) -> list[RowBlocks]:
         found: dict[int, RowBlocks] = {}
-        for i in indices:
-            f, p, n = self.factors[i], self.places[i], self._rows_per_expert(i)
+        for i in sorted(rows.first):  # as they lie in memory
+            f, p, n, matrix = self.factors[i], self.places[i], self._rows_per_expert(i), rows.first[i]
             if (i in self.assembled) != assembled:
                 continue
-            matrix = self._matrix(i, own)
             blocks = found.setdefault(f.rank, RowBlocks(f.rank))
             if assembled:
                 blocks.add(RowBlock(("assembled", i), 0, 1, n, f.rank, True), matrix)
@@ -180,32 +218,27 @@ class StepPlan:
             else:
                 _, first_row, num_rows = split_slice(p.start, p.stop, f.rank)
                 base = p.local_offset + first_row * f.rank - p.start
-                for expert, count, row, rows in expert_blocks(first_row, num_rows, n):
-                    blocks.add(RowBlock(p.unit, base + row * f.rank, count, rows, f.rank, False), matrix + expert)
+                for expert, count, row, per_expert in expert_blocks(first_row, num_rows, n):
+                    block = RowBlock(p.unit, base + row * f.rank, count, per_expert, f.rank, False)
+                    blocks.add(block, matrix + expert)
         return [blocks for blocks in found.values() if blocks.blocks]
 
-    def _cut_rows(self, indices: list[int], own: bool) -> tuple[list[CutRows], dict[Hashable, Copies]]:
+    def _cut_rows(self, rows: Rows) -> None:
         """Slots in the exchange buffer for every cut row of the group, and this process's pieces of them."""
-        indices = [i for i in indices if not self.factors[i].rank_first]
-        by_rank: dict[int, CutRows] = {}
-        slots: dict[tuple[int, int], int] = {}
-        for i in indices:
-            rank, n = self.factors[i].rank, self._rows_per_expert(i)
-            rows = by_rank.setdefault(rank, CutRows(rank))
-            for row in self.places[i].cut_rows(rank):
-                slots[i, row] = len(rows.matrix)
-                rows.matrix.append(self._matrix(i, own) + row // n)
-        for rows in by_rank.values():
-            rows.offset = self.numel
-            self.numel += len(rows.matrix) * rows.rank
-
-        copies: dict[Hashable, Copies] = {}
-        for i in indices:
-            rank, p = self.factors[i].rank, self.places[i]
-            for piece in split_slice(p.start, p.stop, rank)[0]:
-                at = by_rank[rank].offset + slots[i, piece.row] * rank + piece.column
-                local = p.local_offset + piece.offset
-                unit = copies.setdefault(p.unit, Copies())
-                unit.local.extend(range(local, local + piece.length))
-                unit.buffer.extend(range(at, at + piece.length))
-        return [rows for rows in by_rank.values() if rows.matrix], copies
+        for rank, indices in rows.order.items():
+            cut, slots = CutRows(rank, self.numel), {}
+            indices = [i for i in indices if not self.factors[i].rank_first]
+            for i in indices:
+                for row in self.places[i].cut_rows(rank):
+                    slots[i, row] = self.numel + len(cut.matrix) * rank
+                    cut.matrix.append(rows.first[i] + row // self._rows_per_expert(i))
+            for i in indices:
+                p = self.places[i]
+                for piece in split_slice(p.start, p.stop, rank)[0]:
+                    at, local = slots[i, piece.row] + piece.column, p.local_offset + piece.offset
+                    unit = rows.copies.setdefault(p.unit, Copies())
+                    unit.local.extend(range(local, local + piece.length))
+                    unit.buffer.extend(range(at, at + piece.length))
+            if cut.matrix:
+                rows.cut.append(cut)
+                self.numel += len(cut.matrix) * rank
