@@ -15,6 +15,8 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 import ds_moelora_autoload
+from ds_moelora.optimizer.guard import OURS
+from ds_moelora.plugin import OPTIMIZERS
 from ds_moelora.tuner.files.loading import LoadUnderWay
 from ds_moelora.tuner.start import svd_init
 
@@ -60,6 +62,10 @@ found["LoRA"] = peft.PEFT_TYPE_TO_CONFIG_MAPPING["LORA"].__name__
 found["after look-ups"] = "ds_moelora" in sys.modules
 print("> " + json.dumps(found))
 """
+
+
+def test_it_knows_all_optimizers() -> None:
+    assert ds_moelora_autoload.OPTIMIZERS == OURS == tuple(optimizer.__name__ for optimizer in OPTIMIZERS)
 
 
 def test_other_names_are_looked_up_as_before(installed: Path) -> None:
