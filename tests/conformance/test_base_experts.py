@@ -9,8 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
 
-from ds_moelora import tag_lora_pairs
+from ds_moelora import tag_lora_pairs, use_lora_experts
 from ds_moelora.pairs import LoraPair
 from ds_moelora.tuner import base_experts
 
@@ -53,6 +54,44 @@ def stacked_lora(adapters: int = 1, tagged: bool = True, r: int = 2) -> nn.Modul
     if tagged:
         assert tag_lora_pairs(model) == 3 * adapters
     return model
+
+
+class Mixture(nn.Module):
+    """Two of the three experts of transformers' own class see a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = MixtralConfig(num_local_experts=3, hidden_size=7, intermediate_size=5)
+        self.router, self.experts, self.head = nn.Linear(7, 3), MixtralExperts(config), nn.Linear(7, 3)
+        nn.init.normal_(self.experts.gate_up_proj)
+        nn.init.normal_(self.experts.down_proj)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        gates, index = self.router(x).softmax(-1).topk(2)
+        return (self.head(self.experts(x, index, gates)) - target).square().mean()
+
+
+def grouped_lora(gate_scaling: str = "none") -> nn.Module:
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=[], target_parameters=TARGETS, init_lora_weights=False)
+    model = get_peft_model(Mixture(), config)
+    assert use_lora_experts(model) == 1
+    base_experts.gate_of(model.base_model.model.experts.get_base_layer()).gate_scaling = gate_scaling
+    assert tag_lora_pairs(model) == 2
+    return model
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gates_of_the_base_scale_the_gradients(stage: int, report: Callable[[str, str], None]) -> None:
+    """The optimizer's own default, "sqrt", in the engine; said to the layer in the reference."""
+    kind = "GateRiemannianAdamW"
+    results = run_on_ranks(2, run_engine, config=engine_config(stage, kind), model=grouped_lora)
+    reference = run_reference(kind, 2, model=functools.partial(grouped_lora, "sqrt"))["weights"]
+    found = max(deviation(result["weights"], reference) for result in results)
+    report("LoRA on base experts, gate_scaling sqrt", f"stage {stage} world 2: {found:.1e}")
+    assert found < 2e-5
+    assert deviation(results[0]["weights"], run_reference(kind, 2, model=grouped_lora)["weights"]) > 1e-3
 
 
 def test_every_expert_is_a_pair() -> None:
