@@ -53,6 +53,22 @@ def check_layout() -> None:
         )
 
 
+def check_auto_ep(engine: Any) -> None:
+    """DeepSpeed's AutoEP looks for stacked parameters, does not see those that PEFT has wrapped, and goes on.
+
+    Raises:
+        ValueError: it is switched on, and a stack of experts has LoRA.
+    """
+    enabled = getattr(getattr(getattr(engine, "_config", None), "expert_parallel_config", None), "enabled", False)
+    if enabled and any(
+        isinstance(module, ParamWrapper) and module.num_experts > 1 for module in engine.module.modules()
+    ):
+        raise ValueError(
+            'the DeepSpeed config has "expert_parallel" (AutoEP), which does not spread experts that have LoRA '
+            "(target_parameters). Leave it out, and use ZeRO stage 3, which shards the experts' weights."
+        )
+
+
 def gate_of(base: nn.Module) -> GateSettings | None:
     """The gate settings of an experts module that `use_lora_experts` has set up; None for others."""
     return vars(base).get("lora_gate")

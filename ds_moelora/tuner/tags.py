@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..optimizer.guard import OURS
 from ..optimizer.sharding.zero import configured_optimizer
 from ..pairs import LoraPair, tag_pair
-from .base_experts import check_layout, gate_of
+from .base_experts import check_auto_ep, check_layout, gate_of
 from .layer import MoELoRALayer
 
 
@@ -49,6 +49,7 @@ def tag_before_building(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def configure(engine: Any, *args: Any, **kwargs: Any) -> Any:
         if configured_optimizer(engine) in OURS:
+            check_auto_ep(engine)
             _tag(engine.module)  # none: the optimizer says so, unless its pairs are tagged by somebody else
         return original(engine, *args, **kwargs)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_moelora import GateRiemannianAdamW, tag_lora_pairs, use_lora_experts
-from ds_moelora.tuner.base_experts import NAME, factors, gate_of
+from ds_moelora.tuner.base_experts import NAME, check_auto_ep, factors, gate_of
 
 from ..support.base_experts import ARCHITECTURES, TARGETS, base_model, lora_model, tokens
 
@@ -149,6 +150,13 @@ def test_what_it_cannot_compute_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             use_lora_experts(model)
         assert model.config._experts_implementation != NAME
+
+
+def test_auto_ep_is_refused() -> None:
+    config = SimpleNamespace(expert_parallel_config=SimpleNamespace(enabled=True))
+    check_auto_ep(SimpleNamespace(_config=config, module=nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="AutoEP"):
+        check_auto_ep(SimpleNamespace(_config=config, module=lora_model("mixtral")))
 
 
 LOAD = """
