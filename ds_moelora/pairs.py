@@ -46,8 +46,11 @@ class GateSettings:
         self._holders: dict[int, str] = {}  # key of each holder, and its name
         self._own = (self.gate_scaling, self.scale_input_grad)
 
-    def hold(self, key: int, holder: str, gate_scaling: str, scale_input_grad: bool) -> None:
+    def hold(self, key: int, holder: str, layer: str, gate_scaling: str, scale_input_grad: bool) -> None:
         """Sets both values until `release(key)`; a holder that is there already may change its mind.
+
+        Args:
+            holder, layer: their names, for messages.
 
         Raises:
             GateConflictError: another holder wants other values.
@@ -56,8 +59,9 @@ class GateSettings:
         others = [name for other, name in self._holders.items() if other != key]
         if others and held != wanted:
             raise GateConflictError(
-                f"{holder} asks for gate_scaling={gate_scaling!r} and scale_input_grad={scale_input_grad}, but another "
-                f"living optimizer ({others[0]}) holds the layer at {held[0]!r} and {held[1]}"
+                f"{layer}: {holder} asks for gate_scaling={gate_scaling!r} and scale_input_grad={scale_input_grad}, "
+                f"but another living optimizer ({others[0]}) holds the layer at {held[0]!r} and {held[1]}. Delete that "
+                "optimizer (and the engine or trainer that keeps it) first, or give both the same settings."
             )
         if not self._holders:
             self._own = held

@@ -221,7 +221,7 @@ def build_evaluator(
 
 
 def write_results(results: dict[str, Any], wish: EvaluationArguments, source: Source) -> Path | None:
-    """Writes the JSON file; None where nobody has said where to."""
+    """Writes the JSON file; None without --output and without a local adapter."""
     if wish.output is None and (source.adapter is None or not Path(source.adapter).is_dir()):
         return None
     name = f"evaluation-{Path(str(wish.dataset_name)).name.removesuffix('.jsonl')}.json"

@@ -159,7 +159,7 @@ class Converter:
         yield messages, completion
 
     def _answers(self, messages: list[Row], where: str, row: Row) -> Iterator[Pair]:
-        """Every answer of the assistant that is to be trained, and all before it."""
+        """Every trained answer of the assistant, and all before it."""
         weights = [message.pop("weight", 1) for message in messages]
         if self.whole and 0 in weights:
             raise UserError(f"{where}: --completion_only_loss false trains all of a row, and a message has weight 0.")
@@ -219,7 +219,7 @@ def causal_rows(
             another kind, with its file and line. A stream's rows are looked at when they are read.
     """
     convert = Converter(rows, run, flag, tokenizer, keep, as_chat, whole)
-    # Not from the cache: what is left out is to be said in every run.
+    # Not from the cache: every run says what is left out.
     how = {} if isinstance(rows, IterableDataset) else {"desc": "Building prompts", "load_from_cache_file": False}
     how |= {"batched": True, "with_indices": True, "features": convert.features}
     try:

@@ -133,12 +133,10 @@ def number_labels(rows: Dataset, names: list[str], flag: str) -> Dataset:
     """
     if not names:
         return rows.rename_column("label", "labels")
-    ids = {name: number for number, name in enumerate(names)}
-    stored = list(rows["label"])
-    unknown = sorted(set(stored) - ids.keys())
+    unknown = sorted(set(rows["label"]) - set(names))
     if unknown:
         raise UserError(f"{flag} has labels that the training data lacks: {', '.join(unknown)}. Known: {names}.")
-    return rows.remove_columns("label").add_column("labels", [ids[name] for name in stored])
+    return rows.rename_column("label", "labels").cast_column("labels", ClassLabel(names=names))
 
 
 def _text_columns(rows: Dataset, run: DataArguments, flag: str) -> tuple[str, str | None]:

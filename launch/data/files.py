@@ -95,7 +95,7 @@ def _json_lines(lines: Iterator[str]) -> PlacedRows:
 def _json_rows(lines: Iterator[str]) -> PlacedRows:
     """A list of rows; or, as `Dataset.to_json` writes them, one row per line."""
     found = list(lines)
-    if not "".join(found[:1]).lstrip().startswith("["):
+    if not next(filter(str.strip, found), "").lstrip().startswith("["):
         yield from _json_lines(iter(found))
         return
     for number, row in enumerate(json.loads("".join(found)), 1):

@@ -89,7 +89,7 @@ def find_source(flags: SourceArguments, task: str | None, classes: list[str] | N
         known = {str(kind.value if kind else None): name for name, kind in TASK_TYPES.items() if name in SCORED_TASKS}
         task = known.get(str(getattr(saved.task_type, "value", saved.task_type))) if saved else "causal-lm"
         if task is None:
-            raise UserError(f"{adapter} is for {saved.task_type}; say with --task what it is to be scored as.")
+            raise UserError(f"{adapter} is for {saved.task_type}; choose with --task how to score it.")
     if saved and task != "causal-lm" and not classes:
         places = [folder / SUMMARY_NAME for folder in (Path(adapter), Path(adapter).parent)]
         summary = next((json.loads(file.read_text()) for file in places if file.is_file()), {})

@@ -201,7 +201,7 @@ def build_on_meta(arguments: Arguments, model_options: dict[str, Any]) -> PreTra
             return AUTO_CLASSES[run.task].from_config(config, trust_remote_code=trust, **attention)
     except UserError:
         raise
-    except Exception as error:  # a config of another kind raises what its model pleases
+    except Exception as error:  # a config of another kind can raise anything
         raise UserError(f"--model_name_or_path {run.model_name_or_path}: {_first_lines(error)}") from error
 
 
@@ -219,7 +219,7 @@ def load_base(task: str, name: str, processor: Any, **options: Any) -> Any:
     """
     try:
         model = AUTO_CLASSES[task].from_pretrained(name, **options)
-    except Exception as error:  # damaged files raise what their format's library pleases
+    except Exception as error:  # damaged files can raise anything
         raise UserError(f"--model_name_or_path {name} cannot be loaded: {_first_lines(error)}") from error
     tokenizer, config = tokenizer_of(processor), model.config.get_text_config()
     if tokenizer is not None and getattr(config, "pad_token_id", None) is None:

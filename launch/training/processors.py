@@ -34,7 +34,7 @@ def load_processor(
     options = {} if revision is None else {"revision": revision}
     try:
         found = kind.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # a damaged tokenizer.json raises what the tokenizers library pleases
+    except Exception as error:  # a damaged tokenizer.json can raise anything
         raise UserError(f"--model_name_or_path {name}: no {called}: {error}") from error
     if task == "image-text-to-text" and not isinstance(found, ProcessorMixin):
         raise UserError(

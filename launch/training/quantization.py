@@ -46,8 +46,8 @@ def settle(model: nn.Module) -> None:
     """Keeps 4-bit weights in the layout that training reads, and the adapter in the run's own precision.
 
     On CPUs with AVX-512 bitsandbytes repacks a weight the first time that it is used without gradients (an evaluation),
-    and the layout that it then has cannot be dequantised for the backward pass of the next step. TRL takes the adapter
-    of a model that says of itself that it is in 4 bits to bf16, whatever precision was asked for.
+    and the layout that it then has cannot be dequantised for the backward pass of the next step. TRL casts the
+    adapter of a model with `is_loaded_in_4bit` to bf16, whatever precision was asked for.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

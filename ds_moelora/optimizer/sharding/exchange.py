@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..factors import Factor
-from ..kernels.cpp import FLOAT, RANKS, AdamWState, Extents, Kernels, Update
+from ..kernels.cpp import FLOAT, RANKS, AdamWState, Extents, Kernels
 from ..preconditioner import algebra_dtype, gram, precondition_
 from .placement import Placement
 from .plan import RowBlocks, Rows, StepPlan
@@ -89,8 +89,9 @@ class ShardedPreconditioner:
             plan_key = (key, frozenset(units), frozenset(due))
             if plan_key not in self._plans:
                 mine = {i for i in pairs if id(self.places[i].group) == key}
-                parts = ([i for i in indices if i in mine] for indices in (due, active))
-                self._plans[plan_key] = StepPlan(self.factors, self.places, *parts, self.gradient_grams)
+                own_due, own_active = ([i for i in indices if i in mine] for indices in (due, active))
+                plan = StepPlan(self.factors, self.places, own_due, own_active, self.gradient_grams)
+                self._plans[plan_key] = plan
             call = GroupCall(self._plans[plan_key], self.flat, group, self.comm_device, self.kernels)
             stepped |= call.apply(self._row_matrices(call.plan, *call.grams()), adamw)
         return stepped
@@ -240,12 +241,12 @@ class GroupCall:
     ) -> None:
         """Steps the blocks of units that have a state, and preconditions the gradients of the others."""
         addresses: list[int] = []
-        updates: list[Update | None] = []
+        updates: list[tuple[AdamWState, int] | None] = []
         for b in blocks.blocks:
-            weight, grad = self.flats[b.source]
+            grad = self.flats[b.source][GRAD]
             state = None if grad is None else adamw(b.source)
             addresses.append(_address(grad, b.offset))
-            updates.append(None if state is None else Update(weight, state, b.offset))
+            updates.append(None if state is None else (state, b.offset))
             if state is not None:
                 stepped.setdefault(b.source, []).append((b.offset, b.end))
         kernels.precondition_(matrices, blocks.layout, addresses, updates)
