@@ -46,8 +46,11 @@ class GateSettings:
         self._holders: dict[int, str] = {}  # key of each holder, and its name
         self._own = (self.gate_scaling, self.scale_input_grad)
 
-    def hold(self, key: int, holder: str, gate_scaling: str, scale_input_grad: bool) -> None:
+    def hold(self, key: int, holder: str, layer: str, gate_scaling: str, scale_input_grad: bool) -> None:
         """Sets both values until `release(key)`; a holder that is there already may change its mind.
+
+        Args:
+            holder, layer: their names, for messages.
 
         Raises:
             GateConflictError: another holder wants other values.
@@ -56,8 +59,9 @@ class GateSettings:
         others = [name for other, name in self._holders.items() if other != key]
         if others and held != wanted:
             raise GateConflictError(
-                f"{holder} asks for gate_scaling={gate_scaling!r} and scale_input_grad={scale_input_grad}, but another "
-                f"living optimizer ({others[0]}) holds the layer at {held[0]!r} and {held[1]}"
+                f"{layer}: {holder} asks for gate_scaling={gate_scaling!r} and scale_input_grad={scale_input_grad}, "
+                f"but another living optimizer ({others[0]}) holds the layer at {held[0]!r} and {held[1]}. Delete that "
+                "optimizer (and the engine or trainer that keeps it) first, or give both the same settings."
             )
         if not self._holders:
             self._own = held
@@ -82,8 +86,8 @@ class LoraPair:
         num_experts: E; 1 for plain LoRA.
         rank: r of one expert.
         scaling: s in `s * B A`.
-        rank_first_A: False: A is (E, in, r), as MoE-LoRA stores it. True: A is (r, in), as PEFT stores it (E = 1).
-            B is always (E, out, r), or (out, r).
+        rank_first_A: False: A is (E, in, r) and B (E, out, r), as MoE-LoRA stores them. True: as PEFT stores them, A is
+            (E r, in), which is (E, r, in), and B (out, E r), which is (out, r, E).
         gate: the layer's gate settings; None where there is no gate (plain LoRA).
         awaits: name of an optimizer that was built for the pair and has not run yet; "" otherwise.
     """
@@ -113,10 +117,11 @@ def tag_pair(
     """
     rank_of_A = lora_A.shape[0] if pair.rank_first_A else lora_A.shape[-1]
     rank_of_B = lora_B.shape[1] if pair.rank_first_A else lora_B.shape[-1]
-    if lora_A.numel() and lora_B.numel() and (rank_of_A != pair.rank or rank_of_B != pair.rank):
+    rank = pair.rank * pair.num_experts if pair.rank_first_A else pair.rank
+    if lora_A.numel() and lora_B.numel() and (rank_of_A != rank or rank_of_B != rank):
         raise ValueError(
             f"{pair.name}: lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not both have rank "
-            f"{pair.rank}; pass the rank that the two factors share."
+            f"{rank}; pass the rank that the two factors share."
         )
     tag_parameter(lora_A, pair, "A")
     tag_parameter(lora_B, pair, "B")

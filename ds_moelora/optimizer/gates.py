@@ -50,23 +50,20 @@ class GateHold:
             self._hold(wanted)
         except GateConflictError:
             gc.collect()  # the other one may be garbage that nobody has collected yet
-            _release(self._key, self._held)
             self._hold(wanted)
         self._say(Counter((group["gate_scaling"], group["scale_input_grad"]) for _, group in wanted))
 
     def _hold(self, wanted: Sequence[tuple[Factor, Mapping[str, Any]]]) -> None:
-        for factor, group in wanted:
-            gate = factor.pair.gate
-            assert gate is not None
-            try:
-                gate.hold(self._key, self._name, group["gate_scaling"], group["scale_input_grad"])
-            except GateConflictError as conflict:
-                _release(self._key, self._held)
-                raise GateConflictError(
-                    f"{factor.pair.name}: {conflict}. Delete that optimizer (and the engine or trainer that keeps it) "
-                    "first, or give both the same gate_scaling and scale_input_grad."
-                ) from None
-            self._held.append(gate)
+        try:
+            for factor, group in wanted:
+                gate = factor.pair.gate
+                assert gate is not None
+                settings = group["gate_scaling"], group["scale_input_grad"]
+                gate.hold(self._key, self._name, factor.pair.name, *settings)
+                self._held.append(gate)
+        except GateConflictError:
+            _release(self._key, self._held)
+            raise
 
     def _say(self, settings: Counter[tuple[str, bool]]) -> None:
         if settings == self._said or not any(s != ("none", False) for s in settings) or not _is_first_process():

@@ -134,9 +134,9 @@ class SplitDecay:
 
     @contextmanager
     def finished(self, done: Extents) -> Iterator[None]:
-        hidden = []
+        hidden: list[tuple[Tensor, Tensor]] = []
         for group, params in self._stepping:
-            steps = [p.grad for p in params]
+            steps = [p.grad for p in params if p.grad is not None]
             decay = math.sqrt(1 - float(group["lr"]) * group["weight_decay"])
             torch._foreach_mul_(params, decay)
             torch._foreach_add_(params, steps, alpha=-float(group["lr"]) / decay)

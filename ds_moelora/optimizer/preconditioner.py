@@ -126,11 +126,12 @@ def spectral_matrices(grams: Tensor, gradient_grams: Tensor, damping: Tensor | f
     """What makes the rows of m those of `msign(m R) R`, R = (G + d I)^(-1/2), d = effective_damping(G, damping).
 
     Of X = m R the polar factor is X (X^T X)^(-1/2), so that msign(m R) R = m R (R M R)^(-1/2) R with M = m^T m. Any
-    other root T of (G + d I)^-1, T T^T = R^2, gives the same. With R M R's eigenvalues l_i = |m u_i|^2, where
-    u_i = T v_i, the result is the sum of u_i u_i^T / sqrt(l_i) over the directions that are more than rounding:
-    l_i > NOISE |m|^2 |u_i|^2. In the others the step is 0. In float64, whatever the Gram matrices are in.
+    other root T of (G + d I)^-1 = T T^T gives the same; here T = L^-T of the Cholesky factor, which cannot fail in
+    float64, as d is at least eps_fp32 * trace. With the eigenvalues l_i = |m u_i|^2 of T^T M T, where u_i = T v_i, the
+    result is the sum of u_i u_i^T / sqrt(l_i) over the directions that are more than rounding,
+    l_i > NOISE |m|^2 |u_i|^2. In the others the step is 0.
 
-    `torch.linalg.eigh` reports its failures to the host: on a GPU this waits for the device, twice.
+    `torch.linalg.eigh` reports its failures to the host: on a GPU this waits for the device.
 
     Args:
         grams: G, (N, r, r), symmetric positive semi-definite. gradient_grams: M, likewise.
@@ -141,9 +142,9 @@ def spectral_matrices(grams: Tensor, gradient_grams: Tensor, damping: Tensor | f
     """
     poison = (grams * 0 + gradient_grams * 0).sum((-2, -1), keepdim=True)
     G, M = (gram.double().nan_to_num(0.0, 0.0, 0.0) for gram in (grams, gradient_grams))
-    d = effective_damping(G, damping)
-    values, vectors = torch.linalg.eigh(G)
-    T = vectors * (values.clamp_min(0) + d[:, None]).rsqrt()[:, None, :]
+    d, identity = effective_damping(G, damping), torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    L, _ = torch.linalg.cholesky_ex(G + d[:, None, None] * identity)
+    T = torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False).mT
     values, vectors = torch.linalg.eigh(T.mT @ M @ T)
     U = T @ vectors
     size = M.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -25,42 +25,23 @@ def damped_inverse(G: Tensor, damping: float) -> Tensor:
 def _rank_last(tensor: Tensor, pair: LoraPair, role: str) -> Tensor:
     """A view (E, in or out, r) of a contiguous factor, whatever its storage."""
     if role == "A" and pair.rank_first_A:
-        return tensor.reshape(pair.rank, -1).T.unsqueeze(0)
+        return tensor.reshape(pair.num_experts, pair.rank, -1).mT
+    if pair.rank_first_A:
+        return tensor.reshape(-1, pair.rank, pair.num_experts).permute(2, 0, 1)
     return tensor.reshape(pair.num_experts, -1, pair.rank)
 
 
-def preconditioned_gradients(
-    params: Iterable[nn.Parameter],
-    damping: dict[nn.Parameter, float],
-    include_scaling: dict[nn.Parameter, bool] | None = None,
-) -> dict[nn.Parameter, Tensor]:
-    """The gradient of every parameter that has one; in tagged pairs, for every expert i,
+def spectral_rows(m: Tensor, S: Tensor, damping: float) -> Tensor:
+    """`msign(m R) R` with R = (S + d I)^(-1/2), by singular values; m: (n, r), S: (r, r).
 
-        (B_i^T B_i + d I)^-1 grad_A_i        and        grad_B_i (A_i A_i^T + d I)^-1.
-
-    Args:
-        params: any order; A: r x in and B: out x r below are the factors of one expert.
-        damping: d of each parameter.
-        include_scaling: whether a parameter's is divided by s^2, too; None: no.
+    Directions in which |m u|^2 is below NOISE |m|^2 |u|^2, u = R v, are left out.
     """
-    params = list(params)
-    grads = {p: p.grad.clone(memory_format=torch.contiguous_format) for p in params if p.grad is not None}
-    factors: dict[LoraPair, dict[str, nn.Parameter]] = {}
-    for p in params:
-        tag = tag_of(p)
-        if tag is not None and tag[1] != "router":
-            factors.setdefault(tag[0], {})[tag[1]] = p
-    for pair, roles in factors.items():
-        square = {p: pair.scaling**2 if (include_scaling or {}).get(p) else 1.0 for p in roles.values()}
-        A, B = (_rank_last(roles[role].detach(), pair, role) for role in "AB")
-        for i in range(pair.num_experts):
-            if roles["A"] in grads:
-                grad_A = _rank_last(grads[roles["A"]], pair, "A")[i].T
-                grad_A.copy_(damped_inverse(B[i].T @ B[i], damping[roles["A"]]) @ grad_A / square[roles["A"]])
-            if roles["B"] in grads:
-                grad_B = _rank_last(grads[roles["B"]], pair, "B")[i]
-                grad_B.copy_(grad_B @ damped_inverse(A[i].T @ A[i], damping[roles["B"]]) / square[roles["B"]])
-    return grads
+    d = max(damping, RELATIVE_DAMPING * S.trace().item())
+    values, vectors = torch.linalg.eigh(S)
+    R = (vectors * (values.clamp_min(0) + d).rsqrt()) @ vectors.T
+    U, singular, Vh = torch.linalg.svd(m @ R, full_matrices=False)
+    told = singular**2 > NOISE * m.square().sum() * (Vh @ R).square().sum(1)
+    return (U * told) @ Vh @ R
 
 
 class _Reference:
@@ -79,19 +60,45 @@ class _Reference:
         self.options: dict[nn.Parameter, dict[str, Any]] = {
             p: {**self.defaults, **options, **group} for group in groups for p in group["params"] if p.requires_grad
         }
-        self.params = list(self.options)
-        self.state: dict[nn.Parameter, dict[str, Any]] = {p: {} for p in self.params}
-
-    def _update(self, p: nn.Parameter, grad: Tensor, state: dict[str, Any], options: dict[str, Any]) -> None:
-        raise NotImplementedError
+        self.state: dict[nn.Parameter, dict[str, Any]] = {p: {} for p in self.options}
+        self.partner: dict[nn.Parameter, nn.Parameter] = {}  # of every factor of a pair
+        halves: dict[LoraPair, nn.Parameter] = {}
+        for p in self.options:
+            pair, role = tag_of(p) or (None, None)
+            if pair is not None and role != "router":
+                other = halves.setdefault(pair, p)
+                if other is not p:
+                    self.partner |= {p: other, other: p}
 
     @torch.no_grad()
     def step(self) -> None:
         """One step from the parameters' `.grad`; parameters without one stay as they are."""
-        damping = {p: options["damping"] for p, options in self.options.items()}
-        scaled = {p: options["include_scaling"] for p, options in self.options.items()}
-        for p, grad in preconditioned_gradients(self.params, damping, scaled).items():
+        grads = {p: p.grad.clone(memory_format=torch.contiguous_format) for p in self.options if p.grad is not None}
+        for p in grads.keys() & self.partner.keys():
+            pair, role = tag_of(p)  # type: ignore[misc]
+            rows = _rank_last(self._prepared(p, grads[p]), pair, role)
+            partner = _rank_last(self.partner[p].detach(), pair, "B" if role == "A" else "A")
+            for i in range(pair.num_experts):
+                S = partner[i].T @ partner[i]
+                rows[i].copy_(self._rows(rows[i], S, pair, role, self.options[p]))
+        for p, grad in grads.items():
             self._update(p, grad, self.state[p], self.options[p])
+
+    def _prepared(self, p: nn.Parameter, grad: Tensor) -> Tensor:
+        """May change the gradient of a factor, in place."""
+        return grad
+
+    def _rows(self, rows: Tensor, S: Tensor, pair: LoraPair, role: str, options: dict[str, Any]) -> Tensor:
+        """`rows (S + d I)^-1`, that is (B_i^T B_i + d I)^-1 grad_A_i and grad_B_i (A_i A_i^T + d I)^-1.
+
+        Args:
+            rows: of one expert's gradient, (in or out, r). S: Gram matrix of its other factor.
+        """
+        return rows @ damped_inverse(S, options["damping"]) / (pair.scaling**2 if options["include_scaling"] else 1.0)
+
+    def _update(self, p: nn.Parameter, grad: Tensor, state: dict[str, Any], options: dict[str, Any]) -> None:
+        """Moves a parameter, given what became of its gradient."""
+        raise NotImplementedError
 
 
 class ReferenceAdamW(_Reference):
@@ -126,20 +133,7 @@ class ReferenceSGD(_Reference):
         p.sub_(options["lr"] * velocity)
 
 
-def spectral_step(m: Tensor, S: Tensor, damping: float) -> Tensor:
-    """`msign(m R) R` with R = (S + d I)^(-1/2), by singular values; m: (n, r), S: (r, r).
-
-    Directions in which |m u|^2 is below NOISE |m|^2 |u|^2, u = R v, are left out.
-    """
-    d = max(damping, RELATIVE_DAMPING * S.trace().item())
-    values, vectors = torch.linalg.eigh(S)
-    R = (vectors * (values.clamp_min(0) + d).rsqrt()) @ vectors.T
-    U, singular, Vh = torch.linalg.svd(m @ R, full_matrices=False)
-    told = singular**2 > NOISE * m.square().sum() * (Vh @ R).square().sum(1)
-    return (U * told) @ Vh @ R
-
-
-class ReferenceMuon(_Reference):
+class ReferenceMuon(ReferenceAdamW):
     """LoRA-Muon (arXiv 2606.12921) on every expert of the pairs, AdamW on everything else."""
 
     defaults: ClassVar = {
@@ -152,32 +146,21 @@ class ReferenceMuon(_Reference):
         "aux_eps": 1e-8,
     }
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """One step from the parameters' `.grad`; parameters without one stay as they are."""
-        factors: dict[LoraPair, dict[str, nn.Parameter]] = {}
-        for p in self.params:
-            tag = tag_of(p)
-            if tag is not None and tag[1] != "router":
-                factors.setdefault(tag[0], {})[tag[1]] = p
-        before = {p: p.detach().clone() for p in self.params}
-        partner = {pair[role]: pair["BA"["AB".index(role)]] for pair in factors.values() for role in "AB"}
-        for p in self.params:
-            if p.grad is None:
-                continue
-            options, state = self.options[p], self.state[p]
-            if p not in partner:
-                aux = {"lr": "aux_lr", "betas": "aux_betas", "eps": "aux_eps"}
-                aux_options = {name: options[given] for name, given in aux.items()}
-                ReferenceAdamW._update(self, p, p.grad, state, {**options, **aux_options})  # type: ignore[arg-type]
-                continue
-            m = state["m"] = options["momentum"] * state.get("m", 0) + (1 - options["momentum"]) * p.grad
-            (pair, role), c = tag_of(p), (1 - options["lr"] * options["weight_decay"]) ** 0.5  # type: ignore[misc]
-            other = _rank_last(before[partner[p]].contiguous(), pair, "BA"["AB".index(role)])
-            steps = torch.zeros_like(p, memory_format=torch.contiguous_format)
-            for i in range(pair.num_experts):
-                S, rows = other[i].T @ other[i], _rank_last(m.contiguous(), pair, role)[i]
-                d = max(options["damping"], RELATIVE_DAMPING * S.trace().item())
-                if role == "B" or S.trace() > pair.rank * d:
-                    _rank_last(steps, pair, role)[i].copy_(spectral_step(rows, S, options["damping"]))
-            p.mul_(c).sub_(options["lr"] / (2 * abs(pair.scaling)) / c * steps)
+    def _prepared(self, p: nn.Parameter, grad: Tensor) -> Tensor:
+        momentum = self.options[p]["momentum"]
+        self.state[p]["m"] = momentum * self.state[p].get("m", 0) + (1 - momentum) * grad
+        return grad.copy_(self.state[p]["m"])
+
+    def _rows(self, rows: Tensor, S: Tensor, pair: LoraPair, role: str, options: dict[str, Any]) -> Tensor:
+        d = max(options["damping"], RELATIVE_DAMPING * S.trace().item())
+        if role == "A" and S.trace() <= pair.rank * d:
+            return torch.zeros_like(rows)
+        return spectral_rows(rows, S, options["damping"]) / (2 * abs(pair.scaling))
+
+    def _update(self, p: nn.Parameter, grad: Tensor, state: dict[str, Any], options: dict[str, Any]) -> None:
+        if p in self.partner:
+            decay = (1 - options["lr"] * options["weight_decay"]) ** 0.5
+            p.mul_(decay).sub_(options["lr"] / decay * grad)
+        else:
+            aux = {name: options[f"aux_{name}"] for name in ("lr", "betas", "eps")}
+            super()._update(p, grad, state, {**options, **aux})

@@ -7,20 +7,15 @@ config and data. A flag that no line names is said, so that a new one of transfo
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
-
-from datasets import Dataset
 
 from ds_moelora.checkpoint.record import IGNORE, REFUSE, SAY, Difference, adapter_record, compare, plain, verdict
 from ds_moelora.checkpoint.record import TABLE as RUN_TABLE
 from ds_moelora.redaction import is_secret, redact
 from launch.checks.arguments import Arguments
-
-HASHED_BYTES = 1 << 28  # of a larger data set, evenly spaced rows are hashed
-HASHED_ROWS = 4096
+from launch.cluster.agreement import fingerprint
 
 # Flags that cannot change what is trained.
 IGNORED = (
@@ -78,18 +73,9 @@ def settings(arguments: Arguments) -> dict[str, Any]:
 
 
 def data_record(rows: Any) -> dict[str, Any]:
-    """Number and content of the rows that the trainer reads; of a stream the first one."""
-    digest = hashlib.sha256()
-    if not isinstance(rows, Dataset):
-        digest.update(repr(next(iter(rows), None)).encode())
-        return {"data.rows": None, "data.sha256": digest.hexdigest()}
-    table = rows.with_format("arrow")
-    size = rows.data.nbytes
-    chosen = table if size <= HASHED_BYTES else table.select(range(0, len(rows), max(len(rows) // HASHED_ROWS, 1)))
-    for batch in chosen.iter(1000):
-        for name in sorted(batch.column_names):
-            digest.update(repr((name, batch.column(name).to_pylist())).encode())
-    return {"data.rows": len(rows), "data.sha256": digest.hexdigest()}
+    """Number and content of the rows that the trainer reads; of a stream its first ones."""
+    count, digest = fingerprint(rows)
+    return {"data.rows": count, "data.digest": digest}
 
 
 def before_loading(saved: dict[str, Any], arguments: Arguments, config: Any) -> list[Difference]:

@@ -1,10 +1,9 @@
 """Command line and recipe file of the launcher.
 
 Flags are the fields of four dataclasses in `launch.checks.flags`: `RunArguments` (what to train on what),
-`AdapterArguments`
-(the mixture), `ScoringArguments` (evaluation) and the training arguments of the task, which are TRL's `SFTConfig`
-(causal-lm) or transformers' `TrainingArguments` (classification). `--config recipe.yaml` sets any of them by name; the
-command line wins.
+`AdapterArguments` (the mixture), `ScoringArguments` (evaluation) and the training arguments of the task, which are
+TRL's `SFTConfig` (causal-lm) or transformers' `TrainingArguments` (classification). `--config recipe.yaml` sets any of
+them by name; the command line wins.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 
 from launch.checks.arguments import Arguments, non_defaults
 from launch.checks.errors import UserError, say
-from launch.checks.flags import LANGUAGE, AdapterArguments, DataArguments, RunArguments, ScoringArguments
+from launch.checks.flags import LANGUAGE, DataArguments, RunArguments, ScoringArguments
 from launch.data.answering import wants_answers
 
 REFUSED = {
@@ -67,6 +67,10 @@ _EVALUATION = (_has_evaluation, "there is no evaluation data: --eval_dataset_nam
 _TRACKIO = (_reports_to("trackio"), "it needs --report_to trackio")
 _WORKERS = (_is_set("dataloader_num_workers"), "it needs --dataloader_num_workers")
 _HUB = (_is_set("push_to_hub"), "it needs --push_to_hub")
+_SVD = (
+    lambda a: a.adapter.init_lora_weights.lower() not in ("true", "false"),
+    "it needs --init_lora_weights goat (or pissa, ...)",
+)
 # Used where the condition holds.
 NEEDS: dict[str, tuple[Callable[[Arguments], bool], str]] = {
     "average_tokens_across_devices": (
@@ -83,18 +87,9 @@ NEEDS: dict[str, tuple[Callable[[Arguments], bool], str]] = {
     **dict.fromkeys(("hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"), _HUB),
     **dict.fromkeys(("hub_revision", "hub_token"), _HUB),
     "packing_strategy": (_is_set("packing", "eval_packing"), "it needs --packing"),
-}
-
-_SVD = (
-    lambda a: a.init_lora_weights.lower() not in ("true", "false"),
-    "it needs --init_lora_weights goat (or pissa, ...)",
-)
-_EXPERT_PARALLEL = (lambda a: a.ep_size > 1, "it needs --ep_size above 1")
-# Flags of the adapter that another one of them switches on.
-ADAPTER_NEEDS: dict[str, tuple[Callable[[AdapterArguments], bool], str]] = {
-    "eta": (lambda a: a.scaling == "goat", "it needs --scaling goat"),
+    "eta": (lambda a: a.adapter.scaling == "goat", "it needs --scaling goat"),
     **dict.fromkeys(("rho", "svd_cache_dir"), _SVD),
-    "ep_dispatch": _EXPERT_PARALLEL,
+    "ep_dispatch": (lambda a: a.adapter.ep_size > 1, "it needs --ep_size above 1"),
 }
 
 # Flags of data, and the tasks that they are for.
@@ -113,20 +108,6 @@ TASK_FLAGS = {
 }
 
 
-def idle_flags(arguments: Arguments) -> dict[str, str]:
-    """Flags that were given and do nothing in this run, with the reason."""
-    found = {}
-    for name in non_defaults(arguments.training):
-        needs, reason = NEEDS.get(name, (None, UNUSED.get(name, "")))
-        if name in UNUSED or (needs is not None and not needs(arguments)):
-            found[name] = reason
-    for name in non_defaults(arguments.adapter).keys() & ADAPTER_NEEDS.keys():
-        needs, reason = ADAPTER_NEEDS[name]
-        if not needs(arguments.adapter):
-            found[name] = reason
-    return found
-
-
 def check_effects(arguments: Arguments) -> None:
     """Refuses the flags that would do harm or that contradict each other, and names those that do nothing.
 
@@ -136,10 +117,12 @@ def check_effects(arguments: Arguments) -> None:
     given = non_defaults(arguments.training) | non_defaults(arguments.adapter)
     for name in given.keys() & REFUSED.keys():
         raise UserError(f"--{name} {_shown(given[name])} is not supported: {REFUSED[name]}.")
-    for name, reason in idle_flags(arguments).items():
-        # A secret is no part of a message.
-        shown = "" if "token" in name else f" {_shown(given[name])}"
-        say(f"--{name}{shown} is not used: {reason}.")
+    for name, value in given.items():
+        used, reason = NEEDS.get(name, (None, UNUSED.get(name)))
+        if name in UNUSED or (used is not None and not used(arguments)):
+            # A secret is no part of a message.
+            shown = "" if "token" in name else f" {_shown(value)}"
+            say(f"--{name}{shown} is not used: {reason}.")
     check_task(arguments.run)
     _check_own(arguments)
 

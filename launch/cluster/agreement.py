@@ -58,7 +58,7 @@ def fingerprint(rows: Dataset | IterableDataset | None) -> tuple[int | str, str]
     digest = hashlib.blake2b(digest_size=16)
     if rows is None:
         return 0, ""
-    if isinstance(rows, IterableDataset):
+    if not isinstance(rows, Dataset):
         for row in islice(rows, STREAMED_ROWS):
             digest.update(repr(row).encode(errors="replace"))
         return "streamed", digest.hexdigest()

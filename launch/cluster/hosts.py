@@ -15,7 +15,7 @@ from pathlib import Path
 
 from launch.checks.errors import UserError
 
-MAX_BYTES = 1 << 20
+MAX_CHARACTERS = 1 << 20
 MAX_NAME = 253
 MAX_SLOTS = 1024
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
@@ -76,17 +76,13 @@ def check_name(name: str) -> str:
 
 def _read(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--hostfile {str(path)!r} cannot be read: {reason}.") from error
-    if len(content) > MAX_BYTES:
-        raise UserError(f"--hostfile {path} is longer than {MAX_BYTES} bytes: this is no host file.")
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"--hostfile {path} is not text: {error}.") from error
+        with path.open(encoding="utf-8", newline="") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+    except (OSError, ValueError) as error:  # ValueError: not text, or a path with a null byte
+        raise UserError(f"--hostfile {str(path)!r} cannot be read: {error}.") from error
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"--hostfile {path} is longer than {MAX_CHARACTERS} characters: this is no host file.")
+    return text
 
 
 def _parse(words: str) -> tuple[str, int]:

@@ -67,8 +67,14 @@ SETTINGS = {"name": list(CASES), "kind": SHARDED, "stage": [0, 2, 3]}
 )
 def test_singular(name: str, kind: str, stage: int, report: Callable[[str, str], None]) -> None:
     model, tolerance = CASES[name]
-    results = run_on_ranks(3, run_engine, config=engine_config(stage, kind), model=model, steps=5)
-    reference = run_reference(kind, 3, model=model, steps=5)["weights"]
+    config, damping = engine_config(stage, kind), 1e-4
+    if (name, kind) == ("r > in, r > out", "GateRiemannianMuon"):
+        # Along what the other factor does not see, a step has length lr / (2 sqrt(d)): at d = 1e-4 as much as a weight,
+        # and whether what momentum left there is more than rounding is decided by rounding (deviations of 0.1).
+        damping = 1e-2
+    config["optimizer"]["params"]["damping"] = damping
+    results = run_on_ranks(3, run_engine, config=config, model=model, steps=5)
+    reference = run_reference(kind, 3, model=model, steps=5, damping=damping)["weights"]
     found = max(deviation(result["weights"], reference) for result in results)
     report("Singular Gram matrices, 5 steps, 3 ranks", f"{name:20s} {kind:20s} stage {stage}: {found:.1e}")
     assert found < tolerance

@@ -62,8 +62,9 @@ SETTINGS: dict[str, list[Any]] = {
 # fp32 after 10 steps against float64; what is seen stays below 5e-6.
 TOLERANCE = 1e-5
 # Half precision: our drift over plain AdamW's from its own reference. Both are noise: in 16 settings the ratio lay
-# between 0.2 and 2.0.
-ALLOWANCE = 3.0
+# between 0.2 and 2.0. Muon makes the small directions of a gradient, which rounding has spoilt most, as long as the
+# others: between 0.3 and 3.2 in 8 settings.
+ALLOWANCE = {"GateRiemannianAdamW": 3.0, "GateRiemannianSGD": 3.0, "GateRiemannianMuon": 6.0}
 
 
 def valid(case: dict[str, Any]) -> bool:
@@ -155,6 +156,6 @@ def test_setting(case: dict[str, Any], report: Callable[[str, str], None]) -> No
             norms = torch.tensor(results[0]["norms"], dtype=torch.float64)
             torch.testing.assert_close(norms, torch.tensor(reference["norms"]), rtol=1e-4, atol=1e-6, check_dtype=False)
     else:
-        found, bound = drift(case, case["kind"]), ALLOWANCE * drift(case, PLAIN[case["kind"]])
+        found, bound = drift(case, case["kind"]), ALLOWANCE[case["kind"]] * drift(case, PLAIN[case["kind"]])
     report(table, f"{found:.1e} (bound {bound:.1e}) {time.monotonic() - started:4.1f} s  {name_of(case)}")
     assert found < bound

@@ -14,7 +14,7 @@ from datasets import Dataset
 from launch.checks.arguments import parse_arguments
 from launch.checks.effects import NEEDS, REFUSED, UNUSED, check_effects
 from launch.checks.errors import UserError
-from launch.checks.flags import TRAINING_CLASSES, RunArguments, ScoringArguments
+from launch.checks.flags import TRAINING_CLASSES, AdapterArguments, RunArguments, ScoringArguments
 from launch.data.causal import causal_rows
 from launch.data.sources import load_data
 from tests.support.launch_support import CHAT_TEMPLATE, chat_tokenizer, write_jsonl
@@ -53,7 +53,7 @@ task model_name_or_path revision attn_implementation dataset_name dataset_config
 prompt_template instruction_column input_column output_column prompt_column completion_column messages_column
 prompt_format completion_format text_column text_pair_column text_pattern image_column label_column show_traceback
 dataset_weights dataset_stopping streaming eval_dataset_name eval_dataset_split eval_fraction max_train_samples
-load_in_4bit regression overwrite_output_dir lost_rank_seconds stop_after_nan_steps status_file
+load_in_4bit target_parameters regression overwrite_output_dir lost_rank_seconds stop_after_nan_steps status_file
 score answer_pattern answer_ignore max_new_tokens
 """
 OWN = frozenset(_OWN.split())
@@ -83,7 +83,7 @@ def test_every_flag_of_the_launcher_is_accounted_for() -> None:
 
 def test_no_table_names_a_flag_that_nobody_has() -> None:
     """A field that a newer version has dropped leaves its row behind."""
-    names = {item.name for kind in TRAINING_CLASSES.values() for item in fields(kind)}
+    names = {item.name for kind in (*TRAINING_CLASSES.values(), AdapterArguments) for item in fields(kind)}
     assert not {*USED, *REFUSED, *UNUSED, *NEEDS} - names
 
 
@@ -110,8 +110,10 @@ def value_for(name: str) -> list[str]:
         "packing_strategy": "bfd_split",
         "dataset_text_field": "words",
         "length_column_name": "words",
+        "ep_dispatch": "tokens",
     }
-    default = {item.name: item.default for item in fields(TRAINING_CLASSES["causal-lm"])}[name]
+    flags = (*fields(TRAINING_CLASSES["causal-lm"]), *fields(AdapterArguments))
+    default = {item.name: item.default for item in flags}[name]
     return [special.get(name, OTHER_VALUES.get(type(default), "true"))]
 
 

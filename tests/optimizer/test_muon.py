@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ds_moelora import GateRiemannianMuon
 from ds_moelora.optimizer.preconditioner import NOISE, spectral_matrices
-from ds_moelora.optimizer.reference import spectral_step
+from ds_moelora.optimizer.reference import spectral_rows
+from ds_moelora.optimizer.step_statistics import StepStatistics
 from ds_moelora.pairs import LoraPair, tag_pair
 
 from ..support.mixture import SHAPES, Mixture, Stack, batches
@@ -127,7 +128,7 @@ def test_singular_directions_get_nothing(r: int, n: int, seed: int) -> None:
     m = m * 10.0 ** torch.randint(-6, 6, (), generator=generator)
     S = torch.eye(r) + 0.1
     step = m @ spectral_matrices(S[None], (m.T @ m)[None], 0.0, 0.0)[0]
-    expected = spectral_step(m.double(), S.double(), 0.0)
+    expected = spectral_rows(m.double(), S.double(), 0.0)
     torch.testing.assert_close(step.double(), expected, rtol=1e-3, atol=1e-4)
     assert torch.linalg.matrix_norm(step, 2) < 1.01
 
@@ -214,6 +215,30 @@ def test_groups() -> None:
     other = GateRiemannianMuon(params, lr=9.0, aux_lr=9.0, gate_lr_scale=0.1)
     other.load_state_dict(copied)
     assert [group["lr_scale"] for group in other.param_groups] == [1.0, 2.0, 1.0]
+
+
+def test_watched_steps_are_the_same_steps() -> None:
+    """What monitoring reports: the raw gradient, the product with the matrices, and what the weights moved by."""
+    A, B, grads = torch.randn(2, 6, 3), torch.randn(2, 5, 3), (torch.randn(2, 6, 3), torch.randn(2, 5, 3))
+    plain, watched = pair(A, B), pair(A, B)
+    statistics = StepStatistics()
+    for params in (plain, watched):
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad.clone()
+        optimizer = GateRiemannianMuon(params, lr=0.1)
+        optimizer.statistics = statistics if params is watched else None
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(plain, watched, strict=True))
+    moved = [p.detach() - old for p, old in zip(plain, (A, B), strict=True)]
+    for found, tensors in (
+        (statistics.raw, grads),
+        (statistics.weight, (A, B)),
+        (statistics.update, moved),
+        (statistics.preconditioned, [step / 0.1 for step in moved]),
+    ):
+        assert found is not None
+        assert float(found) == pytest.approx(sum(float(t.square().sum()) for t in tensors), rel=1e-4)
+    assert float(statistics.condition) >= 1 / 3  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

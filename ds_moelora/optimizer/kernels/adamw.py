@@ -56,7 +56,7 @@ class CppAdamW:
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        tensors = (state["exp_avg"], state["exp_avg_sq"], state["step"])
+        tensors = (p.detach(), state["exp_avg"], state["exp_avg_sq"], state["step"])
         if any(t.dtype != torch.float32 or not t.is_cpu or not t.is_contiguous() for t in tensors):
             return None
         self._states[unit] = AdamWState(*tensors, settings)
@@ -69,8 +69,8 @@ class CppAdamW:
         grads = [p.grad for p in held]
         for unit, p in zip(done, held, strict=True):
             gaps = complement(done[unit], p.numel())
-            if gaps:
-                self._step_gaps(self._states[unit], p, gaps)
+            if gaps and p.grad is not None:
+                self._step_gaps(self._states[unit], p.grad, gaps)
             p.grad = None
         if done:
             torch._foreach_add_([self._states[unit].step for unit in done], 1)
@@ -81,12 +81,11 @@ class CppAdamW:
                 p.grad = grad
 
     @staticmethod
-    def _step_gaps(state: AdamWState, p: Tensor, gaps: Sequence[tuple[int, int]]) -> None:
-        assert p.grad is not None
+    def _step_gaps(state: AdamWState, gradient: Tensor, gaps: Sequence[tuple[int, int]]) -> None:
         lr, beta1, beta2, eps, weight_decay = state.settings
         params, grads, exp_avgs, exp_avg_sqs = (
             [t.view(-1)[start:end] for start, end in gaps]
-            for t in (p.detach(), p.grad, state.exp_avg, state.exp_avg_sq)
+            for t in (state.weight, gradient, state.exp_avg, state.exp_avg_sq)
         )
         adamw(
             params,

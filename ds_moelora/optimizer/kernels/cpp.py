@@ -22,7 +22,6 @@ import subprocess
 import tempfile
 from array import array
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,33 +78,22 @@ class RowLayout:
         self.layout, self.matrix = torch.tensor(layout), torch.tensor(list(matrix), dtype=torch.long)
 
 
-@dataclass
-class AdamWState:
-    """What AdamW keeps of a tensor; all float32 on the CPU.
+class AdamWState(NamedTuple):
+    """A weight and what AdamW keeps of it; all float32 on the CPU, contiguous.
 
     Args:
-        exp_avg, exp_avg_sq: contiguous. step: the number of steps done.
-        settings: lr, beta1, beta2, eps, weight_decay.
+        step: the number of steps done. settings: lr, beta1, beta2, eps, weight_decay.
     """
 
+    weight: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
     settings: tuple[float, ...]
 
-
-class Update(NamedTuple):
-    """A block's place in a weight and its AdamW state."""
-
-    weight: Tensor
-    state: AdamWState
-    offset: int
-
-    def addresses(self) -> list[int]:
-        """Of the block's first element in weight, exp_avg and exp_avg_sq, and of the step."""
-        at, state = FLOAT * self.offset, self.state
-        moments = (state.exp_avg.data_ptr() + at, state.exp_avg_sq.data_ptr() + at)
-        return [self.weight.data_ptr() + at, *moments, state.step.data_ptr()]
+    def addresses(self, offset: int) -> list[int]:
+        """Of element `offset` of weight, exp_avg and exp_avg_sq, and of the step."""
+        return [*(t.data_ptr() + FLOAT * offset for t in self[:3]), self.step.data_ptr()]
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:
@@ -141,14 +129,15 @@ class Kernels:
         inverses: Tensor,
         rows: RowLayout,
         addresses: Sequence[int],
-        updates: Sequence[Update | None] = (),
+        updates: Sequence[tuple[AdamWState, int] | None] = (),
     ) -> None:
         """Multiplies the rows of every expert by its matrix of `inverses`, (N, r, r): in place, or to step at once.
 
         Args:
             addresses: of the gradients.
-            updates: for each block, to do AdamW's step with the products; gradients then stay as they are, and counting
-                the step is left to the caller. None: the products replace the gradients.
+            updates: for each block, to do AdamW's step with the products: the state, and the block's offset in it.
+                Gradients then stay as they are, and counting the step is left to the caller. None: the products
+                replace the gradients.
         """
         where, inverses = torch.tensor(addresses), inverses.contiguous()
         tables = []
@@ -156,8 +145,8 @@ class Kernels:
             # Flat: hundreds of small lists in every step would keep Python's garbage collector busy.
             state, settings = array("q"), array("d")
             for update in updates:
-                state.extend(update.addresses() if update else (0,) * 4)
-                settings.extend(update.state.settings if update else (0.0,) * 5)
+                state.extend(update[0].addresses(update[1]) if update else (0,) * 4)
+                settings.extend(update[0].settings if update else (0.0,) * 5)
             tables = [torch.frombuffer(state, dtype=torch.int64), torch.frombuffer(settings, dtype=torch.float64)]
         operands = [_at(t) for t in (where, rows.layout, rows.matrix, inverses, *tables)]
         self._call("precondition", inverses.shape[-1], rows.count, *operands, *[None] * (6 - len(operands)))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..factors import Factor
-from ..kernels.cpp import FLOAT, RANKS, AdamWState, Extents, Kernels, Update
+from ..kernels.cpp import FLOAT, RANKS, AdamWState, Extents, Kernels
 from ..preconditioner import algebra_dtype, gram, precondition_
 from .placement import Placement
 from .plan import RowBlocks, Rows, StepPlan
@@ -89,8 +89,9 @@ class ShardedPreconditioner:
             plan_key = (key, frozenset(units), frozenset(due))
             if plan_key not in self._plans:
                 mine = {i for i in pairs if id(self.places[i].group) == key}
-                parts = ([i for i in indices if i in mine] for indices in (due, active))
-                self._plans[plan_key] = StepPlan(self.factors, self.places, *parts, self.gradient_grams)
+                own_due, own_active = ([i for i in indices if i in mine] for indices in (due, active))
+                plan = StepPlan(self.factors, self.places, own_due, own_active, self.gradient_grams)
+                self._plans[plan_key] = plan
             call = GroupCall(self._plans[plan_key], self.flat, group, self.comm_device, self.kernels)
             stepped |= call.apply(self._row_matrices(call.plan, *call.grams()), adamw)
         return stepped
@@ -191,7 +192,7 @@ class GroupCall:
         stepped: Extents = {}
         matrices = {rank: own.to(self.dtype) for rank, own in matrices.items()}
         for blocks in (*self.plan.grads.own, *self.plan.grads.assembled):
-            if self.kernels and blocks.rank in RANKS:
+            if self.kernels and blocks.rank in RANKS and not blocks.interleaved:
                 self._apply_cpp(self.kernels, blocks, matrices[blocks.rank], adamw, stepped)
                 continue
             ordered = matrices[blocks.rank][blocks.matrix.on(self.device)]
@@ -200,11 +201,11 @@ class GroupCall:
                 if grad is not None:
                     precondition_(b.view(grad), own)
         self._apply_to_cut_rows(matrices)
-        for i in self.plan.assembled:
-            p = self.plan.places[i]
-            grad, whole = self.flats[p.unit][GRAD], self.flats["assembled", i][GRAD]
+        for i, expert in self.plan.assembled:
+            grad, whole = self.flats[self.plan.places[i].unit][GRAD], self.flats["assembled", i, expert][GRAD]
             if i in self.plan.active and grad is not None and whole is not None:
-                grad[p.local_offset : p.local_offset + p.stop - p.start].copy_(whole[p.start : p.stop])
+                there, here = self.plan.own_part(i, expert)
+                grad[here].copy_(whole[there])
         return stepped
 
     def _add_grams(self, rows: Rows, equal: list[RowBlocks], which: int) -> None:
@@ -213,7 +214,7 @@ class GroupCall:
         for blocks in equal if grams else []:
             target = grams[blocks.rank]
             sources = [self.flats[b.source][which] for b in blocks.blocks]
-            if self.kernels and blocks.rank in RANKS:
+            if self.kernels and blocks.rank in RANKS and not blocks.interleaved:
                 addresses = [_address(source, b.offset) for b, source in zip(blocks.blocks, sources, strict=True)]
                 self.kernels.add_grams_(target, blocks.layout, addresses)
                 continue
@@ -240,32 +241,32 @@ class GroupCall:
     ) -> None:
         """Steps the blocks of units that have a state, and preconditions the gradients of the others."""
         addresses: list[int] = []
-        updates: list[Update | None] = []
+        updates: list[tuple[AdamWState, int] | None] = []
         for b in blocks.blocks:
-            weight, grad = self.flats[b.source]
+            grad = self.flats[b.source][GRAD]
             state = None if grad is None else adamw(b.source)
             addresses.append(_address(grad, b.offset))
-            updates.append(None if state is None else Update(weight, state, b.offset))
+            updates.append(None if state is None else (state, b.offset))
             if state is not None:
                 stepped.setdefault(b.source, []).append((b.offset, b.end))
         kernels.precondition_(matrices, blocks.layout, addresses, updates)
 
     def _assemble(self) -> None:
-        """Phase 0: adds whole copies of the cut rank-first factors to `flats`, as sources of their own."""
+        """Phase 0: adds whole copies of the cut experts stored rank first to `flats`, as sources of their own."""
         plan = self.plan
         if not plan.assembled:
             return
-        sizes = [plan.places[i].numel for i in plan.assembled for _ in range(2)]
+        sizes = [plan.places[i].numel // plan.factors[i].num_experts for i, _ in plan.assembled for _ in range(2)]
         buffer = torch.zeros(sum(sizes), dtype=self.dtype, device=self.device)
         parts = buffer.split(sizes)
-        for i, *whole in zip(plan.assembled, parts[::2], parts[1::2], strict=True):
-            p = plan.places[i]
-            for mine, target in zip(self.flats[p.unit], whole, strict=True):
+        for (i, expert), *whole in zip(plan.assembled, parts[::2], parts[1::2], strict=True):
+            there, here = plan.own_part(i, expert)
+            for mine, target in zip(self.flats[plan.places[i].unit], whole, strict=True):
                 if mine is not None:
-                    target[p.start : p.stop] = mine[p.local_offset : p.local_offset + p.stop - p.start]
+                    target[there] = mine[here]
         parts = self._all_reduce(buffer).split(sizes)
-        for i, weight, grad in zip(plan.assembled, parts[::2], parts[1::2], strict=True):
-            self.flats["assembled", i] = (weight, grad)
+        for (i, expert), weight, grad in zip(plan.assembled, parts[::2], parts[1::2], strict=True):
+            self.flats["assembled", i, expert] = (weight, grad)
 
     def _exchange(self) -> None:
         """The one all-reduce; of float64 Gram matrices one triangle, 4 r (r + 1) bytes each."""
