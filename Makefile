@@ -18,7 +18,7 @@ ifneq ($(DEEPSPEED),)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 endif
 
-.PHONY: demo test test-multinode conformance soak front-ends bench bench-gpu docs package reproduce lint format clean
+.PHONY: demo test test-multinode conformance compat soak front-ends bench bench-gpu docs package reproduce lint format clean
 
 demo: $(VENV)/.ready
 	OMP_NUM_THREADS=1 deepspeed --num_gpus $(RANKS) launch/train.py --deepspeed configs/zero2.json --overwrite_output_dir
@@ -35,6 +35,10 @@ test-multinode: $(VENV)/.ready
 
 conformance: $(VENV)/.ready
 	python -m pytest $(TWO_AT_A_TIME) tests/conformance tests/optimizer/test_zero_exactness.py $(PYTEST_ARGS)
+
+# Beside older PEFT and transformers: a virtual environment per line of the table that it prints. About 15 minutes.
+compat: $(VENV)/.ready
+	OMP_NUM_THREADS=1 python -m tests.compat
 
 # A run that is killed 25 times at random and restarts itself: about 10 minutes.
 soak: $(VENV)/.ready

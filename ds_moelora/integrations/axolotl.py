@@ -16,7 +16,8 @@ from peft import PeftModel, get_peft_model
 from pydantic import BaseModel
 from transformers import TrainerCallback
 
-import ds_moelora
+from ..optimizer.guard import OURS
+from ..tuner import MoELoRAConfig
 
 
 class Arguments(BaseModel):
@@ -39,7 +40,7 @@ class Plugin(BasePlugin):
         if cfg.adapter != "moelora":
             return None
         given = {"r": cfg.lora_r, "lora_alpha": cfg.lora_alpha, "lora_dropout": cfg.lora_dropout}
-        config = ds_moelora.MoELoRAConfig(
+        config = MoELoRAConfig(
             target_modules="all-linear" if cfg.lora_target_linear else cfg.lora_target_modules,
             modules_to_save=cfg.lora_modules_to_save or None,
             task_type="CAUSAL_LM",
@@ -54,7 +55,7 @@ class Plugin(BasePlugin):
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TrainerCallback]:
         name = named_optimizer(cfg.deepspeed)
-        return [RefuseOthers(name)] if hasattr(ds_moelora, name) else []
+        return [RefuseOthers(name)] if name in OURS else []
 
 
 class RefuseOthers(TrainerCallback):

@@ -20,19 +20,21 @@ from swift.optimizers import OptimizerCallback, optimizers_map
 from swift.tuner_plugin import PeftTuner, tuners_map
 from torch import nn
 
-import ds_moelora
+from ..optimizer import GateRiemannianAdamW, GateRiemannianSGD
+from ..tuner import MoELoRAConfig, tag_lora_pairs
 
 
-class GateRiemannianAdamW(OptimizerCallback):
+class AdamWCallback(OptimizerCallback):
     """Makes the optimizer over all trained parameters, in one group."""
+
+    optimizer: type = GateRiemannianAdamW
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         trainer, args = self.trainer, self.args
-        ds_moelora.tag_lora_pairs(trainer.model)
+        tag_lora_pairs(trainer.model)
         params = [p for p in trainer.model.parameters() if p.requires_grad]
         options = {**self.options(), **_parse(args.optim_args)}
-        optimizer = getattr(ds_moelora, type(self).__name__)
-        trainer.optimizer = optimizer(params, lr=args.learning_rate, weight_decay=args.weight_decay, **options)
+        trainer.optimizer = self.optimizer(params, lr=args.learning_rate, weight_decay=args.weight_decay, **options)
         return trainer.optimizer
 
     def options(self) -> dict[str, Any]:
@@ -40,8 +42,10 @@ class GateRiemannianAdamW(OptimizerCallback):
         return {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
 
 
-class GateRiemannianSGD(GateRiemannianAdamW):
+class SGDCallback(AdamWCallback):
     """The same without Adam's arguments; `--optim_args momentum=0.9`."""
+
+    optimizer = GateRiemannianSGD
 
     def options(self) -> dict[str, Any]:
         return {}
@@ -54,7 +58,7 @@ class MoELoRATuner(PeftTuner):
     def prepare_model(args: Any, model: nn.Module) -> nn.Module:
         from swift.pipelines.train.tuner import get_target_modules
 
-        config = ds_moelora.MoELoRAConfig(
+        config = MoELoRAConfig(
             r=args.lora_rank,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
@@ -78,6 +82,6 @@ def _parse(optim_args: str | None) -> dict[str, Any]:
     return found
 
 
-optimizers_map["gate_riemannian_adamw"] = GateRiemannianAdamW
-optimizers_map["gate_riemannian_sgd"] = GateRiemannianSGD
+optimizers_map["gate_riemannian_adamw"] = AdamWCallback
+optimizers_map["gate_riemannian_sgd"] = SGDCallback
 tuners_map["moelora"] = MoELoRATuner
