@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from ..pairs import GateSettings
 
@@ -100,6 +99,8 @@ def use_lora_experts(model: nn.Module) -> int:
     for base, name in found.items():
         if problem := _problem(base):
             raise ValueError(f"{name}: {problem}. Leave use_lora_experts out: PEFT's own function will do.")
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     for base in found:
         base.config._experts_implementation = NAME
@@ -186,6 +187,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         (T, d).
     """
     if not vars(self).get("_active_lora"):
+        from transformers.integrations.moe import grouped_mm_experts_forward
+
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     tokens, k = top_k_index.shape
     expert, order = top_k_index.reshape(-1).sort(stable=True)

@@ -151,6 +151,7 @@ def test_public_names() -> None:
         "register",
         "save_without_residual",
         "tag_lora_pairs",
+        "use_lora_experts",
     }
     assert set(ds_moelora.__all__) == expected
     assert all(hasattr(ds_moelora, name) for name in expected)
