@@ -17,7 +17,7 @@ import logging
 import os
 import sys
 
-OPTIMIZERS = ("GateRiemannianAdamW", "GateRiemannianSGD")
+OPTIMIZERS = ("GateRiemannianAdamW", "GateRiemannianSGD", "GateRiemannianMuon")
 PEFT_TYPE = "MOELORA"
 _TABLE = "peft.mapping"
 

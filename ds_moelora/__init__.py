@@ -7,7 +7,7 @@ from .checkpoint.data_only import check_data_only, data_only
 from .checkpoint.elastic import load_elastic, save_elastic
 from .optimizer import GateRiemannianAdamW, GateRiemannianMuon, GateRiemannianSGD
 from .plugin import register
-from .tuner import MoELoRAConfig, MoELoRAModel, gather_experts, save_without_residual, tag_lora_pairs
+from .tuner import MoELoRAConfig, MoELoRAModel, gather_experts, save_without_residual, tag_lora_pairs, use_lora_experts
 
 __version__ = "0.1.0"
 
@@ -26,6 +26,7 @@ __all__ = [
     "save_elastic",
     "save_without_residual",
     "tag_lora_pairs",
+    "use_lora_experts",
 ]
 
 register()

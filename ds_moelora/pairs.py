@@ -86,8 +86,8 @@ class LoraPair:
         num_experts: E; 1 for plain LoRA.
         rank: r of one expert.
         scaling: s in `s * B A`.
-        rank_first_A: False: A is (E, in, r), as MoE-LoRA stores it. True: A is (r, in), as PEFT stores it (E = 1).
-            B is always (E, out, r), or (out, r).
+        rank_first_A: False: A is (E, in, r) and B (E, out, r), as MoE-LoRA stores them. True: as PEFT stores them, A is
+            (E r, in), which is (E, r, in), and B (out, E r), which is (out, r, E).
         gate: the layer's gate settings; None where there is no gate (plain LoRA).
         awaits: name of an optimizer that was built for the pair and has not run yet; "" otherwise.
     """
@@ -117,10 +117,11 @@ def tag_pair(
     """
     rank_of_A = lora_A.shape[0] if pair.rank_first_A else lora_A.shape[-1]
     rank_of_B = lora_B.shape[1] if pair.rank_first_A else lora_B.shape[-1]
-    if lora_A.numel() and lora_B.numel() and (rank_of_A != pair.rank or rank_of_B != pair.rank):
+    rank = pair.rank * pair.num_experts if pair.rank_first_A else pair.rank
+    if lora_A.numel() and lora_B.numel() and (rank_of_A != rank or rank_of_B != rank):
         raise ValueError(
             f"{pair.name}: lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not both have rank "
-            f"{pair.rank}; pass the rank that the two factors share."
+            f"{rank}; pass the rank that the two factors share."
         )
     tag_parameter(lora_A, pair, "A")
     tag_parameter(lora_B, pair, "B")

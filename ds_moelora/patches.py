@@ -24,7 +24,7 @@ from peft.utils.peft_types import PeftType
 
 from .checkpoint import guard as checkpoint_guard
 from .optimizer import guard as optimizer_guard
-from .tuner import older_peft, tags
+from .tuner import base_experts, older_peft, tags
 from .tuner.config import PEFT_TYPE
 from .tuner.files import card, loading, saving
 
@@ -107,6 +107,13 @@ PEFT = (
         name="_upload_modified_files",
         wrapper=card.describe_before_upload,
         reason="push_to_hub writes the hub's card, or an empty template, over the one that was just saved.",
+    ),
+    _peft(
+        owner="peft.tuners.lora.layer:ParamWrapper",
+        name="_activate_lora",
+        wrapper=base_experts.activate_lora,
+        reason="It makes the product of the factors of all experts before any function sees them. Without it "
+        "use_lora_experts saves neither time nor memory. Other models' layers pass through unchanged.",
     ),
 )
 

@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 
 
 def quieten() -> None:
-    """One rank shows progress bars; deprecations inside the libraries are not the reader's to mend."""
+    """One rank shows progress bars; deprecation warnings inside the libraries are left out."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch\.distributed)\.")
     if process_rank()[0] > 0:
         datasets.disable_progress_bars()
@@ -142,7 +142,7 @@ def start(arguments: Arguments, config: Any) -> tuple[watchdog.Watchdog, OutputL
         # Before transformers does: it reads the launcher's environment alone, while DeepSpeed also asks MPI.
         deepspeed.init_distributed(
             timeout=timeout,
-            distributed_port=int(os.environ.get("MASTER_PORT", MASTER_PORT)),  # for MPI's ranks, whom nobody told
+            distributed_port=int(os.environ.get("MASTER_PORT", MASTER_PORT)),  # MPI does not set it
         )
     watch = watchdog.start(arguments.run.lost_rank_seconds)
     try:

@@ -75,10 +75,10 @@ def check_data_only(folder: str | Path) -> None:
                     torch.load(path, map_location="meta", weights_only=True)
                 except pickle.UnpicklingError as error:
                     raise ValueError(_refusal(path, error)) from error
-                except (RuntimeError, EOFError) as error:  # torch's of an archive without its table, of an empty file
+                except (RuntimeError, EOFError, OSError) as error:  # torch's, of an archive whose end is missing
                     raise ValueError(
-                        f"{path} is incomplete ({path.stat().st_size} bytes): the save was probably interrupted. Use "
-                        "the checkpoint before it."
+                        f"{path} is incomplete or cannot be read ({path.stat().st_size} bytes; {error!s:.100}). The "
+                        "save was probably interrupted: use the checkpoint before it."
                     ) from error
 
 

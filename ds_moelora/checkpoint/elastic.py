@@ -44,8 +44,10 @@ def save_elastic(engine: Any, folder: str | Path) -> None:
             that are not finite.
         RuntimeError: process 0 could not write; raised on every process.
     """
-    told = accumulation_boundary(engine)
-    if not (engine.micro_steps % engine.gradient_accumulation_steps() == 0 if told is None else told):
+    at_boundary = accumulation_boundary(engine)
+    if at_boundary is None:
+        at_boundary = engine.micro_steps % engine.gradient_accumulation_steps() == 0
+    if not at_boundary:
         raise ValueError(
             f"an elastic checkpoint is saved between optimizer steps; {engine.micro_steps} micro-steps were done, of "
             f"{engine.gradient_accumulation_steps()} per step. Save after engine.step() at an accumulation boundary."
@@ -98,7 +100,7 @@ def write_state(
         for name, buffer in buffers.items():
             files.add(f"{name}|buffer", buffer.detach().cpu().contiguous())
         manifest |= {"files": files.close(), "tensors": files.where}
-    except Exception as error:  # told to every process
+    except Exception as error:  # `agree` raises it on every process
         failure = failure or error
     agree(failure, f"{folder} could not be written")
     manifest["parameters"] = {
@@ -205,7 +207,7 @@ def restore_state(run: Run, folder: Path, manifest: dict[str, Any]) -> None:
                 if "buffer" in tensors.get(name, {}):
                     buffer.copy_(tensors[name]["buffer"].get_tensor(f"{name}|buffer"))
         restore_run_state(run, manifest["run"])
-    except Exception as error:  # told to every process
+    except Exception as error:  # `agree` raises it on every process
         failure = error
     agree(failure, f"the elastic checkpoint {folder} could not be loaded")
 

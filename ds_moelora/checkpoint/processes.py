@@ -40,17 +40,17 @@ def agree(failure: Exception | None, what: str, kind: type[Exception] = RuntimeE
         NotFiniteError: some process raised that. kind: every other failure.
     """
     mine = None if failure is None else (isinstance(failure, NotFiniteError), type(failure).__name__, str(failure))
-    told = everyone(mine)
-    found = [report for report in told if report]
+    reports = everyone(mine)
+    found = [report for report in reports if report]
     if not found:
         return
     not_finite = [text for bad, _, text in found if bad]
     if not_finite:
         error: Exception = NotFiniteError(not_finite[0])
-    elif len(set(told)) == 1 and type(failure) is ValueError:
+    elif len(set(reports)) == 1 and type(failure) is ValueError:
         error = kind(str(failure))
     else:
-        ranks = {report: [str(n) for n, other in enumerate(told) if other == report][:8] for report in found}
+        ranks = {report: [str(n) for n, other in enumerate(reports) if other == report][:8] for report in found}
         said = "; ".join(f"rank {', '.join(numbers)}: {name}: {text}" for (_, name, text), numbers in ranks.items())
         error = kind(f"{what} ({said}).")
     vars(error)["agreed"] = True

@@ -41,8 +41,13 @@ class Factor:
 
     @property
     def rank_first(self) -> bool:
-        """Stored (r, n) instead of (E, n, r)."""
+        """Stored (E, r, n) instead of (E, n, r)."""
         return self.pair.rank_first_A and self.role == "A"
+
+    @property
+    def experts_last(self) -> bool:
+        """Stored (n, r, E) instead of (E, n, r)."""
+        return self.pair.rank_first_A and self.role == "B" and self.num_experts > 1
 
 
 def collect_pairs(members: Mapping[int, Sequence[nn.Parameter]]) -> list[Factor]:

@@ -50,20 +50,13 @@ def _check_spectral(lr: float, momentum: float, weight_decay: float) -> None:
 
 def as_groups(params: Any) -> list[ParamGroup]:
     """What torch accepts (tensors, named tensors or groups, from any iterable) as groups that can be read twice."""
-    if isinstance(params, torch.Tensor):
-        raise TypeError("params must be an iterable of tensors or of parameter groups, not a single tensor.")
+    if isinstance(params, (torch.Tensor, set)):
+        raise TypeError("params must be a list or another ordered iterable of tensors or of parameter groups.")
     params = list(params)
-    if params and isinstance(params[0], dict):
-        return [{**group, "params": _as_list(group["params"])} for group in params]
-    return [{"params": params}]
-
-
-def _as_list(params: Any) -> list[Any]:
-    if isinstance(params, torch.Tensor):
-        return [params]
-    if isinstance(params, set):
-        raise TypeError("the order of a set differs between ranks and runs: pass the parameters as a list.")
-    return list(params)
+    if not params or not isinstance(params[0], dict):
+        return [{"params": params}]
+    single = [{**g, "params": [g["params"]]} if isinstance(g["params"], torch.Tensor) else g for g in params]
+    return [{**group, **as_groups(group["params"])[0]} for group in single]
 
 
 def as_tensor(param: Any) -> nn.Parameter:

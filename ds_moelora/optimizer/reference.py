@@ -25,7 +25,9 @@ def damped_inverse(G: Tensor, damping: float) -> Tensor:
 def _rank_last(tensor: Tensor, pair: LoraPair, role: str) -> Tensor:
     """A view (E, in or out, r) of a contiguous factor, whatever its storage."""
     if role == "A" and pair.rank_first_A:
-        return tensor.reshape(pair.rank, -1).T.unsqueeze(0)
+        return tensor.reshape(pair.num_experts, pair.rank, -1).mT
+    if pair.rank_first_A:
+        return tensor.reshape(-1, pair.rank, pair.num_experts).permute(2, 0, 1)
     return tensor.reshape(pair.num_experts, -1, pair.rank)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
+from .base_experts import use_lora_experts
 from .config import PEFT_TYPE, PEFT_TYPES, MoELoRAConfig
 from .experts import MoELoRAExperts
 from .files.card import TrainingRecord, record_training
@@ -27,6 +28,7 @@ __all__ = [
     "save_without_residual",
     "sharded_experts",
     "tag_lora_pairs",
+    "use_lora_experts",
     "without_experts",
 ]
 

@@ -1,5 +1,7 @@
 """The configuration of a mixture of LoRA experts."""
 
+# ruff: noqa: RUF009  (_option makes a dataclass field)
+
 from __future__ import annotations
 
 import json
@@ -40,6 +42,12 @@ PATTERNS = {
     "num_experts_pattern": "num_experts",
     "top_k_pattern": "top_k",
 }
+
+
+def _option(default: Any, text: str) -> Any:
+    """A field with its help text; `dict` as default: an empty one."""
+    given: dict[str, Any] = {"default_factory": dict} if default is dict else {"default": default}
+    return field(**given, metadata={"help": text})
 
 
 @dataclass
@@ -90,69 +98,36 @@ class MoELoRAConfig(PeftConfig):
 
     # The alias is for torchrun, which takes `--r` for one of its own flags, even behind the script's name.
     r: int = field(default=8, metadata={"help": "Rank of one expert.", "aliases": ["--lora_r"]})
-    num_experts: int = field(default=8, metadata={"help": "Number of LoRA experts in each adapted module."})
-    top_k: int = field(default=2, metadata={"help": "Number of experts that each token uses."})
-    lora_alpha: float = field(default=16.0, metadata={"help": "Numerator of the scaling."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the experts' input."})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Module names, a regular expression, or 'all-linear'."}
+    num_experts: int = _option(8, "Number of LoRA experts in each adapted module.")
+    top_k: int = _option(2, "Number of experts that each token uses.")
+    lora_alpha: float = _option(16.0, "Numerator of the scaling.")
+    lora_dropout: float = _option(0.0, "Dropout probability on the experts' input.")
+    target_modules: list[str] | str | None = _option(None, "Module names, a regular expression, or 'all-linear'.")
+    exclude_modules: list[str] | str | None = _option(None, "Module names, or a regular expression, to leave out.")
+    scaling: str = _option("alpha", "'alpha': alpha / r; 'rslora': alpha / sqrt(r); 'goat': sqrt(3 eta in / r).")
+    eta: float = _option(1.0, "With scaling='goat': learning rate of full tuning over LoRA's.")
+    init_lora_weights: bool | str = _option(
+        True, "True: random A, zero B. 'goat', 'goat_mini', 'pissa', 'milora': from the weight's SVD."
     )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Module names, or a regular expression, to leave out."}
-    )
-    scaling: str = field(
-        default="alpha", metadata={"help": "'alpha': alpha / r; 'rslora': alpha / sqrt(r); 'goat': sqrt(3 eta in / r)."}
-    )
-    eta: float = field(default=1.0, metadata={"help": "With scaling='goat': learning rate of full tuning over LoRA's."})
-    init_lora_weights: bool | str = field(
-        default=True,
-        metadata={"help": "True: random A, zero B. 'goat', 'goat_mini', 'pissa', 'milora': from the weight's SVD."},
-    )
-    rho: float = field(default=10.0, metadata={"help": "With an SVD start: how far the factors are scaled down."})
-    svd_cache_dir: str | None = field(
-        default=None, metadata={"help": "With an SVD start: folder that keeps decompositions. Not saved."}
-    )
-    router_aux_loss_coef: float = field(
-        default=1e-3, metadata={"help": "Coefficient of the load-balancing loss; 0 switches it off."}
-    )
-    router_z_loss_coef: float = field(
-        default=0.0, metadata={"help": "Coefficient of the router z-loss; 0 switches it off."}
-    )
-    router_temperature: float = field(default=1.0, metadata={"help": "What the router's logits are divided by."})
-    router_jitter: float = field(
-        default=0.0, metadata={"help": "eps: in training the router's input is times uniform(1 - eps, 1 + eps)."}
-    )
-    top_p: float | None = field(
-        default=None, metadata={"help": "Use the most probable experts up to this probability, at most top_k."}
-    )
-    shared_expert: bool = field(default=False, metadata={"help": "One more expert that every token uses."})
-    shared_A: bool = field(default=False, metadata={"help": "One A for all experts of a module (HydraLoRA)."})
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "{name or regular expression: r} where r differs."}
-    )
-    alpha_pattern: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "{name or regular expression: lora_alpha} where it differs."}
-    )
-    num_experts_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "{name or regular expression: num_experts} where it differs."}
-    )
-    top_k_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "{name or regular expression: top_k} where it differs."}
-    )
-    ep_size: int = field(default=1, metadata={"help": "Ranks that share the experts. Not saved: it is the run's."})
-    ep_dispatch: str = field(
-        default="auto", metadata={"help": "With ep_size > 1: move 'weights', 'tokens', or 'auto'. Not saved."}
-    )
-    expert_compute: str = field(default="auto", metadata={"help": "'auto', 'dense' or 'grouped'. Not saved."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train and save whole, beside the adapter."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, with layers_to_transform."}
-    )
+    rho: float = _option(10.0, "With an SVD start: how far the factors are scaled down.")
+    svd_cache_dir: str | None = _option(None, "With an SVD start: folder that keeps decompositions. Not saved.")
+    router_aux_loss_coef: float = _option(1e-3, "Coefficient of the load-balancing loss; 0 switches it off.")
+    router_z_loss_coef: float = _option(0.0, "Coefficient of the router z-loss; 0 switches it off.")
+    router_temperature: float = _option(1.0, "What the router's logits are divided by.")
+    router_jitter: float = _option(0.0, "eps: in training the router's input is times uniform(1 - eps, 1 + eps).")
+    top_p: float | None = _option(None, "Use the most probable experts up to this probability, at most top_k.")
+    shared_expert: bool = _option(False, "One more expert that every token uses.")
+    shared_A: bool = _option(False, "One A for all experts of a module (HydraLoRA).")
+    rank_pattern: dict[str, int] = _option(dict, "{name or regular expression: r} where r differs.")
+    alpha_pattern: dict[str, float] = _option(dict, "{name or regular expression: lora_alpha} where it differs.")
+    num_experts_pattern: dict[str, int] = _option(dict, "{name or regular expression: num_experts} where it differs.")
+    top_k_pattern: dict[str, int] = _option(dict, "{name or regular expression: top_k} where it differs.")
+    ep_size: int = _option(1, "Ranks that share the experts. Not saved: it is the run's.")
+    ep_dispatch: str = _option("auto", "With ep_size > 1: move 'weights', 'tokens', or 'auto'. Not saved.")
+    expert_compute: str = _option("auto", "'auto', 'dense' or 'grouped'. Not saved.")
+    modules_to_save: list[str] | None = _option(None, "Modules to train and save whole, beside the adapter.")
+    layers_to_transform: list[int] | int | None = _option(None, "Indices of the layers to adapt.")
+    layers_pattern: list[str] | str | None = _option(None, "Name of the list of layers, with layers_to_transform.")
 
     weights_follow = False  # no field: the adapter is being made to load weights into it
 

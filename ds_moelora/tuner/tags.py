@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from ..optimizer.guard import OURS
 from ..optimizer.sharding.zero import configured_optimizer
 from ..pairs import LoraPair, tag_pair
+from .base_experts import check_auto_ep, check_layout, gate_of
 from .layer import MoELoRALayer
 
 
@@ -20,17 +22,18 @@ def tag_lora_pairs(model: nn.Module) -> int:
 
     Call it for an optimizer that you build yourself on PEFT's `LoraConfig`. One that DeepSpeed builds from its config
     needs no call (`tag_before_building`), and MoE-LoRA layers tag themselves. Convolutions are pairs as well:
-    flattened, A is (r, in * kernel) and B (out, r). Left alone: DoRA's magnitudes, biases, and, with a warning that
-    names them, embeddings and other variants that are not one product of two matrices.
+    flattened, A is (r, in * kernel) and B (out, r). A layer of PEFT's `target_parameters` is E pairs, one per expert of
+    the base (`tuner.base_experts`). Left alone: DoRA's magnitudes, biases, and, with a warning that names them,
+    embeddings and other variants that are not one product of two matrices.
 
     Args:
         model: with or without PEFT's wrapper.
 
     Returns:
-        The number of pairs.
+        The number of pairs; the experts of one stacked parameter count as one.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or this PEFT keeps the experts' factors in another layout.
     """
     num_pairs = _tag(model)
     if not num_pairs:
@@ -46,6 +49,7 @@ def tag_before_building(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def configure(engine: Any, *args: Any, **kwargs: Any) -> Any:
         if configured_optimizer(engine) in OURS:
+            check_auto_ep(engine)
             _tag(engine.module)  # none: the optimizer says so, unless its pairs are tagged by somebody else
         return original(engine, *args, **kwargs)
 
@@ -85,13 +89,17 @@ def _tag_plain_lora(name: str, layer: LoraLayer, adapter: str) -> bool:
         return False
     rank, shape_A, shape_B = layer.r[adapter], _whole_shape(lora_A), _whole_shape(lora_B)
     is_matrix_B = len(shape_B) >= 2 and all(size == 1 for size in shape_B[2:])
-    if not is_matrix_B or shape_A[0] != rank or shape_B[1] != rank:
+    experts, gate = 1, None
+    if isinstance(layer, ParamWrapper):
+        check_layout()
+        experts, gate = layer.num_experts, gate_of(layer.get_base_layer())
+    if not is_matrix_B or shape_A[0] != rank * experts or shape_B[1] != rank * experts:
         return False
     # The same object again where there is one: an optimizer may hold it.
     pair: Any = getattr(lora_A, "lora_pair", None)
     if not (isinstance(pair, LoraPair) and pair is getattr(lora_B, "lora_pair", None)):
-        pair = LoraPair(name=name, num_experts=1, rank=rank, rank_first_A=True)
-    pair.name, pair.rank, pair.scaling = name, rank, float(layer.scaling[adapter])
+        pair = LoraPair(name=name, num_experts=experts, rank=rank, rank_first_A=True)
+    pair.name, pair.rank, pair.scaling, pair.gate = name, rank, float(layer.scaling[adapter]), gate
     tag_pair(pair, lora_A, lora_B)
     return True
 

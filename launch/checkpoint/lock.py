@@ -37,7 +37,7 @@ class OutputLock:
         self._ended = threading.Event()
 
     def take(self) -> None:
-        """Takes the lock, or that of a run that is gone, aloud.
+        """Takes the lock, or that of a run that has ended, of which a line tells.
 
         Raises:
             UserError: another run holds it, or may hold it; says who, and what to do.

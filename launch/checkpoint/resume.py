@@ -126,8 +126,8 @@ def _meaning(wish: str | None, output_dir: Path) -> str | None:
 def choose_checkpoint(arguments: Arguments) -> None:
     """Settles on all ranks together which checkpoint is loaded; a collective call.
 
-    `resume_from_checkpoint` is replaced by its path or None. AUTO means the newest complete checkpoint, or none; others
-    are passed over aloud.
+    `resume_from_checkpoint` is replaced by its path or None. AUTO means the newest complete checkpoint, or none; of
+    others a line says why they are skipped.
 
     Raises:
         UserError: on every rank, if the checkpoint that was named is damaged.

@@ -83,13 +83,13 @@ class CheckpointedTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """transformers' own; its workers leave signals to their process."""
-        return _deaf(super().get_train_dataloader())
+        return _ignoring_signals(super().get_train_dataloader())
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """As `get_train_dataloader`; rows that are evaluated are never dropped, whatever training does."""
         drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            return _deaf(super().get_eval_dataloader(*args, **kwargs))
+            return _ignoring_signals(super().get_eval_dataloader(*args, **kwargs))
         finally:
             self.args.dataloader_drop_last = drop
 
@@ -376,7 +376,7 @@ def check_shared(output_dir: str | Path) -> None:
         )
 
 
-def _deaf(loader: DataLoader) -> DataLoader:
+def _ignoring_signals(loader: DataLoader) -> DataLoader:
     """A loader whose workers leave signals to their process."""
     loader.worker_init_fn = partial(ignore_signals, loader.worker_init_fn)
     return loader

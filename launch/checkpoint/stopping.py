@@ -35,7 +35,7 @@ class Stopping(TrainerCallback):
     def __init__(self, nan_steps: int) -> None:
         self.nan_steps = nan_steps
         self.preempted = False
-        self._told = False
+        self._signalled = False
         self._bad: Tensor | None = None  # on the device: was a loss of this step not finite?
         self._copy: tuple[Tensor, Any] | None = None  # that flag of the last step, on its way to the host
         self._exchange: tuple[int, list[Tensor], Any] | None = None  # (step, what every rank said of it, the work)
@@ -58,18 +58,18 @@ class Stopping(TrainerCallback):
             signal.signal(number, self._note_signal)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        told = self._read_exchange(args.output_dir)
-        if told and not control.should_training_stop:
+        signalled = self._read_exchange(args.output_dir)
+        if signalled and not control.should_training_stop:
             self.preempted = True
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
-        mine = torch.tensor([int(self._told), int(self._copy is not None and _read(self._copy))])
+        mine = torch.tensor([int(self._signalled), int(self._copy is not None and _read(self._copy))])
         self._copy, self._bad = _to_host(self._bad), None
-        heard, work = [mine], None
+        answers, work = [mine], None
         if self._group is not None:
-            heard = [torch.empty_like(mine) for _ in self._streaks]
-            work = dist.all_gather(heard, mine, group=self._group, async_op=True)
-        self._exchange = (state.global_step - 1, heard, work)
+            answers = [torch.empty_like(mine) for _ in self._streaks]
+            work = dist.all_gather(answers, mine, group=self._group, async_op=True)
+        self._exchange = (state.global_step - 1, answers, work)
 
     def last_step_was_finite(self) -> bool:
         """Whether the step that has just ended had finite losses on all ranks.
@@ -82,7 +82,7 @@ class Stopping(TrainerCallback):
         return not bad.item()
 
     def _note_signal(self, number: int, frame: Any) -> None:
-        self._told = True
+        self._signalled = True
 
     def _read_exchange(self, output_dir: str) -> bool:
         """Whether any rank got a signal.
@@ -92,14 +92,14 @@ class Stopping(TrainerCallback):
         """
         if self._exchange is None:
             return False
-        step, heard, work = self._exchange
+        step, answers, work = self._exchange
         if work is not None:
             work.wait()
-        told, bad = torch.stack(heard).T.tolist()
+        signalled, bad = torch.stack(answers).T.tolist()
         self._streaks = [streak + 1 if wrong else 0 for streak, wrong in zip(self._streaks, bad, strict=True)]
         if self.nan_steps and max(self._streaks) >= self.nan_steps:
             raise UserError(_not_finite(step, self._streaks, output_dir))
-        return any(told)
+        return any(signalled)
 
 
 def ignore_signals(initialize: Callable[[int], None] | None, worker: int) -> None:

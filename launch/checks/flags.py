@@ -95,6 +95,13 @@ class RunArguments(DataArguments):
     eval_fraction: float = flag(0.0, "Share of the training data set aside for evaluation (instead of a dataset).")
     max_train_samples: int | None = flag(None, "Use the first N training rows of each data set only.")
     load_in_4bit: bool = flag(False, "Keep the frozen base in 4 bits (NF4), by bitsandbytes. ZeRO 0 to 2.")
+    target_parameters: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "MoE bases: the adapter is PEFT's LoRA, on these stacked parameters (experts: all of them) and on "
+            "--target_modules (none: no modules)."
+        },
+    )
     regression: bool = flag(False, "Classification: labels are numbers (STS-B), learnt by least squares.")
     overwrite_output_dir: bool = flag(False, "Accept a non-empty output_dir; its old checkpoints are removed.")
     lost_rank_seconds: float = flag(30.0, "Seconds without a sign of a rank's host until all ranks end.")

@@ -25,7 +25,7 @@ from launch.checks.errors import UserError, say
 from launch.checks.flags import AdapterArguments
 from launch.data.image_text import outside_text
 from launch.data.images import head_name
-from launch.training import quantization
+from launch.training import base_experts, quantization
 from launch.training.processors import tokenizer_of
 
 AUTO_CLASSES = {
@@ -124,6 +124,7 @@ def check_model(arguments: Arguments, config: Any, skeleton: PreTrainedModel) ->
         UserError: the adapter does not fit the model.
     """
     run = arguments.run
+    base_experts.name_experts(config, skeleton)
     if run.task == "image-classification":
         # The new layer is trained and saved whole, not adapted; PEFT does the same for text by itself.
         head = head_name(skeleton)
@@ -251,4 +252,6 @@ def load_model(arguments: Arguments, config: Any, model_options: dict[str, Any],
         raise UserError(f"{which} does not fit {run.model_name_or_path}: {_first_lines(error)}") from error
     if run.load_in_4bit:
         quantization.settle(model)
+    if getattr(config, "target_parameters", None):
+        base_experts.settle(model)
     return model

@@ -12,7 +12,7 @@ from launch.checks.arguments import Arguments
 from launch.data.sources import load_data
 from launch.data.values import Rows
 from launch.demo import defaults as demo
-from launch.training import fit, modeling
+from launch.training import base_experts, fit, modeling
 from launch.training.processors import Processor, processor_of_run
 
 
@@ -35,7 +35,9 @@ def prepare(arguments: Arguments) -> tuple[Prepared, Any]:
     Raises:
         UserError: whatever does not fit.
     """
-    config = modeling.start_adapter(arguments) or modeling.adapter_config(arguments.adapter, arguments.run.task)
+    task = modeling.TASK_TYPES[arguments.run.task]
+    config = modeling.start_adapter(arguments) or base_experts.lora_config(arguments, task)
+    config = config or modeling.adapter_config(arguments.adapter, arguments.run.task)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.demo:
             demo.describe_base(folder)

@@ -36,9 +36,10 @@ TESTED = "5.23.0"  # of transformers
 class MixtureSFTTrainer(CheckpointedTrainer, CountingTrainer):
     """SFTTrainer that trains on the model's own `loss`, and whose evaluation weighs every token alike.
 
-    TRL 1.16 computes the loss from the log-probabilities that its fused head returns, and so leaves out what a tuner
-    adds to the model's `loss`: the load-balancing term of the routers. The fused head returns a `loss` too, in which
-    that term is; this class takes it.
+    TRL 1.16 computes the loss itself, and adds the routers' load-balancing loss from the model's `aux_loss`: the mean
+    over the sequences of a micro-batch, then over micro-batches. With packing, micro-batches hold different numbers of
+    sequences, and the gradient would depend on how a batch is cut. In the model's own `loss` a sequence weighs as much
+    as it has labels, however the batch is cut.
 
     transformers evaluates by the mean over batches of each batch's mean, which changes with the batch size. Here the
     sums of rows are gathered and added up (`launch.data.metrics.token_scores`); rows that fill up the last batch of

@@ -54,6 +54,17 @@ def test_code_in_a_checkpoint_is_named_and_not_run(name: str, tmp_path: Path) ->
     assert not (tmp_path / "marker").exists()
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9, 0.99])
+def test_a_file_that_was_cut_short_is_named(kept: float, tmp_path: Path) -> None:
+    """Of an interrupted save; DeepSpeed says only that there is one."""
+    torch.save({"x": torch.randn(1000)}, tmp_path / "rank_0_states.pt")
+    check_data_only(tmp_path)
+    data = (tmp_path / "rank_0_states.pt").read_bytes()
+    (tmp_path / "rank_0_states.pt").write_bytes(data[: int(len(data) * kept)])
+    with pytest.raises(ValueError, match=r"rank_0_states\.pt is incomplete.*checkpoint before it"):
+        check_data_only(tmp_path)
+
+
 @pytest.mark.dist
 def test_a_checkpoint_of_the_launcher_holds_no_pickle(tmp_path: Path) -> None:
     flags = _trains(tiny_model(tmp_path / "model"), tmp_path, "--max_steps", "1", "--save_steps", "1")

@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import peft.optimizers
 import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from peft.optimizers import create_riemannian_optimizer
 from torch import nn
 
 from ds_moelora import GateRiemannianAdamW, tag_lora_pairs
@@ -72,7 +72,7 @@ def train_with_peft_optimizer(stage: int, which: str) -> dict[str, Any]:
     options = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.0}
     params = [p for p in model.parameters() if p.requires_grad]
     if which == "peft":
-        optimizer = create_riemannian_optimizer(model, torch.optim.AdamW, reg=1e-4, **options)
+        optimizer = peft.optimizers.create_riemannian_optimizer(model, torch.optim.AdamW, reg=1e-4, **options)
     elif which == "ours":
         optimizer = GateRiemannianAdamW(params, damping=1e-4, **options)
     else:
@@ -89,6 +89,9 @@ def train_with_peft_optimizer(stage: int, which: str) -> dict[str, Any]:
     return weights
 
 
+@pytest.mark.skipif(
+    not hasattr(peft.optimizers, "create_riemannian_optimizer"), reason="PEFT 0.18 has no Riemannian optimizer"
+)
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_peft_optimizer_is_silently_plain_under_zero(stage: int, report: Callable[[str, str], None]) -> None:
     """Stage 0: PEFT's Riemannian optimizer and ours agree. Stages 1 and 2: PEFT's equals plain AdamW, ours does not."""

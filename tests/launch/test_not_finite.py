@@ -72,13 +72,13 @@ def test_nothing_is_published_by_a_callback_either(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("deepspeed", [["--deepspeed", "configs/zero3.json"], PLAIN])
-def test_the_best_model_is_loaded_at_the_end(deepspeed: list[str], flags: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [["--deepspeed", "configs/zero3.json"], PLAIN, [*PLAIN, "--save_only_model"]])
+def test_the_best_model_is_loaded_at_the_end(how: list[str], flags: list[str], tmp_path: Path) -> None:
     """Even where it is not the last one: at a rate of 10 every step makes the model worse."""
     out = tmp_path / "out"
     more = ["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
     more += ["--learning_rate", "10", "--lr_scheduler_type", "constant", "--max_steps", "3", "--eval_fraction", "0.25"]
-    finished = launch([*flags, *deepspeed, *more, "--output_dir", str(out)], ranks=1)
+    finished = launch([*flags, *how, *more, "--output_dir", str(out)], ranks=1)
     assert finished.code == 0, finished.output[-4000:]
     state = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())
     losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ds_moelora import GateRiemannianMuon
 from ds_moelora.optimizer.preconditioner import NOISE, spectral_matrices
 from ds_moelora.optimizer.reference import spectral_rows
+from ds_moelora.optimizer.step_statistics import StepStatistics
 from ds_moelora.pairs import LoraPair, tag_pair
 
 from ..support.mixture import SHAPES, Mixture, Stack, batches
@@ -214,6 +215,30 @@ def test_groups() -> None:
     other = GateRiemannianMuon(params, lr=9.0, aux_lr=9.0, gate_lr_scale=0.1)
     other.load_state_dict(copied)
     assert [group["lr_scale"] for group in other.param_groups] == [1.0, 2.0, 1.0]
+
+
+def test_watched_steps_are_the_same_steps() -> None:
+    """What monitoring reports: the raw gradient, the product with the matrices, and what the weights moved by."""
+    A, B, grads = torch.randn(2, 6, 3), torch.randn(2, 5, 3), (torch.randn(2, 6, 3), torch.randn(2, 5, 3))
+    plain, watched = pair(A, B), pair(A, B)
+    statistics = StepStatistics()
+    for params in (plain, watched):
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad.clone()
+        optimizer = GateRiemannianMuon(params, lr=0.1)
+        optimizer.statistics = statistics if params is watched else None
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(plain, watched, strict=True))
+    moved = [p.detach() - old for p, old in zip(plain, (A, B), strict=True)]
+    for found, tensors in (
+        (statistics.raw, grads),
+        (statistics.weight, (A, B)),
+        (statistics.update, moved),
+        (statistics.preconditioned, [step / 0.1 for step in moved]),
+    ):
+        assert found is not None
+        assert float(found) == pytest.approx(sum(float(t.square().sum()) for t in tensors), rel=1e-4)
+    assert float(statistics.condition) >= 1 / 3  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
 import ds_moelora_autoload
+from ds_moelora.optimizer.guard import OURS
+from ds_moelora.plugin import OPTIMIZERS
 from ds_moelora.tuner.files.loading import LoadUnderWay
 from ds_moelora.tuner.start import svd_init
 
-from ..support.adapter_support import adapted, batch, llama
+from ..support.adapter_support import adapted, batch, config, llama
 from ..support.goat import GOAT
+from ..support.versions import TRANSFORMERS_LOADS_NO_ADAPTER
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY_POINT = "[torch.backends]\nds_moelora = ds_moelora_autoload:autoload\n"  # test_packaging.py: the wheel's
@@ -58,6 +62,10 @@ found["LoRA"] = peft.PEFT_TYPE_TO_CONFIG_MAPPING["LORA"].__name__
 found["after look-ups"] = "ds_moelora" in sys.modules
 print("> " + json.dumps(found))
 """
+
+
+def test_it_knows_all_optimizers() -> None:
+    assert ds_moelora_autoload.OPTIMIZERS == OURS == tuple(optimizer.__name__ for optimizer in OPTIMIZERS)
 
 
 def test_other_names_are_looked_up_as_before(installed: Path) -> None:
@@ -141,19 +149,28 @@ def test_one_word_in_a_deepspeed_config_is_all(installed: Path) -> None:
     assert run_python(ENGINE, installed, ROOT, **ranks) == ["> GateRiemannianAdamW 2"]
 
 
+LOADERS = {
+    "PEFT": 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter")',
+    "transformers": 'AutoModelForCausalLM.from_pretrained("adapter")',  # and so pipeline(model="adapter")
+}
+
+
 @pytest.mark.parametrize("options", [{}, GOAT], ids=["LoRA's start", "GOAT's start"])
-def test_peft_loads_an_adapter_without_an_import(options: dict, installed: Path) -> None:
-    model = adapted(llama, **options)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_an_adapter_is_loaded_without_an_import(loader: str, options: dict, installed: Path) -> None:
+    if loader == "transformers" and TRANSFORMERS_LOADS_NO_ADAPTER:
+        pytest.skip(TRANSFORMERS_LOADS_NO_ADAPTER)
     llama().save_pretrained(installed / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(installed / "base"), config(**options))
     model.save_pretrained(installed / "adapter")
     torch.save(batch(), installed / "batch.pt")
     with torch.no_grad():
         torch.save(model.eval()(**batch()).logits, installed / "logits.pt")
-    code = """
+    code = f"""
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter").eval()
+model = {LOADERS[loader]}.eval()
 with torch.no_grad():
     difference = model(**torch.load("batch.pt")).logits - torch.load("logits.pt")
 print(">", difference.abs().max().item() < 1e-5, model.peft_config["default"].weights_follow)
@@ -163,13 +180,13 @@ print(">", difference.abs().max().item() < 1e-5, model.peft_config["default"].we
 
 def test_the_first_load_decomposes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapted(llama, **GOAT).save_pretrained(tmp_path)
-    config = LoadUnderWay.from_pretrained(tmp_path)
+    saved = LoadUnderWay.from_pretrained(tmp_path)
 
     def decompose(*args: object) -> None:
         raise AssertionError("decomposed a weight")
 
     monkeypatch.setattr(svd_init, "singular_triplets", decompose)
-    get_peft_model(llama(), config)
-    config.weights_follow = False
+    get_peft_model(llama(), saved)
+    saved.weights_follow = False
     with pytest.raises(ValueError, match="decomposed a weight"):
-        get_peft_model(llama(), config)
+        get_peft_model(llama(), saved)

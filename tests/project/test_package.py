@@ -39,7 +39,7 @@ LIBRARIES = {
     "expert_parallel": {"torch", "deepspeed"},
     "checkpoint": {"torch", "deepspeed", "safetensors"},
     "tuner": {"torch", "peft", "transformers", "huggingface_hub", "safetensors", "deepspeed"},
-    "integrations": {"torch", "peft", "transformers", "deepspeed", "axolotl", "swift"},
+    "integrations": {"torch", "peft", "transformers", "deepspeed", "axolotl", "swift", "pydantic"},
     "monitoring": {"torch", "transformers", "numpy", "PIL"},
     "planner": {"torch", "transformers"},
     "cli": {"transformers", "rich"},
@@ -151,6 +151,7 @@ def test_public_names() -> None:
         "register",
         "save_without_residual",
         "tag_lora_pairs",
+        "use_lora_experts",
     }
     assert set(ds_moelora.__all__) == expected
     assert all(hasattr(ds_moelora, name) for name in expected)

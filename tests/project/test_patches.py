@@ -128,6 +128,13 @@ def test_an_older_peft_has_patches_of_its_own() -> None:
     assert all(patch.problem() is None for patch in patches.OLDER_PEFT) == older_peft.IS_OLDER
 
 
+def test_an_older_peft_does_without_expert_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = patches.metadata.version
+    monkeypatch.setattr(patches.metadata, "version", lambda library: "0.20.0" if library == "peft" else real(library))
+    with pytest.raises(ValueError, match=r"ep_size > 1 cannot .*save_pretrained was made for peft>=0\.21"):
+        patches.install_for_expert_parallelism()
+
+
 def test_installing_twice_wraps_once() -> None:
     before = [vars(PeftModel)[patch.name] for patch in patches.PEFT if patch.name in vars(PeftModel)]
     patches.install_at_import(with_deepspeed=True)

@@ -192,7 +192,7 @@ class GroupCall:
         stepped: Extents = {}
         matrices = {rank: own.to(self.dtype) for rank, own in matrices.items()}
         for blocks in (*self.plan.grads.own, *self.plan.grads.assembled):
-            if self.kernels and blocks.rank in RANKS:
+            if self.kernels and blocks.rank in RANKS and not blocks.interleaved:
                 self._apply_cpp(self.kernels, blocks, matrices[blocks.rank], adamw, stepped)
                 continue
             ordered = matrices[blocks.rank][blocks.matrix.on(self.device)]
@@ -201,11 +201,11 @@ class GroupCall:
                 if grad is not None:
                     precondition_(b.view(grad), own)
         self._apply_to_cut_rows(matrices)
-        for i in self.plan.assembled:
-            p = self.plan.places[i]
-            grad, whole = self.flats[p.unit][GRAD], self.flats["assembled", i][GRAD]
+        for i, expert in self.plan.assembled:
+            grad, whole = self.flats[self.plan.places[i].unit][GRAD], self.flats["assembled", i, expert][GRAD]
             if i in self.plan.active and grad is not None and whole is not None:
-                grad[p.local_offset : p.local_offset + p.stop - p.start].copy_(whole[p.start : p.stop])
+                there, here = self.plan.own_part(i, expert)
+                grad[here].copy_(whole[there])
         return stepped
 
     def _add_grams(self, rows: Rows, equal: list[RowBlocks], which: int) -> None:
@@ -214,7 +214,7 @@ class GroupCall:
         for blocks in equal if grams else []:
             target = grams[blocks.rank]
             sources = [self.flats[b.source][which] for b in blocks.blocks]
-            if self.kernels and blocks.rank in RANKS:
+            if self.kernels and blocks.rank in RANKS and not blocks.interleaved:
                 addresses = [_address(source, b.offset) for b, source in zip(blocks.blocks, sources, strict=True)]
                 self.kernels.add_grams_(target, blocks.layout, addresses)
                 continue
@@ -252,21 +252,21 @@ class GroupCall:
         kernels.precondition_(matrices, blocks.layout, addresses, updates)
 
     def _assemble(self) -> None:
-        """Phase 0: adds whole copies of the cut rank-first factors to `flats`, as sources of their own."""
+        """Phase 0: adds whole copies of the cut experts stored rank first to `flats`, as sources of their own."""
         plan = self.plan
         if not plan.assembled:
             return
-        sizes = [plan.places[i].numel for i in plan.assembled for _ in range(2)]
+        sizes = [plan.places[i].numel // plan.factors[i].num_experts for i, _ in plan.assembled for _ in range(2)]
         buffer = torch.zeros(sum(sizes), dtype=self.dtype, device=self.device)
         parts = buffer.split(sizes)
-        for i, *whole in zip(plan.assembled, parts[::2], parts[1::2], strict=True):
-            p = plan.places[i]
-            for mine, target in zip(self.flats[p.unit], whole, strict=True):
+        for (i, expert), *whole in zip(plan.assembled, parts[::2], parts[1::2], strict=True):
+            there, here = plan.own_part(i, expert)
+            for mine, target in zip(self.flats[plan.places[i].unit], whole, strict=True):
                 if mine is not None:
-                    target[p.start : p.stop] = mine[p.local_offset : p.local_offset + p.stop - p.start]
+                    target[there] = mine[here]
         parts = self._all_reduce(buffer).split(sizes)
-        for i, weight, grad in zip(plan.assembled, parts[::2], parts[1::2], strict=True):
-            self.flats["assembled", i] = (weight, grad)
+        for (i, expert), weight, grad in zip(plan.assembled, parts[::2], parts[1::2], strict=True):
+            self.flats["assembled", i, expert] = (weight, grad)
 
     def _exchange(self) -> None:
         """The one all-reduce; of float64 Gram matrices one triangle, 4 r (r + 1) bytes each."""

@@ -48,11 +48,6 @@ class Placement:
         """One past the last element that this process owns."""
         return min(max((self.process + 1) * self.partition - self.position, 0), self.numel)
 
-    @property
-    def is_cut(self) -> bool:
-        """True if more than one process owns a part."""
-        return self.position // self.partition != (self.position + self.numel - 1) // self.partition
-
     def cut_rows(self, row_numel: int) -> list[int]:
         """Rows (of `row_numel` elements) that lie in more than one process, in order; the same list everywhere."""
         boundaries = (process * self.partition - self.position for process in range(1, self.world))

@@ -33,6 +33,7 @@ class RowBlock(NamedTuple):
     rows: int
     rank: int
     transposed: bool
+    interleaved: bool = False  # (rows, rank, experts)
 
     @property
     def end(self) -> int:
@@ -40,13 +41,16 @@ class RowBlock(NamedTuple):
 
     def view(self, flat: Tensor) -> Tensor:
         r, rows = self.rank, self.rows
-        strides = (1, 1, rows) if self.transposed else (rows * r, r, 1)
+        strides = (rows * r, 1, rows) if self.transposed else (rows * r, r, 1)
+        if self.interleaved:
+            strides = (1, self.experts * r, self.experts)
         return flat.as_strided((self.experts, rows, r), strides, flat.storage_offset() + self.offset)
 
     def continued_by(self, other: RowBlock) -> bool:
         """True if `other` lies directly behind, looks the same, and both together are not too many for the caches."""
-        same = (self.source, self.rows, self.rank, self.transposed) == (*other[:1], *other[3:])
-        return same and not self.transposed and self.end == other.offset and other.end - self.offset <= MERGED_NUMEL
+        same = (self.source, *self[3:]) == (other.source, *other[3:])
+        mergeable = same and not self.transposed and not self.interleaved
+        return mergeable and self.end == other.offset and other.end - self.offset <= MERGED_NUMEL
 
 
 class Index(list[int]):
@@ -64,11 +68,11 @@ class RowBlocks:
     """All blocks of equal rank, as few as possible, and the r x r matrix of every expert in them.
 
     Args:
-        rank: r of all of them.
+        rank: r of all of them. interleaved: of all of them; the C++ kernels know no such blocks.
     """
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, rank: int, interleaved: bool = False) -> None:
+        self.rank, self.interleaved = rank, interleaved
         self.blocks: list[RowBlock] = []
         self.matrix = Index()  # (to add to, or to multiply by) among those of equal rank
 
@@ -155,7 +159,12 @@ class StepPlan:
     ) -> None:
         self.factors, self.places, self.due, self.active = factors, places, set(due), set(active)
         self.units = list(dict.fromkeys(places[i].unit for i in (*due, *active)))
-        self.assembled = [i for i in sorted(self.due | self.active) if factors[i].rank_first and places[i].is_cut]
+        self.assembled = [  # (factor, expert) of those stored rank first that a boundary cuts
+            (i, expert)
+            for i in sorted(self.due | self.active)
+            if factors[i].rank_first
+            for expert in places[i].cut_rows(self._row_numel(i))
+        ]
         active = sorted(active, key=lambda i: factors[i].partner not in self.due)  # stable
         partners = dict.fromkeys(factors[i].partner for i in active)
         self.carried = [i for i in partners if i not in self.due]  # taken by an earlier call of the same step
@@ -203,21 +212,38 @@ class StepPlan:
     def _rows_per_expert(self, i: int) -> int:
         return self.places[i].numel // (self.factors[i].num_experts * self.factors[i].rank)
 
+    def _row_numel(self, i: int) -> int:
+        """Consecutive elements of factor i that must be whole to be used: a row, all experts' row, or an expert."""
+        f = self.factors[i]
+        return f.rank * (self._rows_per_expert(i) if f.rank_first else f.num_experts if f.experts_last else 1)
+
+    def own_part(self, i: int, expert: int) -> tuple[slice, slice]:
+        """What this process has of one expert of a factor stored rank first: where in the expert, and in the unit."""
+        p, size = self.places[i], self._row_numel(i)
+        start, stop = max(p.start, expert * size), min(p.stop, (expert + 1) * size)
+        stop = max(start, stop)
+        local, first = p.local_offset - p.start, expert * size
+        return slice(start - first, stop - first), slice(local + start, local + stop)
+
     def _blocks(self, rows: Rows, assembled: bool) -> list[RowBlocks]:
-        found: dict[int, RowBlocks] = {}
+        found: dict[tuple[int, bool], RowBlocks] = {}
         for i in sorted(rows.first):  # as they lie in memory
             f, p, n, matrix = self.factors[i], self.places[i], self._rows_per_expert(i), rows.first[i]
-            if (i in self.assembled) != assembled:
-                continue
-            blocks = found.setdefault(f.rank, RowBlocks(f.rank))
+            blocks = found.setdefault((f.rank, f.experts_last), RowBlocks(f.rank, f.experts_last))
             if assembled:
-                blocks.add(RowBlock(("assembled", i), 0, 1, n, f.rank, True), matrix)
-            elif f.rank_first:
-                if p.start < p.stop:
-                    blocks.add(RowBlock(p.unit, p.local_offset, 1, n, f.rank, True), matrix)
+                for expert in (e for j, e in self.assembled if j == i):
+                    blocks.add(RowBlock(("assembled", i, expert), 0, 1, n, f.rank, True), matrix + expert)
+                continue
+            size = self._row_numel(i)
+            _, first_row, num_rows = split_slice(p.start, p.stop, size)
+            base = p.local_offset + first_row * size - p.start
+            if not num_rows:
+                continue
+            if f.rank_first:
+                blocks.add(RowBlock(p.unit, base, num_rows, n, f.rank, True), matrix + first_row)
+            elif f.experts_last:
+                blocks.add(RowBlock(p.unit, base, f.num_experts, num_rows, f.rank, False, True), matrix)
             else:
-                _, first_row, num_rows = split_slice(p.start, p.stop, f.rank)
-                base = p.local_offset + first_row * f.rank - p.start
                 for expert, count, row, per_expert in expert_blocks(first_row, num_rows, n):
                     block = RowBlock(p.unit, base + row * f.rank, count, per_expert, f.rank, False)
                     blocks.add(block, matrix + expert)
@@ -229,16 +255,18 @@ class StepPlan:
             cut, slots = CutRows(rank, self.numel), {}
             indices = [i for i in indices if not self.factors[i].rank_first]
             for i in indices:
-                for row in self.places[i].cut_rows(rank):
+                experts, first = self._row_numel(i) // rank, rows.first[i]
+                for row in self.places[i].cut_rows(self._row_numel(i)):
                     slots[i, row] = self.numel + len(cut.matrix) * rank
-                    cut.matrix.append(rows.first[i] + row // self._rows_per_expert(i))
+                    expert = 0 if self.factors[i].experts_last else row // self._rows_per_expert(i)
+                    cut.matrix.extend(range(first + expert, first + expert + experts))
             for i in indices:
-                p = self.places[i]
-                for piece in split_slice(p.start, p.stop, rank)[0]:
-                    at, local = slots[i, piece.row] + piece.column, p.local_offset + piece.offset
+                p, experts = self.places[i], self._row_numel(i) // rank
+                for piece in split_slice(p.start, p.stop, experts * rank)[0]:
+                    local, columns = p.local_offset + piece.offset, range(piece.column, piece.column + piece.length)
                     unit = rows.copies.setdefault(p.unit, Copies())
                     unit.local.extend(range(local, local + piece.length))
-                    unit.buffer.extend(range(at, at + piece.length))
+                    unit.buffer.extend(slots[i, piece.row] + c % experts * rank + c // experts for c in columns)
             if cut.matrix:
                 rows.cut.append(cut)
                 self.numel += len(cut.matrix) * rank
