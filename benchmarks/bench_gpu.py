@@ -25,6 +25,7 @@ from ds_moelora.mixture.choice import BY_NAME
 from ds_moelora.mixture.mixture import mix
 from ds_moelora.mixture.operands import Operands, Products, RoutingRule
 from ds_moelora.mixture.reference import max_relative_error, reference_layer
+from ds_moelora.mixture.routing import chosen_by
 from ds_moelora.optimizer.reference import ReferenceSGD
 from ds_moelora.pairs import GateSettings, LoraPair, tag_pair
 
@@ -59,11 +60,11 @@ def layer_deviation(device: str, dtype: torch.dtype, products: Products) -> floa
     base, x, router, A, B = leaves
     rule, settings = RoutingRule(k), GateSettings("sqrt")
     operands = Operands(x=x, lora_A=A, lora_B=B, scaling=1.5, router=router, rule=rule, settings=settings)
-    y, _, chosen = mix(operands, base, products=products)
+    y, _, gates = mix(operands, base, products=products)
     y.backward(dy)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     base, x, router, A, B = wide
-    expected = reference_layer(x, base, A, B, router, k, 1.5, "sqrt", False, chosen)
+    expected = reference_layer(x, base, A, B, router, k, 1.5, "sqrt", False, chosen_by(gates))
     expected.backward(dy.double())
     pairs = [(y, expected), *((leaf.grad, exact.grad) for leaf, exact in zip(leaves, wide, strict=True))]
     return max(max_relative_error(actual, exact) for actual, exact in pairs)  # type: ignore[arg-type]

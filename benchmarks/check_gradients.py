@@ -18,7 +18,7 @@ import torch
 from ds_moelora.mixture.mixture import mix
 from ds_moelora.mixture.operands import Operands
 from ds_moelora.mixture.reference import max_relative_error, reference_layer
-from ds_moelora.mixture.routing import route
+from ds_moelora.mixture.routing import chosen_by, route
 from ds_moelora.pairs import GATE_SCALINGS, GateSettings
 
 COLUMNS = ("y", "dx", "dA", "dB", "drouter")
@@ -41,15 +41,15 @@ def errors(args: Any, gate_scaling: str, scale_input_grad: bool, dtype: torch.dt
     """One error per column."""
     leaves, dy = draw(args, dtype, seed)
     x, base, A, B, router = leaves
-    routing = route(x @ router.t(), args.top_k)
+    gates = route(x @ router.t(), args.top_k)
     settings = GateSettings(gate_scaling, scale_input_grad)
-    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=args.scaling, gates=routing.gates, settings=settings)
+    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=args.scaling, gates=gates, settings=settings)
     y = mix(operands, base).y
     y.backward(dy)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     x, base, A, B, router = wide
     expected = reference_layer(
-        x, base, A, B, router, args.top_k, args.scaling, gate_scaling, scale_input_grad, routing.chosen
+        x, base, A, B, router, args.top_k, args.scaling, gate_scaling, scale_input_grad, chosen_by(gates)
     )
     expected.backward(dy.double())
     result = [max_relative_error(y, expected)]

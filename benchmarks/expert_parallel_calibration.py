@@ -68,7 +68,7 @@ def _flops_per_second(
     from ds_moelora.mixture.routing import route
 
     x, A, B = (torch.randn(*shape).requires_grad_() for shape in ((T, F), (E, F, r), (E, F, r)))
-    gates = route(torch.randn(T, E).requires_grad_(), k).gates
+    gates = route(torch.randn(T, E).requires_grad_(), k)
     operands = Operands(x=x, lora_A=A, lora_B=B, scaling=1.0, gates=gates)
     products = {"dense": DENSE, "grouped": GROUPED}[name]
 

@@ -73,16 +73,23 @@ def one_token(dtype: torch.dtype, features: int) -> dict[str, dict[str, Step]]:
     def stacked() -> Tensor:
         return A.transpose(1, 2).reshape(E * R, features)
 
+    def wide() -> Tensor:
+        return A.float().flatten(1)
+
     kept = stacked()
     return {
         "one token, projection": {
             "copy stacked": lambda: stacked() @ x.t(),
             "bmm": lambda: x @ A,
+            "as it lies": lambda: wide() @ x.float().t().expand(-1, R).diag_embed().view(-1, R),
             "kept copy": lambda: kept @ x.t(),
         },
         "one token, output": {
             "copy stacked": lambda: y.addmm_(p, stacked()),
             "bmm, sum": lambda: torch.bmm(A, rows).sum(0),
+            "as it lies": lambda: (
+                (rows.view(E, R).t().float() @ wide()).view(R, -1, R).diagonal(dim1=0, dim2=2).sum(-1)
+            ),
             "kept copy": lambda: y.addmm_(p, kept),
         },
     }

@@ -14,8 +14,6 @@ as DeepSpeed expects of expert parameters: it adds up over the expert-data-paral
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -55,42 +53,43 @@ class _Rows:
         return result
 
 
-class Exchanged:
-    """`mixture.mixture.Transport` of one call; its operands have this process's factors and everybody's gates.
+class Exchanged(Products):
+    """The products of one call of a mixture; its operands have this process's factors and everybody's gates.
 
     lora_A is (L, I, R) and lora_B (L, O, R); gates are (T, E).
+
+    Args:
+        products: how they are computed here.
     """
 
     _rows: _Rows
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, products: Products) -> None:
+        self.group, self.products, self.name = group, products, products.name
 
-    def forward(
-        self, products: Products, operands: Operands, base_out: Tensor, inplace: bool
-    ) -> tuple[Tensor, Operands, Tensor]:
+    def forward(self, operands: Operands, base_out: Tensor, inplace: bool) -> tuple[Tensor, Operands, Tensor]:
         gates = operands.token_gates()
         rows = self._rows = _Rows(chosen_by(gates), self.group)
         # The sign of a gate says whether the expert was chosen, and travels with it.
         gates_M = rows.there(rows.by_process(gates)[rows.token, rows.rank])
-        moved = replace(operands, x=rows.there(operands.x[rows.token]), gates=gates_M)
+        moved = operands._replace(x=rows.there(operands.x[rows.token]), gates=gates_M)
         zeros = base_out.new_zeros(len(gates_M), base_out.shape[1])
-        y_M, p = products.forward(moved, zeros, True)
+        y_M, moved, p = self.products.forward(moved, zeros, True)
         y = base_out if inplace else base_out.clone()
         return y.index_add_(0, rows.token, rows.back(y_M)), moved, p
 
     def backward(
         self,
-        products: Products,
         operands: Operands,
         p: Tensor,
         dy: Tensor,
         needs: Needs,
-        onto: Tensor | None,
-        dlogits: Tensor | None,
+        onto: Tensor | None = None,
+        dlogits: Tensor | None = None,
     ) -> Grads:
+        assert dlogits is None, "the router runs before the tokens are sent"
         rows, (num_local, in_features, _) = self._rows, operands.lora_A.shape
-        grads = products.backward(operands, p, rows.there(dy[rows.token]), needs)
+        grads = self.products.backward(operands, p, rows.there(dy[rows.token]), needs)
         dx = dgates = None
         if grads.x is not None:
             dx = dy.new_zeros(len(dy), in_features) if onto is None else onto

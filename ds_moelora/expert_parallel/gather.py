@@ -23,7 +23,6 @@ A window never outlives the pass in which it was issued, so an optimizer's step 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -224,36 +223,37 @@ class Gathers:
         return window
 
 
-class Gathered:
-    """`mixture.mixture.Transport` by gathering all experts; its operands have a window's stand-ins for the factors."""
+class Gathered(Products):
+    """Products with all experts gathered; the operands have a window's stand-ins for the factors.
 
-    def __init__(self, layer: ShardedLayer, gathers: Gathers) -> None:
-        self.layer, self.gathers = layer, gathers
+    Args:
+        products: how they are computed then.
+    """
+
+    def __init__(self, layer: ShardedLayer, gathers: Gathers, products: Products) -> None:
+        self.layer, self.gathers, self.products, self.name = layer, gathers, products, products.name
 
     def operands(self, dtype: torch.dtype, **others: Any) -> Operands:
         """`mixture.operands.Operands` of the layer, for products in `dtype`."""
         A, B = self.gathers.find(self.layer, dtype).stand_ins(self.layer)
         return Operands(lora_A=A, lora_B=B, **others)
 
-    def forward(
-        self, products: Products, operands: Operands, base_out: Tensor, inplace: bool
-    ) -> tuple[Tensor, Operands, Tensor]:
+    def forward(self, operands: Operands, base_out: Tensor, inplace: bool) -> tuple[Tensor, Operands, Tensor]:
         A, B = self.gathers.factors(self.layer, base_out.dtype)
-        y, p = products.forward(replace(operands, lora_A=A, lora_B=B), base_out, inplace)
+        y, _, p = self.products.forward(operands._replace(lora_A=A, lora_B=B), base_out, inplace)
         return y, operands, p
 
     def backward(
         self,
-        products: Products,
         operands: Operands,
         p: Tensor,
         dy: Tensor,
         needs: Needs,
-        onto: Tensor | None,
-        dlogits: Tensor | None,
+        onto: Tensor | None = None,
+        dlogits: Tensor | None = None,
     ) -> Grads:
         A, B = self.gathers.factors(self.layer, p.dtype, backwards=True)
-        grads = products.backward(replace(operands, lora_A=A, lora_B=B), p, dy, needs, onto, dlogits)
+        grads = self.products.backward(operands._replace(lora_A=A, lora_B=B), p, dy, needs, onto, dlogits)
         # Summed in the parameters' dtype, as DeepSpeed sums them without expert parallelism.
         dtype = operands.lora_A.dtype
         dA, dB = (None if grad is None else grad.to(dtype) for grad in (grads.A, grads.B))

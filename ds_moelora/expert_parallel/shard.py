@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from ..mixture.choice import choose_products
-from ..mixture.mixture import Transport, mix
+from ..mixture.dense import DENSE
+from ..mixture.mixture import mix
 from ..mixture.operands import Operands, Products
 from .dispatch import choose_dispatch
 from .exchange import Exchanged
@@ -142,24 +144,21 @@ class ShardedExperts(MoE):
         if self.dispatch == "weights":
             self.gathers.start(self, self._dtype or _compute_dtype(x))
 
-    def mix(self, x: Tensor, gates: Tensor, base_out: Tensor, inplace: bool, **options: Any) -> Tensor:
+    def mix(self, x: Tensor, base_out: Tensor, inplace: bool, **options: Any) -> Tensor:
         """base_out + s * sum_i g_i(x) B_i A_i x over the experts of all processes; (T, I) -> (T, O).
 
         Every process of the group must call it equally often.
 
         Args:
-            gates: (T, E), as in `mixture.operands.Operands`, which takes `options`. All else as in `mixture.mix`.
+            options: `gates`, and what else `mixture.operands.Operands` takes. All else as in `mixture.mix`.
         """
         self._dtype = base_out.dtype
-        products, options = self._products(base_out.dtype), {"x": x, "gates": gates, **options}
+        here, options = self._products(base_out.dtype), {"x": x, **options}
         if self.dispatch == "weights":
-            gathered = Gathered(self, self.gathers)
-            transport: Transport = gathered
-            operands = gathered.operands(base_out.dtype, **options)
-        else:
-            operands = Operands(lora_A=self.lora_A, lora_B=self.lora_B, **options)
-            transport = Exchanged(self.group)
-        return mix(operands, base_out, inplace=inplace, products=products, transport=transport).y
+            gathered = Gathered(self, self.gathers, here)
+            return mix(gathered.operands(base_out.dtype, **options), base_out, inplace=inplace, products=gathered).y
+        operands = Operands(lora_A=self.lora_A, lora_B=self.lora_B, **options)
+        return mix(operands, base_out, inplace=inplace, products=Exchanged(self.group, here)).y
 
     def _products(self, dtype: torch.dtype) -> Products:
         """`expert_compute`, for "auto" by the size of what one product covers."""
@@ -177,9 +176,10 @@ class ShardedExperts(MoE):
         """
         rows, flat = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         gates = rows.new_full((len(rows), self.num_experts), 1 / self.num_experts, dtype=torch.float32)
-        gathered = Gathered(InitialFactors(self), Gathers())
+        start = SimpleNamespace(lora_A=self.initial_A, lora_B=self.initial_B, group=self.group)
+        gathered = Gathered(start, Gathers(), DENSE)
         operands = gathered.operands(flat.dtype, x=rows, scaling=scaling, gates=gates)
-        return mix(operands, flat, transport=gathered).y.view(y.shape)
+        return mix(operands, flat, products=gathered).y.view(y.shape)
 
     def topology(self) -> Tensor:
         """[ep_size, distance between the ranks of a group]: which experts a rank's optimizer state belongs to.
@@ -205,12 +205,13 @@ class ShardedExperts(MoE):
 
     def local_entries(self, prefix: str, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's experts of whole tensors, one by one, as `state_dict()` names them under `prefix`."""
-        first, entries = self.first_expert, {}
-        for i in range(self.num_local_experts if whole else 0):
-            entries[f"{prefix}{EXPERTS}{i}.{TOPOLOGY}"] = self.topology()
-        for name, tensor in whole.items():
-            for i in range(self.num_local_experts):
-                entries[f"{prefix}{EXPERTS}{i}.{name}"] = tensor[first + i]
+        own = slice(self.first_expert, self.first_expert + self.num_local_experts)
+        return self._one_by_one(prefix, {name: tensor[own] for name, tensor in whole.items()}) if whole else {}
+
+    def _one_by_one(self, prefix: str, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        entries = {f"{prefix}{EXPERTS}{i}.{TOPOLOGY}": self.topology() for i in range(self.num_local_experts)}
+        for name, stacked in factors.items():
+            entries |= {f"{prefix}{EXPERTS}{i}.{name}": expert for i, expert in enumerate(stacked)}
         return entries
 
 
@@ -220,26 +221,10 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
-class InitialFactors:
-    """The factors of a layer's start as a layer of their own, to be gathered."""
-
-    def __init__(self, experts: ShardedExperts) -> None:
-        self.lora_A, self.lora_B, self._experts = experts.initial_A, experts.initial_B, experts
-
-    @property
-    def group(self) -> dist.ProcessGroup:
-        return self._experts.group
-
-
 def _split_experts(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """State-dict hook: one entry per expert and factor."""
     assert isinstance(module, ShardedExperts)
-    for i in range(module.num_local_experts):
-        state_dict[f"{prefix}{EXPERTS}{i}.{TOPOLOGY}"] = module.topology()
-    for name in module.factor_names:
-        stacked = state_dict.pop(prefix + name)
-        for i, expert in enumerate(stacked):
-            state_dict[f"{prefix}{EXPERTS}{i}.{name}"] = expert
+    state_dict.update(module._one_by_one(prefix, {name: state_dict.pop(prefix + name) for name in module.factor_names}))
 
 
 def _stack_experts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from .operands import Grads, Needs, Operands, Products
 
 PRODUCTS_AT_ONCE = 1 << 18  # elements; 1 MB in float32
+ONE_TOKEN_RANK = 16  # the largest rank at which R times the multiplications are cheaper than stacked copies
+FEW_COLUMNS = 4
 
 
 def stack(factors: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,45 +62,20 @@ def _token_rows(rows: Tensor) -> Tensor:
     return rows.t().contiguous()
 
 
-def _forward(operands: Operands, base_out: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
-    o, dtype = operands, base_out.dtype
-    p = stack(o.lora_A, dtype) @ o.x.t()
-    weighted = _token_rows(_scale(p, _by_expert(o.token_gates() * o.scaling, dtype), o.lora_B.shape[2]))
-    B = stack(o.lora_B, dtype)
-    y = base_out.addmm_(weighted, B) if inplace else torch.addmm(base_out, weighted, B)
-    return y, p
+def _one_token(o: Operands, base_out: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+    """y and p without stacked copies, which would be most of the time that decoding adds.
 
-
-def _backward(
-    operands: Operands,
-    p: Tensor,
-    dy: Tensor,
-    needs: Needs,
-    onto: Tensor | None = None,
-    dlogits: Tensor | None = None,
-) -> Grads:
-    o, gates, dtype = operands, operands.token_gates(), p.dtype
-    num_A, _, R = o.lora_A.shape
-    h = _by_expert(o.gradient_factor() * o.scaling, dtype)
-    dx = dgates = dA = dB = drouter = None
-    if needs.B:
-        dB = unstack(_scale(p, h, R) @ dy, o.lora_B)
-    if not (needs.x or needs.gates or needs.A):
-        return Grads(None, None, None, dB)
-    # The logits are E more projections of x: their gradient and the router's weight join the experts' products.
-    joint = _Joint(stack(o.lora_B, dtype), dy, num_A, R, 0 if dlogits is None else dlogits.shape[1])
-    if needs.gates:
-        dgates = _inner_products(joint.q, expert_rows(p, R), gates.dtype).mul_(o.scaling).t()
-        if dlogits is not None:
-            joint.below.copy_(o.logits_gradient(dgates, dlogits).t())
-    same = o.settings.gate_scaling == "none" or o.settings.scale_input_grad
-    if needs.x:
-        exact = joint.scaled(h if same else _by_expert(gates * o.scaling, dtype), last=same or not needs.A)
-        dx = _send_down(_token_rows(exact), o.lora_A, None if dlogits is None else o.router, onto)
-    if needs.A:
-        rows = exact if same and needs.x else joint.scaled(h, last=True)
-        dA, drouter = _factor_gradients(rows, o.x, o.lora_A)
-    return Grads(dx, dgates, dA, dB, drouter)
+    Factors as they lie are (E, I*R) matrices, and x times the identity an (I*R, R) one: R times the multiplications,
+    on contiguous memory. In 16 bits matrices of few columns take longer than their copies in float32.
+    """
+    rank, dtype = o.lora_B.shape[2], base_out.dtype
+    wide = torch.promote_types(dtype, torch.float32) if rank <= FEW_COLUMNS else dtype
+    A, B = o.lora_A.to(wide).flatten(1), o.lora_B.to(wide).flatten(1)
+    p = A @ o.x.to(wide).t().expand(-1, rank).diag_embed().view(-1, rank)
+    weighted = p.t() * o.token_gates().to(wide)
+    added = (weighted @ B).view(rank, -1, rank).diagonal(dim1=0, dim2=2).sum(-1).to(dtype)
+    y = base_out.add_(added, alpha=o.scaling) if inplace else base_out.add(added, alpha=o.scaling)
+    return y, p.view(-1, 1).to(dtype)
 
 
 def _send_down(rows: Tensor, lora_A: Tensor, router: Tensor | None, onto: Tensor | None) -> Tensor:
@@ -146,4 +123,50 @@ class _Joint:
         return rows
 
 
-DENSE = Products("dense", _forward, _backward)
+class _Dense(Products):
+    name = "dense"
+
+    def forward(self, operands: Operands, base_out: Tensor, inplace: bool) -> tuple[Tensor, Operands, Tensor]:
+        o, dtype = operands, base_out.dtype
+        if len(o.x) == 1 and o.lora_B.shape[2] <= ONE_TOKEN_RANK:
+            y, p = _one_token(o, base_out, inplace)
+            return y, o, p
+        p = stack(o.lora_A, dtype) @ o.x.t()
+        weighted = _token_rows(_scale(p, _by_expert(o.token_gates() * o.scaling, dtype), o.lora_B.shape[2]))
+        B = stack(o.lora_B, dtype)
+        return base_out.addmm_(weighted, B) if inplace else torch.addmm(base_out, weighted, B), o, p
+
+    def backward(
+        self,
+        operands: Operands,
+        p: Tensor,
+        dy: Tensor,
+        needs: Needs,
+        onto: Tensor | None = None,
+        dlogits: Tensor | None = None,
+    ) -> Grads:
+        o, gates, dtype = operands, operands.token_gates(), p.dtype
+        num_A, _, R = o.lora_A.shape
+        h = _by_expert(o.gradient_factor() * o.scaling, dtype)
+        dx = dgates = dA = dB = drouter = None
+        if needs.B:
+            dB = unstack(_scale(p, h, R) @ dy, o.lora_B)
+        if not (needs.x or needs.gates or needs.A):
+            return Grads(None, None, None, dB)
+        # The logits are E more projections of x: their gradient and the router's weight join the experts' products.
+        joint = _Joint(stack(o.lora_B, dtype), dy, num_A, R, 0 if dlogits is None else dlogits.shape[1])
+        if needs.gates:
+            dgates = _inner_products(joint.q, expert_rows(p, R), gates.dtype).mul_(o.scaling).t()
+            if dlogits is not None:
+                joint.below.copy_(o.logits_gradient(dgates, dlogits).t())
+        same = o.settings.gate_scaling == "none" or o.settings.scale_input_grad
+        if needs.x:
+            exact = joint.scaled(h if same else _by_expert(gates * o.scaling, dtype), last=same or not needs.A)
+            dx = _send_down(_token_rows(exact), o.lora_A, None if dlogits is None else o.router, onto)
+        if needs.A:
+            rows = exact if same and needs.x else joint.scaled(h, last=True)
+            dA, drouter = _factor_gradients(rows, o.x, o.lora_A)
+        return Grads(dx, dgates, dA, dB, drouter)
+
+
+DENSE = _Dense()

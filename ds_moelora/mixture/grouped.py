@@ -45,50 +45,53 @@ def _of(weights: Tensor, expert: int) -> Tensor:
     return weights[expert if len(weights) > 1 else 0]
 
 
-def _forward(operands: Operands, base_out: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
-    o, gates, dtype = operands, operands.token_gates(), base_out.dtype
-    A, B, factor = o.lora_A.to(dtype), o.lora_B.to(dtype), (gates * o.scaling).to(dtype)
-    y, parts = base_out if inplace else base_out.clone(), []
-    for i, tokens, _ in _rows(chosen_by(gates)):
-        p = o.x[tokens] @ _of(A, i)
-        _add_product(y, tokens, p * factor[tokens, i, None], B[i].t())
-        parts.append(p)
-    return y, torch.cat(parts) if parts else o.x.new_empty(0, A.shape[2])
+class _Grouped(Products):
+    name = "grouped"
+
+    def forward(self, operands: Operands, base_out: Tensor, inplace: bool) -> tuple[Tensor, Operands, Tensor]:
+        o, gates, dtype = operands, operands.token_gates(), base_out.dtype
+        A, B, factor = o.lora_A.to(dtype), o.lora_B.to(dtype), (gates * o.scaling).to(dtype)
+        y, parts = base_out if inplace else base_out.clone(), []
+        for i, tokens, _ in _rows(chosen_by(gates)):
+            p = o.x[tokens] @ _of(A, i)
+            _add_product(y, tokens, p * factor[tokens, i, None], B[i].t())
+            parts.append(p)
+        return y, o, torch.cat(parts) if parts else o.x.new_empty(0, A.shape[2])
+
+    def backward(
+        self,
+        operands: Operands,
+        p: Tensor,
+        dy: Tensor,
+        needs: Needs,
+        onto: Tensor | None = None,
+        dlogits: Tensor | None = None,
+    ) -> Grads:
+        o, s, gates, dtype = operands, operands.scaling, operands.token_gates(), p.dtype
+        A, B = o.lora_A.to(dtype), o.lora_B.to(dtype)
+        h = (o.gradient_factor() * s).to(dtype)
+        exact = h if o.settings.scale_input_grad else (gates * s).to(dtype)
+        dx = (dy.new_zeros(len(dy), A.shape[1]) if onto is None else onto) if needs.x else None
+        dgates = torch.zeros_like(gates) if needs.gates else None
+        dA, dB = torch.zeros_like(A) if needs.A else None, torch.zeros_like(B) if needs.B else None
+        for i, tokens, rows in _rows(chosen_by(gates)):
+            dy_i, p_i = dy[tokens], p[rows]
+            q_i, h_i = dy_i @ B[i], h[tokens, i, None]
+            if dgates is not None:
+                dgates[tokens, i] = (q_i * p_i.to(gates.dtype)).sum(-1) * s
+            if dx is not None:
+                _add_product(dx, tokens, q_i * exact[tokens, i, None], _of(A, i).t())
+            if dA is not None:
+                _of(dA, i).addmm_(o.x[tokens].t(), q_i * h_i)
+            if dB is not None:
+                torch.mm(dy_i.t(), p_i * h_i, out=dB[i])
+        drouter = None
+        if dlogits is not None and dgates is not None and o.router is not None:
+            below = o.logits_gradient(dgates, dlogits).to(dtype)
+            dx = None if dx is None else dx.addmm_(below, o.router.to(dtype))
+            drouter = below.t() @ o.x if needs.A else None
+        dA, dB = None if dA is None else dA.to(o.lora_A.dtype), None if dB is None else dB.to(o.lora_B.dtype)
+        return Grads(dx, dgates, dA, dB, drouter)
 
 
-def _backward(
-    operands: Operands,
-    p: Tensor,
-    dy: Tensor,
-    needs: Needs,
-    onto: Tensor | None = None,
-    dlogits: Tensor | None = None,
-) -> Grads:
-    o, s, gates, dtype = operands, operands.scaling, operands.token_gates(), p.dtype
-    A, B = o.lora_A.to(dtype), o.lora_B.to(dtype)
-    h = (o.gradient_factor() * s).to(dtype)
-    exact = h if o.settings.scale_input_grad else (gates * s).to(dtype)
-    dx = (dy.new_zeros(len(dy), A.shape[1]) if onto is None else onto) if needs.x else None
-    dgates = torch.zeros_like(gates) if needs.gates else None
-    dA, dB = torch.zeros_like(A) if needs.A else None, torch.zeros_like(B) if needs.B else None
-    for i, tokens, rows in _rows(chosen_by(gates)):
-        dy_i, p_i = dy[tokens], p[rows]
-        q_i, h_i = dy_i @ B[i], h[tokens, i, None]
-        if dgates is not None:
-            dgates[tokens, i] = (q_i * p_i.to(gates.dtype)).sum(-1) * s
-        if dx is not None:
-            _add_product(dx, tokens, q_i * exact[tokens, i, None], _of(A, i).t())
-        if dA is not None:
-            _of(dA, i).addmm_(o.x[tokens].t(), q_i * h_i)
-        if dB is not None:
-            torch.mm(dy_i.t(), p_i * h_i, out=dB[i])
-    drouter = None
-    if dlogits is not None and dgates is not None and o.router is not None:
-        below = o.logits_gradient(dgates, dlogits).to(dtype)
-        dx = None if dx is None else dx.addmm_(below, o.router.to(dtype))
-        drouter = below.t() @ o.x if needs.A else None
-    dA, dB = None if dA is None else dA.to(o.lora_A.dtype), None if dB is None else dB.to(o.lora_B.dtype)
-    return Grads(dx, dgates, dA, dB, drouter)
-
-
-GROUPED = Products("grouped", _forward, _backward)
+GROUPED = _Grouped()

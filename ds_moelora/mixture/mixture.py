@@ -17,16 +17,16 @@ Saved for backward: x, p, the gates (whose signs hold the choice, `mixture.routi
 a (T, O) tensor, and no copy of a parameter: under ZeRO-3 a saved copy would keep the gathered weight alive, while the
 Parameter's data is fetched again before the backward pass.
 
-Two things vary without changing any of this: how products are computed (`Products`: `mixture.dense`,
-`mixture.grouped`), and where tokens and experts meet (`Transport`: here, or `expert_parallel`).
+How products are computed varies without changing any of this (`Products`: `mixture.dense`, `mixture.grouped`, and
+`expert_parallel`, where tokens and experts lie on several processes).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .dense import DENSE
@@ -35,48 +35,11 @@ from .routing import route
 
 
 class Mixed(NamedTuple):
-    """A mixture's output y (T, O); from a router also logits (T, E), differentiable, and chosen (T, E) bool."""
+    """A mixture's output y (T, O); from a router also logits (T, E), differentiable, and the gates (T, E)."""
 
     y: Tensor
     logits: Tensor | None
-    chosen: Tensor | None
-
-
-class Transport(Protocol):
-    """How tokens and experts come together for the products, in one call of `mix`."""
-
-    def forward(
-        self, products: Products, operands: Operands, base_out: Tensor, inplace: bool
-    ) -> tuple[Tensor, Operands, Tensor]:
-        """y (T, O); the operands to be saved, whose tensors `backward` gets back; and p of the products."""
-
-    def backward(
-        self,
-        products: Products,
-        operands: Operands,
-        p: Tensor,
-        dy: Tensor,
-        needs: Needs,
-        onto: Tensor | None,
-        dlogits: Tensor | None,
-    ) -> Grads:
-        """As `Products.backward`, for the tokens and experts that `forward` was given."""
-
-
-class Local:
-    """Tokens and experts are here already."""
-
-    def forward(
-        self, products: Products, operands: Operands, base_out: Tensor, inplace: bool
-    ) -> tuple[Tensor, Operands, Tensor]:
-        y, p = products.forward(operands, base_out, inplace)
-        return y, operands, p
-
-    def backward(self, products: Products, operands: Operands, p: Tensor, dy: Tensor, *rest: Any) -> Grads:
-        return products.backward(operands, p, dy, *rest)
-
-
-LOCAL = Local()
+    gates: Tensor | None
 
 
 def mix(
@@ -86,7 +49,6 @@ def mix(
     inplace: bool = False,
     base_weight: Tensor | None = None,
     products: Products = DENSE,
-    transport: Transport = LOCAL,
 ) -> Mixed:
     """y_t = base_t + s * sum_i g_ti B_i A_i x_t, with gate-scaled gradients for A and B.
 
@@ -97,11 +59,10 @@ def mix(
             reads `base_out`; autograd raises if it was saved for a backward pass.
         base_weight: (O, I), if `base_out` is x W^T (+ b) with frozen W and b, computed without autograd: the base
             layer's gradient dy W into x is then computed here, and the mixture's added onto it in the same buffer.
-        products: `DENSE` or `mixture.grouped.GROUPED`. Same results up to rounding.
-        transport: how tokens and experts meet.
+        products: how products are computed. Same results up to rounding.
 
     Returns:
-        `Mixed`, y in the dtype of `base_out`; logits and chosen are None where the gates were given.
+        `Mixed`, y in the dtype of `base_out`; logits and gates are None where the gates were given.
 
     Raises:
         ValueError: an unknown `gate_scaling` (in the backward pass).
@@ -110,27 +71,25 @@ def mix(
     Source: Sun et al., arXiv 2502.15828, section 3 (the scaling); docs/architecture.md (why it is kept out of dx).
     """
     if not torch.is_grad_enabled():  # decoding: an autograd function would be a fifth of the time that a layer adds
-        return _forward(operands, base_out, inplace, products, transport)[0]
+        return _forward(operands, base_out, inplace, products)[0]
     o = operands
     tensors = (base_out, o.x, o.gates, o.router, o.lora_A, o.lora_B, base_weight)
-    return Mixed(*_Mixture.apply(operands, products, transport, inplace, *tensors))
+    return Mixed(*_Mixture.apply(operands, products, inplace, *tensors))
 
 
-def _forward(
-    operands: Operands, base_out: Tensor, inplace: bool, products: Products, transport: Transport
-) -> tuple[Mixed, Operands, Tensor]:
+def _forward(operands: Operands, base_out: Tensor, inplace: bool, products: Products) -> tuple[Mixed, Operands, Tensor]:
     """The output, the operands to be saved, and p."""
-    logits, chosen, dtype = None, None, base_out.dtype
+    logits, dtype = None, base_out.dtype
     with no_autocast(base_out):
         x, gates = operands.x.to(dtype), operands.gates
         if operands.router is not None:
             assert operands.rule is not None
             top_k, top_p, temperature = operands.rule
-            logits = x @ operands.router.to(dtype).t()
+            logits = F.linear(x, operands.router.to(dtype))
             logits = logits if temperature == 1 else logits / temperature
-            gates, chosen = route(logits, top_k, top_p)
-        y, kept, p = transport.forward(products, replace(operands, x=x, gates=gates), base_out, inplace)
-    return Mixed(y, logits, chosen), kept, p
+            gates = route(logits, top_k, top_p)
+        y, kept, p = products.forward(operands._replace(x=x, gates=gates), base_out, inplace)
+    return Mixed(y, logits, None if logits is None else gates), kept, p
 
 
 class _Mixture(torch.autograd.Function):
@@ -139,7 +98,6 @@ class _Mixture(torch.autograd.Function):
         ctx: Any,
         operands: Operands,
         products: Products,
-        transport: Transport,
         inplace: bool,
         base_out: Tensor,
         x: Tensor,
@@ -149,15 +107,15 @@ class _Mixture(torch.autograd.Function):
         lora_B: Tensor,
         base_weight: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        mixed, kept, p = _forward(operands, base_out, inplace, products, transport)
+        mixed, kept, p = _forward(operands, base_out, inplace, products)
         if inplace:
             ctx.mark_dirty(base_out)
-        if mixed.chosen is not None:
-            ctx.mark_non_differentiable(mixed.chosen)
-        ctx.products, ctx.transport, ctx.x_dtype = products, transport, x.dtype
+        if mixed.gates is not None:
+            ctx.mark_non_differentiable(mixed.gates)
+        ctx.products, ctx.x_dtype = products, x.dtype
         ctx.plain = {"scaling": operands.scaling, "rule": operands.rule, "settings": operands.settings}
         # x is needed for the gradients of A and the router alone: where both are frozen no activation is kept alive.
-        needs_x = ctx.needs_input_grad[7] or ctx.needs_input_grad[8]
+        needs_x = ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
         ctx.save_for_backward(kept.x if needs_x else None, kept.gates, p, router, lora_A, lora_B, base_weight)
         return mixed
 
@@ -169,7 +127,7 @@ class _Mixture(torch.autograd.Function):
                 "backward without create_graph=True."
             )
         x, gates, p, router, lora_A, lora_B, base_weight = ctx.saved_tensors
-        needs_base, needs_x, needs_gates, needs_router, needs_A, needs_B = ctx.needs_input_grad[4:10]
+        needs_base, needs_x, needs_gates, needs_router, needs_A, needs_B = ctx.needs_input_grad[3:9]
         if router is None:
             needs, dlogits = Needs(needs_x, needs_gates, needs_A, needs_B), None
         else:  # one product gives dA and drouter, and dx takes what the router sends
@@ -179,9 +137,9 @@ class _Mixture(torch.autograd.Function):
         operands = Operands(x=x, gates=gates, router=router, lora_A=lora_A, lora_B=lora_B, **ctx.plain)
         with no_autocast(dy):
             onto = dy @ base_weight.to(dy.dtype) if needs_x and base_weight is not None else None
-            grads: Grads = ctx.transport.backward(ctx.products, operands, p, dy, needs, onto, dlogits)
+            grads: Grads = ctx.products.backward(operands, p, dy, needs, onto, dlogits)
             dx = None if grads.x is None else grads.x.to(ctx.x_dtype)
             drouter = grads.router.to(router.dtype) if needs_router and grads.router is not None else None
         dgates = grads.gates if router is None else None
         dA = grads.A if needs_A else None
-        return None, None, None, None, dy if needs_base else None, dx, dgates, drouter, dA, grads.B, None
+        return None, None, None, dy if needs_base else None, dx, dgates, drouter, dA, grads.B, None

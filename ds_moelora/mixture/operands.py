@@ -10,8 +10,6 @@ shared: one A whose projection each expert scales by its own gate.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -29,8 +27,7 @@ class RoutingRule(NamedTuple):
     temperature: float = 1.0
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Operands:
+class Operands(NamedTuple):
     """One mixture: its tokens, its experts, and either the tokens' gates or the router that gives them.
 
     Args:
@@ -50,7 +47,7 @@ class Operands:
     gates: Tensor | None = None
     router: Tensor | None = None
     rule: RoutingRule | None = None
-    settings: GateSettings = field(default_factory=GateSettings)
+    settings: GateSettings = GateSettings()
 
     def token_gates(self) -> Tensor:
         """The gates, which are known once the router has run."""
@@ -92,22 +89,37 @@ class Grads(NamedTuple):
     router: Tensor | None = None
 
 
-class Products(NamedTuple):
-    """One way to compute a mixture's products, on local tensors and without autograd.
-
-    Args:
-        name: "dense" or "grouped".
-        forward: (operands, base_out, inplace) -> (y, p). `operands` has gates, and x in the dtype of base_out. p is
-            whatever `backward` wants back, one tensor.
-        backward: (operands, p, dy, needs, onto=None, dlogits=None) -> `Grads`. `operands.x` is read for dA (and
-            drouter) alone. dx is added in place onto `onto`, if there is one. With dlogits (T, E), what auxiliary
-            losses send into the logits, the router does its part: `needs.gates` is set then, dx has the router's
-            share, and `needs.A` covers its weight.
-    """
+class Products:
+    """One way to compute a mixture's products, without autograd: `dense`, `grouped`, or either over processes."""
 
     name: str
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., Grads]
+
+    def forward(self, operands: Operands, base_out: Tensor, inplace: bool) -> tuple[Tensor, Operands, Tensor]:
+        """y (T, O); the operands to be saved; and p, one tensor: `backward` gets both back.
+
+        Args:
+            operands: with gates, and x in the dtype of base_out. inplace: y may overwrite base_out.
+        """
+        raise NotImplementedError
+
+    def backward(
+        self,
+        operands: Operands,
+        p: Tensor,
+        dy: Tensor,
+        needs: Needs,
+        onto: Tensor | None = None,
+        dlogits: Tensor | None = None,
+    ) -> Grads:
+        """The gradients.
+
+        Args:
+            operands: as saved; x is read for dA (and drouter) alone.
+            onto: dx is added onto it in place.
+            dlogits: (T, E), what auxiliary losses send into the logits; None without a router. With it the router does
+                its part: `needs.gates` is set, dx has the router's share, and `needs.A` covers its weight.
+        """
+        raise NotImplementedError
 
 
 def gate_factor(gate_scaling: str, gates: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .routing import route
+from .routing import chosen_by, route
 
 
 def reference_layer(
@@ -49,7 +49,7 @@ def reference_layer(
     """
     logits = x @ router_weight.t() / temperature
     if chosen is None:
-        chosen = route(logits, top_k).chosen
+        chosen = chosen_by(route(logits, top_k))
     gates = logits.masked_fill(~chosen, -torch.inf).softmax(-1)
     y = base_out
     for i in range(lora_B.shape[0]):

@@ -5,32 +5,19 @@ Shape suffixes: T tokens, S sequences, N tokens per sequence, E experts.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Routing(NamedTuple):
-    """A router's decision for T tokens and E experts.
-
-    Args:
-        gates: (T, E), float32 or wider; rows sum to 1. Where an expert is not chosen they are -0.0; the gate of a
-            chosen expert may underflow, to +0.0 (see `chosen_by`).
-        chosen: (T, E) bool; k True per row, with top-p routing 1 to k.
-    """
-
-    gates: Tensor
-    chosen: Tensor
-
-
 def chosen_by(gates_TE: Tensor) -> Tensor:
-    """(T, E) bool: which experts are chosen, from the gates of `route` alone; so a backward pass need not keep both."""
+    """(T, E) bool: which experts are chosen, from the gates of `route`; k True per row, with top-p routing 1 to k."""
     bits = {torch.float32: torch.int32, torch.float64: torch.int64}[gates_TE.dtype]
     return gates_TE.view(bits) != torch.iinfo(bits).min  # the bits of -0.0
 
 
-def route(logits_TE: Tensor, top_k: int, top_p: float | None = None) -> Routing:
+def route(logits_TE: Tensor, top_k: int, top_p: float | None = None) -> Tensor:
     """g = softmax over the logits of each token's chosen experts (equal to the renormalised full softmax).
 
     Chosen are the k experts with the largest probabilities, in the full softmax; with `top_p` of these k only the
@@ -42,7 +29,8 @@ def route(logits_TE: Tensor, top_k: int, top_p: float | None = None) -> Routing:
         top_p: p in (0, 1); None: always k experts.
 
     Returns:
-        `Routing` with differentiable gates, computed in float32 (float64 for float64 logits).
+        (T, E) differentiable gates in float32 (float64 for float64 logits); rows sum to 1. Where an expert is not
+        chosen they are -0.0; the gate of a chosen expert may underflow, to +0.0 (see `chosen_by`).
 
     Source: Shazeer et al., "Outrageously Large Neural Networks", section 2.1, without the noise; top_p: Huang et al.,
     "Harder Tasks Need More Experts" (arXiv 2403.07652), here with an upper bound k and renormalised gates.
@@ -50,33 +38,30 @@ def route(logits_TE: Tensor, top_k: int, top_p: float | None = None) -> Routing:
     wide_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     if top_p is not None:
         chosen = _nucleus(wide_TE.detach().softmax(-1), top_k, top_p)
-        gates = wide_TE.masked_fill(~chosen, -torch.inf).softmax(-1)
-        return Routing(gates.masked_fill(~chosen, -0.0), chosen)
+        return wide_TE.masked_fill(~chosen, -torch.inf).softmax(-1).masked_fill(~chosen, -0.0)
     if top_k == logits_TE.shape[-1]:
-        return Routing(wide_TE.softmax(-1), torch.ones_like(wide_TE, dtype=torch.bool))
+        return wide_TE.softmax(-1)
     if not (torch.is_grad_enabled() and wide_TE.requires_grad):
         return _top_k_gates(wide_TE, top_k)
-    return Routing(*_TopKGates.apply(wide_TE, top_k))
+    return _TopKGates.apply(wide_TE, top_k)  # type: ignore[no-any-return]
 
 
-def _top_k_gates(logits_TE: Tensor, top_k: int) -> Routing:
+def _top_k_gates(logits_TE: Tensor, top_k: int) -> Tensor:
     top_logits, top_index = logits_TE.topk(top_k, dim=-1, sorted=False)
-    gates = torch.full_like(logits_TE, -0.0).scatter_(-1, top_index, top_logits.softmax(-1))
-    return Routing(gates, torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(-1, top_index, True))
+    return torch.full_like(logits_TE, -0.0).scatter_(-1, top_index, top_logits.softmax(-1))
 
 
 class _TopKGates(torch.autograd.Function):
     """Saved for backward: the gates alone, which the mixture saves anyway."""
 
     @staticmethod
-    def forward(ctx: Any, logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        gates, chosen = _top_k_gates(logits_TE, top_k)
-        ctx.mark_non_differentiable(chosen)
+    def forward(ctx: Any, logits_TE: Tensor, top_k: int) -> Tensor:
+        gates = _top_k_gates(logits_TE, top_k)
         ctx.save_for_backward(gates)
-        return gates, chosen
+        return gates
 
     @staticmethod
-    def backward(ctx: Any, dgates: Tensor, _: Any) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dgates: Tensor) -> tuple[Tensor, None]:
         (gates,) = ctx.saved_tensors
         return gates_backward(gates, dgates), None
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..expert_parallel.spec import FACTORS, INITIAL_FACTORS, ShardSpec, build_shard, check_ep_size
 from ..mixture.choice import choose_products
+from ..mixture.goat import mean_product
 from ..mixture.initial_values import draw_uniform_
-from ..mixture.mixture import Mixed, mix
+from ..mixture.mixture import mix
 from ..mixture.operands import Operands, RoutingRule
 from ..mixture.routing import route
 from ..pairs import GateSettings, LoraPair, tag_pair
@@ -54,6 +55,7 @@ class MoELoRAExperts(nn.Module):
         self.adapter_name = adapter_name
         self.was_called = False
         self.num_experts, self.rank, self.top_k, self.top_p = config.num_experts, config.r, config.top_k, config.top_p
+        self.rule = RoutingRule(config.top_k, config.top_p, config.router_temperature)
         self.scaling = config.scaling_of(in_features)
         self.coefs = coefs_of(config)
         self.dropout = nn.Dropout(config.lora_dropout)
@@ -63,7 +65,19 @@ class MoELoRAExperts(nn.Module):
         self.is_sharded = config.ep_size > 1
         if self.is_sharded:
             check_ep_size(config.ep_size, config.num_experts)  # again: fields can be set after the config was checked
-            self.add_module("shard", build_shard(_shard_spec(in_features, out_features, config, layer_name)))
+            spec = ShardSpec(
+                layer_name=layer_name,
+                num_experts=config.num_experts,
+                ep_size=config.ep_size,
+                top_k=config.top_k,
+                in_features=in_features,
+                out_features=out_features,
+                rank=config.r,
+                dispatch=config.ep_dispatch,
+                compute=config.expert_compute,
+                keeps_start=config.from_svd,
+            )
+            self.add_module("shard", build_shard(spec))
         else:
             num_A = 1 if config.shared_A else config.num_experts
             self.lora_A = nn.Parameter(torch.empty(num_A, in_features, config.r))
@@ -91,7 +105,7 @@ class MoELoRAExperts(nn.Module):
             scaling=self.scaling,
             gate=GateSettings(),
         )
-        self._register_load_state_dict_pre_hook(self._shard_whole_tensors)
+        self._register_load_state_dict_pre_hook(self.cut_whole_tensors)
         self.register_load_state_dict_post_hook(_tag_after_load)
         self.tag()
 
@@ -99,10 +113,13 @@ class MoELoRAExperts(nn.Module):
         """The module that holds this rank's experts; only with `is_sharded`."""
         return self.get_submodule("shard")  # type: ignore[return-value]
 
+    @property
+    def _holder(self) -> Any:
+        return self.experts_shard() if self.is_sharded else self
+
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """lora_A and lora_B: all experts', or those of this rank."""
-        holder: Any = self.experts_shard() if self.is_sharded else self
-        return holder.lora_A, holder.lora_B
+        return self._holder.lora_A, self._holder.lora_B
 
     def factor_names(self) -> tuple[str, ...]:
         """Names of what has one entry per expert."""
@@ -110,13 +127,28 @@ class MoELoRAExperts(nn.Module):
 
     def initial_factors(self) -> tuple[Tensor, Tensor]:
         """lora_A and lora_B of the start: all experts', or those of this rank; only with a `residual`."""
-        holder: Any = self.experts_shard() if self.is_sharded else self
-        return holder.initial_A, holder.initial_B
+        return self._holder.initial_A, self._holder.initial_B
+
+    def mean_of_start(self) -> Tensor:
+        """(s / E) sum_i B_i A_i of the start (out, in), which the base weight gave away.
+
+        Raises:
+            ValueError: the experts are spread over ranks.
+        """
+        if self.is_sharded:
+            raise ValueError(
+                f"{self.pair.name}: with ep_size > 1 no rank has all starting factors of adapter "
+                f"{self.adapter_name!r}, which the base weight needs to become W0 again. Load the adapter with "
+                "ep_size=1 for that, or the base model anew."
+            )
+        return mean_product(*self.initial_factors(), self.scaling)
 
     def local_experts(self) -> slice:
         """Which of the E experts `factors()` are."""
-        first = self.experts_shard().first_expert if self.is_sharded else 0
-        return slice(first, first + self.pair.num_experts)
+        if not self.is_sharded:
+            return slice(0, self.num_experts)
+        shard = self.experts_shard()
+        return slice(shard.first_expert, shard.first_expert + shard.num_local_experts)
 
     def add_mean(self, x: Tensor, y: Tensor, sign: float) -> Tensor:
         """y + sign * (s / E) sum_i B_i A_i x, with the factors of the start.
@@ -139,8 +171,7 @@ class MoELoRAExperts(nn.Module):
         (`svd_init`). Every expert has a random stream of its own (`mixture.initial_values`), whoever holds it.
         """
         lora_A, lora_B = self.factors()
-        first = self.experts_shard().first_expert if self.is_sharded else 0
-        names = (layer_name, self.adapter_name)
+        first, names = self.local_experts().start, (layer_name, self.adapter_name)
         draw_uniform_(lora_A, 1 / math.sqrt(lora_A.shape[1]), *names, "lora_A", first)
         if init_lora_weights:
             nn.init.zeros_(lora_B)
@@ -188,8 +219,9 @@ class MoELoRAExperts(nn.Module):
         Returns:
             (..., O) in the dtype of `base_out`.
         """
-        self.was_called = True
-        x_TI = x.reshape(-1, x.shape[-1])
+        if not self.was_called:
+            self.was_called = True
+        x_TI = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         # A reshape to the same shape would be a view, onto which nothing may be added in place.
         base_TO = base_out if base_out.dim() == 2 else base_out.reshape(-1, base_out.shape[-1])
         # ZeRO-3's hooks hand this module a view, which may not be changed in place.
@@ -198,14 +230,25 @@ class MoELoRAExperts(nn.Module):
         if self.shared is not None:
             base_TO = self.shared(dropped_TI, base_TO, inplace, base_weight)
             base_weight, inplace = None, not base_TO._is_view()  # this sum is nobody else's
+        options: dict[str, Any] = {"scaling": self.scaling, "settings": self.pair.gate}
         if self._sees_what_router_sees():
-            y, logits, chosen = self._mix_with_router(x_TI, base_TO, inplace, base_weight)
+            options |= {"router": self.router.weight, "rule": self.rule}
         else:
-            y, logits, chosen = self._mix_after_router(x_TI, dropped_TI, base_TO, inplace, base_weight)
-        self._hand_over(tuple(x.shape[:-1]), logits, chosen)
+            logits = self.router(x_TI)
+            gates = options["gates"] = route(logits, self.rule.top_k, self.rule.top_p)
+        if self.is_sharded:
+            y = self.experts_shard().mix(dropped_TI, base_TO, inplace, **options)
+        else:
+            operands = Operands(x=dropped_TI, lora_A=self.lora_A, lora_B=self.lora_B, **options)
+            compute = choose_products(self.expert_compute, self.num_experts, self.top_k, self.rank, base_TO.dtype)
+            mixed = mix(operands, base_TO, inplace=inplace, base_weight=base_weight, products=compute)
+            y = mixed.y
+            if mixed.gates is not None:
+                logits, gates = mixed.logits, mixed.gates
+        self._hand_over(tuple(x.shape[:-1]), logits, gates)
         return y if base_out.dim() == 2 else y.view(base_out.shape)
 
-    def _hand_over(self, lead: tuple[int, ...], logits: Tensor, chosen: Tensor) -> None:
+    def _hand_over(self, lead: tuple[int, ...], logits: Tensor, gates: Tensor) -> None:
         """Gives the router's decision to the active collector, if it wants it."""
         collector = active_collector()
         if collector is None or not (self.training or collector.asked):
@@ -221,7 +264,7 @@ class MoELoRAExperts(nn.Module):
                     layer=self.pair.name,
                     lead=lead,
                     logits=logits,
-                    chosen=chosen,
+                    gates=gates,
                     grad_enabled=torch.is_grad_enabled(),
                 )
             )
@@ -231,80 +274,29 @@ class MoELoRAExperts(nn.Module):
         is_plain = as_in_forward(self, "_router_is_plain", has_no_hooks(self.router))
         return self.see_input_of_base() and not (self.training and self.router.jitter) and is_plain
 
-    def _mix_with_router(
-        self, x: Tensor, base_out: Tensor, inplace: bool, base_weight: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rule = RoutingRule(self.top_k, self.top_p, self.router.temperature)
-        y, logits, chosen = self._mix_here(x, base_out, inplace, base_weight, router=self.router.weight, rule=rule)
-        assert logits is not None
-        assert chosen is not None
-        return y, logits, chosen
-
-    def _mix_after_router(
-        self, router_x: Tensor, x: Tensor, base_out: Tensor, inplace: bool, base_weight: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self.router(router_x)
-        gates, chosen = route(logits, self.top_k, self.top_p)
-        if self.is_sharded:
-            options = {"scaling": self.scaling, "settings": self.pair.gate or GateSettings()}
-            y = self.experts_shard().mix(x, gates, base_out, inplace, **options)
-        else:
-            y = self._mix_here(x, base_out, inplace, base_weight, gates=gates).y
-        return y, logits, chosen
-
-    def _mix_here(self, x: Tensor, base_out: Tensor, inplace: bool, base_weight: Tensor | None, **gates: Any) -> Mixed:
-        products = choose_products(self.expert_compute, self.num_experts, self.top_k, self.rank, base_out.dtype)
-        operands = Operands(
-            x=x,
-            lora_A=self.lora_A,
-            lora_B=self.lora_B,
-            scaling=self.scaling,
-            settings=self.pair.gate or GateSettings(),
-            **gates,
-        )
-        return mix(operands, base_out, inplace=inplace, base_weight=base_weight, products=products)
-
     def extra_repr(self) -> str:
         top_p = "" if self.top_p is None else f", top_p={self.top_p:g}"
         return f"num_experts={self.num_experts}, rank={self.rank}, top_k={self.top_k}{top_p}, scaling={self.scaling:g}"
 
     # A saved adapter has whole tensors, whatever the topology it was trained in.
 
-    def _shard_whole_tensors(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        if self.is_sharded:
-            cut_whole_tensors(self, state_dict, prefix)
+    def cut_whole_tensors(self, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        """With `is_sharded`, replaces whole `lora_A` (E, I, R), ... under `prefix` by this rank's shard's entries.
 
-
-def cut_whole_tensors(experts: MoELoRAExperts, state_dict: dict[str, Tensor], prefix: str) -> None:
-    """Replaces whole `lora_A` (E, I, R), `lora_B`, `initial_A`, ... under `prefix` by this rank's shard's entries.
-
-    Raises:
-        ValueError: a tensor has another number of experts than the adapter.
-    """
-    names = [name for name in experts.factor_names() if prefix + name in state_dict]
-    whole = {name: state_dict.pop(prefix + name) for name in names}
-    for name, tensor in whole.items():
-        if len(tensor) != experts.num_experts:
-            raise ValueError(
-                f"{prefix}{name} has {len(tensor)} experts, the adapter num_experts={experts.num_experts}; load it "
-                "with the configuration that was saved beside it."
-            )
-    state_dict.update(experts.experts_shard().local_entries(prefix + "shard.", whole))
-
-
-def _shard_spec(in_features: int, out_features: int, config: MoELoRAConfig, layer_name: str) -> ShardSpec:
-    return ShardSpec(
-        layer_name=layer_name,
-        num_experts=config.num_experts,
-        ep_size=config.ep_size,
-        top_k=config.top_k,
-        in_features=in_features,
-        out_features=out_features,
-        rank=config.r,
-        dispatch=config.ep_dispatch,
-        compute=config.expert_compute,
-        keeps_start=config.from_svd,
-    )
+        Raises:
+            ValueError: a tensor has another number of experts than the adapter.
+        """
+        if not self.is_sharded:
+            return
+        names = [name for name in self.factor_names() if prefix + name in state_dict]
+        whole = {name: state_dict.pop(prefix + name) for name in names}
+        for name, tensor in whole.items():
+            if len(tensor) != self.num_experts:
+                raise ValueError(
+                    f"{prefix}{name} has {len(tensor)} experts, the adapter num_experts={self.num_experts}; load it "
+                    "with the configuration that was saved beside it."
+                )
+        state_dict.update(self.experts_shard().local_entries(prefix + "shard.", whole))
 
 
 def _tag_after_load(module: nn.Module, incompatible_keys: Any) -> None:

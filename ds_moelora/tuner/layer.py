@@ -12,7 +12,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..mixture.goat import mean_product
 from .config import MoELoRAConfig
 from .experts import MoELoRAExperts
 from .router import as_in_forward, has_no_hooks
@@ -75,27 +74,29 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
         """base_layer(x) + the active adapters' mixtures; (..., in_features) -> (..., out_features)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        active = [name for name in self.active_adapters if name in self.moelora_experts]
+        all_experts = self.moelora_experts
+        active = [name for name in self.active_adapters if name in all_experts]
         if self.disable_adapters or self.merged or not active:
             return correct(self, x, self.base_layer(x, *args, **kwargs), [])
         check_ready(self, active)
-        for name in active:
-            if self.experts(name).is_sharded:
-                self.experts(name).prefetch(x)
+        mixtures: list[Any] = [all_experts[name] for name in active]
+        for experts in mixtures:
+            if experts.is_sharded:
+                experts.prefetch(x)
         if not self._owns_base_output():
             y = self.base_layer(x, *args, **kwargs)
-            for name in active:
-                y = self.moelora_experts[name](x, y)
+            for experts in mixtures:
+                y = experts(x, y)
             return correct(self, x, y, active)
         # nn.Linear's output is a view unless its input is a matrix.
         x_TI = x.reshape(-1, x.shape[-1])
         # The first adapter computes the frozen layer's share of dx together with its own.
-        together = torch.is_grad_enabled() and self.experts(active[0]).see_input_of_base()
+        together = torch.is_grad_enabled() and mixtures[0].see_input_of_base()
         base_weight = self.base_layer.weight if together else None
         with torch.no_grad() if base_weight is not None else nullcontext():
             y = self.base_layer(x_TI, *args, **kwargs)
-        for name in active:
-            y = self.moelora_experts[name](x, y, inplace=True, base_weight=base_weight)
+        for experts in mixtures:
+            y = experts(x, y, inplace=True, base_weight=base_weight)
             base_weight = None
         y = correct(self, x_TI, y, active)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -138,7 +139,7 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
             delta += experts.shared.lora_B[0].to(wide) @ experts.shared.lora_A[0].to(wide).t()
         delta *= experts.scaling
         if experts.residual is not None and not experts.residual.folded:
-            delta -= mean_product(*experts.initial_factors(), experts.scaling)
+            delta -= experts.mean_of_start()
         return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -119,14 +119,20 @@ class LossHooks:
         scaled, plain = auxiliary_loss(records, layout)
         if not model.training:
             return self._with_aux_loss(output, scaled)
-        loss, put = _find_loss(output)
+        loss = _loss_of(output)
         if loss is None and not self._asked:
-            self._warn_no_loss()
+            if torch.is_grad_enabled():
+                self._warn(
+                    "no loss",
+                    "The model's forward returned no loss, so the load-balancing loss (or router z-loss) was not added "
+                    "to it: pass labels to the model (a label smoother or a compute_loss_func of the Trainer takes "
+                    f"them away), or output_router_logits=True and add outputs.aux_loss, or set {_OFF}.",
+                )
             return output
         self.tuner.last_aux_loss, self.tuner.last_router_z_loss = (None if v is None else v.detach() for v in plain)
         self._watch(scaled, records)
         if loss is not None:
-            output = put(loss + scaled.to(loss))
+            output = _with_loss(output, loss + scaled.to(loss))
         return self._with_aux_loss(output, scaled)
 
     def _with_aux_loss(self, output: Any, scaled: Tensor | None) -> Any:
@@ -180,15 +186,6 @@ class LossHooks:
                 "data never reaches them, their mixtures will not be trained: leave them out with exclude_modules.",
             )
 
-    def _warn_no_loss(self) -> None:
-        if torch.is_grad_enabled():
-            self._warn(
-                "no loss",
-                "The model's forward returned no loss, so the load-balancing loss (or router z-loss) was not added to "
-                "it: pass labels to the model (a label smoother or a compute_loss_func of the Trainer takes them "
-                f"away), or output_router_logits=True and add outputs.aux_loss, or set {_OFF}.",
-            )
-
     def _warn(self, what: str, message: str) -> None:
         if what not in self._warned:
             self._warned.add(what)
@@ -226,22 +223,19 @@ def _check_recorded(records: list[RouterRecord]) -> None:
         )
 
 
-def _find_loss(output: Any) -> tuple[Tensor | None, Any]:
-    """The loss in a model's output, and a function that returns the output with another loss in its place."""
+def _loss_of(output: Any) -> Tensor | None:
+    """The loss in a model's output: under its name, at the head of a tuple, or the output itself."""
     if isinstance(output, dict):  # ModelOutput is one
-        loss = output.get("loss")
-
-        def put_item(new_loss: Tensor) -> Any:
-            output["loss"] = new_loss
-            return output
-
-        return (loss if _is_scalar(loss) else None), put_item
-    if isinstance(output, tuple) and output and _is_scalar(output[0]):
-        return output[0], lambda new_loss: (new_loss, *output[1:])
-    if _is_scalar(output):
-        return output, lambda new_loss: new_loss
-    return None, None
+        output = output.get("loss")
+    elif isinstance(output, tuple):
+        output = output[0] if output else None
+    is_loss = isinstance(output, Tensor) and output.dim() == 0 and output.is_floating_point()
+    return output if is_loss else None
 
 
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    """The output with another loss in its place."""
+    if isinstance(output, dict):
+        output["loss"] = loss
+        return output
+    return (loss, *output[1:]) if isinstance(output, tuple) else loss

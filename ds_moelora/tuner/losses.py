@@ -1,7 +1,7 @@
 """The routers' auxiliary losses: collecting their decisions during one forward pass, and reducing them to one number.
 
 Layers do not store anything. While a `Collector` is active (the tuner's hooks around the base model's forward see to
-that), each layer hands over its router's logits and choice, two tensors that exist anyway: the operations of a layer
+that), each layer hands over its router's logits and gates, two tensors that exist anyway: the operations of a layer
 are the same whether or not anyone listens, which is what recomputation under gradient checkpointing needs.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..mixture.routing import sequence_balance_loss, sequence_z_loss
+from ..mixture.routing import chosen_by, sequence_balance_loss, sequence_z_loss
 from .config import MoELoRAConfig
 
 _ACTIVE: ContextVar[Collector | None] = ContextVar("ds_moelora_collector", default=None)
@@ -46,7 +46,7 @@ class RouterRecord:
         adapter: the adapter's name. coefs: its `router_aux_loss_coef` and `router_z_loss_coef`; 0: not computed.
         layer: the layer's name, for messages.
         lead: the layer's input shape without its last dimension; T is its product.
-        logits: (T, E). chosen: (T, E) bool.
+        logits: (T, E). gates: (T, E), which say what was chosen.
         grad_enabled: whether autograd was recording.
     """
 
@@ -55,8 +55,13 @@ class RouterRecord:
     layer: str
     lead: tuple[int, ...]
     logits: Tensor
-    chosen: Tensor
+    gates: Tensor
     grad_enabled: bool
+
+    @property
+    def chosen(self) -> Tensor:
+        """(T, E) bool."""
+        return chosen_by(self.gates)
 
 
 class RouterListener(Protocol):

@@ -12,13 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..checkpoint.processes import world_size
 from ..optimizer.sharding.zero import is_partitioned
-
-
-def this_process() -> tuple[int, int]:
-    """(number of this process, number of processes); (0, 1) without a process group."""
-    connected = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if connected else (0, 1)
 
 
 def gathered(params: Iterable[Tensor], modify: bool = False) -> contextlib.AbstractContextManager[object]:
@@ -35,27 +30,9 @@ def gathered(params: Iterable[Tensor], modify: bool = False) -> contextlib.Abstr
     return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modify else None)
 
 
-def raise_together(error: Exception | None) -> None:
-    """Returns if no process has an error.
-
-    Raises:
-        ValueError: on every process, with the number of the first that has an error, and its message.
-    """
-    _, size = this_process()
-    if size == 1:
-        if error is not None:
-            raise error
-        return
-    messages: list[str | None] = [None] * size
-    dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
-    for process, message in enumerate(messages):
-        if message is not None:
-            raise ValueError(f"rank {process}: {message}") from error
-
-
 def broadcast(tensors: Iterable[Tensor], owner: int) -> None:
     """Fills the tensors, in place, with those of process `owner`."""
-    if this_process()[1] == 1:
+    if world_size() == 1:
         return
     # NCCL moves tensors on its own device alone; gloo all of them through the CPU.
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None

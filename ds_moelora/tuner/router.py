@@ -61,5 +61,5 @@ def as_in_forward(owner: nn.Module, name: str, found: bool) -> bool:
     """
     if torch._C._current_graph_task_id() != -1:  # inside a backward pass
         return getattr(owner, name, found)
-    setattr(owner, name, found)
+    owner.__dict__[name] = found  # nn.Module's own setattr takes microseconds
     return found

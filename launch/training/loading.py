@@ -86,8 +86,8 @@ def find_source(flags: SourceArguments, task: str | None, classes: list[str] | N
         whose = f"{adapter} does not name its base model" if saved else "--adapter none"
         raise UserError(f"{whose}: pass --model_name_or_path.")
     if task is None:
-        known = {str(kind.value if kind else None): name for name, kind in TASK_TYPES.items() if name in SCORED_TASKS}
-        task = known.get(str(getattr(saved.task_type, "value", saved.task_type))) if saved else "causal-lm"
+        fitting = (name for name in SCORED_TASKS if TASK_TYPES[name] == saved.task_type)  # as text it is equal, too
+        task = next(fitting, None) if saved else "causal-lm"
         if task is None:
             raise UserError(f"{adapter} is for {saved.task_type}; choose with --task how to score it.")
     if saved and task != "causal-lm" and not classes:

@@ -15,8 +15,8 @@ from ds_moelora.expert_parallel.exchange import Exchanged
 from ds_moelora.expert_parallel.gather import Gathered, Gathers
 from ds_moelora.mixture.dense import DENSE
 from ds_moelora.mixture.grouped import GROUPED
-from ds_moelora.mixture.mixture import LOCAL, mix
-from ds_moelora.mixture.operands import Operands
+from ds_moelora.mixture.mixture import mix
+from ds_moelora.mixture.operands import Operands, Products
 from ds_moelora.mixture.routing import route
 from ds_moelora.pairs import GATE_SCALINGS, GateSettings
 
@@ -127,25 +127,24 @@ def layer(
     whole_A, whole_B, W = (torch.randn(E, n, R, generator=generator, dtype=torch.float64) for n in (I, O, I))
     xs = [torch.randn(n, I, generator=generator, dtype=torch.float64) for n in counts]
     dys = [torch.randn(n, O, generator=generator, dtype=torch.float64) for n in counts]
-    settings, products = GateSettings(gate_scaling, scale_input_grad), GROUPED if grouped else DENSE
+    settings, here = GateSettings(gate_scaling, scale_input_grad), GROUPED if grouped else DENSE
     per_rank = E // world
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
 
     def mixture(x: Tensor, dy: Tensor, A: Tensor, B: Tensor, sharded: bool) -> dict[str, Tensor]:
         leaves = [x.clone(), A.clone(), B.clone(), W[:, :, 0].clone()]
         x, A, B, router = (leaf.requires_grad_() for leaf in leaves)
-        gates = route(x @ router.t(), k).gates
+        gates = route(x @ router.t(), k)
         rest = {"x": x, "scaling": s, "gates": gates, "settings": settings}
         operands = Operands(lora_A=A, lora_B=B, **rest)
-        transport: Any = LOCAL
+        products: Products = DENSE
         base = torch.zeros(len(x), O, dtype=x.dtype)
         if sharded and dispatch == "weights":
-            transport = Gathered(SimpleNamespace(lora_A=A, lora_B=B, group=dist.group.WORLD), Gathers())
-            operands = transport.operands(x.dtype, **rest)
+            products = Gathered(SimpleNamespace(lora_A=A, lora_B=B, group=dist.group.WORLD), Gathers(), here)
+            operands = products.operands(x.dtype, **rest)
         elif sharded:
-            transport = Exchanged(dist.group.WORLD)
-        options = {"inplace": inplace, "products": products} if sharded else {}
-        y = mix(operands, base, transport=transport, **options).y
+            products = Exchanged(dist.group.WORLD, here)
+        y = mix(operands, base, inplace=inplace and sharded, products=products).y
         (y * dy).sum().backward()
         return {"y": y.detach(), "dx": x.grad, "dA": A.grad, "dB": B.grad, "drouter": router.grad}
 

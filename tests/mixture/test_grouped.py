@@ -6,39 +6,9 @@ import pytest
 import torch
 
 from ds_moelora.mixture.choice import choose_products
-from ds_moelora.mixture.dense import DENSE
-from ds_moelora.mixture.grouped import GROUPED
 from ds_moelora.mixture.initial_values import draw_uniform_, expert_seed
-from ds_moelora.mixture.mixture import mix
-from ds_moelora.mixture.operands import Operands, Products
-from ds_moelora.mixture.routing import route
-from ds_moelora.pairs import GATE_SCALINGS, GateSettings
 
 from ..support.adapter_support import adapted, assert_same, batch, train_step
-
-
-def results(products: Products, tokens: int, top_k: int, settings: GateSettings, inplace: bool) -> list:
-    generator = torch.Generator().manual_seed(tokens)
-    x, W, A, B, base, dy = (
-        torch.randn(*shape, generator=generator, dtype=torch.float64)
-        for shape in [(tokens, 5), (4, 5), (4, 5, 3), (4, 6, 3), (tokens, 6), (tokens, 6)]
-    )
-    leaves = [t.requires_grad_() for t in (x, W, A, B, base)]
-    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=0.7, gates=route(x @ W.t(), top_k).gates, settings=settings)
-    y = mix(operands, base * 1 if inplace else base, inplace=inplace, products=products).y
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
-
-
-@pytest.mark.parametrize("gate_scaling", GATE_SCALINGS)
-@pytest.mark.parametrize("scale_input_grad", [False, True])
-@pytest.mark.parametrize("tokens", [0, 1, 9])
-@pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_grouped_equals_dense(gate_scaling: str, scale_input_grad: bool, tokens: int, top_k: int) -> None:
-    settings = GateSettings(gate_scaling, scale_input_grad)
-    for inplace in (False, True):
-        dense, grouped = (results(c, tokens, top_k, settings, inplace) for c in (DENSE, GROUPED))
-        for a, b in zip(dense, grouped, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_grouped_in_a_model() -> None:

@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_moelora.mixture.dense import DENSE
+from ds_moelora.mixture.grouped import GROUPED
 from ds_moelora.mixture.mixture import mix
 from ds_moelora.mixture.operands import Operands, gate_factor
 from ds_moelora.mixture.reference import max_relative_error, reference_layer
-from ds_moelora.mixture.routing import route
+from ds_moelora.mixture.routing import chosen_by, route
 from ds_moelora.pairs import GATE_SCALINGS, GateSettings
 
 NAMES = ("x", "base", "A", "B", "router")
@@ -23,6 +25,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 SHAPES = [  # T, I, O, E, k, r
     (7, 5, 3, 4, 2, 2),
     (1, 1, 1, 1, 1, 1),
+    (1, 9, 7, 4, 2, 3),  # one token, as in decoding
+    (1, 9, 7, 4, 2, 17),
     (13, 17, 11, 5, 5, 3),
     (6, 9, 33, 3, 1, 7),
     (32, 16, 16, 20, 10, 4),
@@ -41,18 +45,18 @@ def make(shape, dtype=torch.float64, seed=0):
     return [draw(T, I), draw(T, O), draw(E, I, r), draw(E, O, r), draw(E, I)], draw(T, O).detach()
 
 
-def fast(tensors, k, s, gate, inplace=False):
+def fast(tensors, k, s, gate, inplace=False, products=DENSE):
     x, base, A, B, router = tensors
-    routing = route(x @ router.t(), k)
+    gates = route(x @ router.t(), k)
     # base * 1: a leaf may not be overwritten.
-    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=s, gates=routing.gates, settings=gate)
-    return mix(operands, base * 1, inplace=inplace).y, routing.chosen
+    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=s, gates=gates, settings=gate)
+    return mix(operands, base * 1, inplace=inplace, products=products).y, chosen_by(gates)
 
 
-def compare(shape, gate_scaling, scale_input_grad, dtype=torch.float64, inplace=False, seed=0, s=1.7):
+def compare(shape, gate_scaling, scale_input_grad, dtype=torch.float64, inplace=False, seed=0, s=1.7, products=DENSE):
     """Largest relative error of the output and each gradient against float64 autograd of the per-expert formula."""
     tensors, dy = make(shape, dtype, seed)
-    y, chosen = fast(tensors, shape[4], s, GateSettings(gate_scaling, scale_input_grad), inplace)
+    y, chosen = fast(tensors, shape[4], s, GateSettings(gate_scaling, scale_input_grad), inplace, products)
     y.backward(dy)
     wide = [t.detach().double().requires_grad_() for t in tensors]
     x, base, A, B, router = wide
@@ -81,11 +85,13 @@ def test_gradients_are_those_of_the_per_expert_formula(shape, gate_scaling, scal
     dtype=st.sampled_from([torch.float64, torch.float32]),
     inplace=st.booleans(),
     seed=st.integers(0, 1000),
+    products=st.sampled_from([DENSE, GROUPED]),
 )
-@settings(max_examples=60, deadline=None)
-def test_gradients_for_any_sizes(shape, gate_scaling, scale_input_grad, dtype, inplace, seed):
+@settings(max_examples=100, deadline=None)
+def test_gradients_for_any_sizes(shape, gate_scaling, scale_input_grad, dtype, inplace, seed, products):
     T, I, O, E, k, r = shape
-    errors = compare((T, I, O, E, min(k, E), r), gate_scaling, scale_input_grad, dtype, inplace, seed)
+    sizes = (T, I, O, E, min(k, E), r)
+    errors = compare(sizes, gate_scaling, scale_input_grad, dtype, inplace, seed, products=products)
     # One expert's gate is constant; two nearly equal experts make the router's gradient a small difference.
     router = errors.pop("router")
     assert max(errors.values()) < TOLERANCE[dtype], errors
@@ -109,7 +115,7 @@ def test_rank_level_detach_trap():
     tensors, dy = make(shape)
     fast(tensors, 2, 1.0, GateSettings("sqrt"))[0].backward(dy)
     x, base, A, B, router = [t.detach().clone().requires_grad_() for t in tensors]
-    g = route(x @ router.t(), 2).gates.unsqueeze(-1)
+    g = route(x @ router.t(), 2).unsqueeze(-1)
     p = torch.einsum("ti,eir->ter", x, A)
     trick = g.sqrt().detach() * p + (g - g.sqrt().detach()) * p.detach()
     (base + torch.einsum("ter,eor->to", trick, B)).backward(dy)
@@ -129,9 +135,9 @@ def test_top_1_makes_all_gate_scalings_equal():
 
 def test_full_counts_a_chosen_expert_whose_gate_underflows():
     logits = torch.tensor([[0.0, -1e4, -2e4]])
-    routing = route(logits, 2)
-    assert routing.gates[0, 1] == 0
-    assert gate_factor("full", routing.gates).tolist() == [[1.0, 1.0, 0.0]]
+    gates = route(logits, 2)
+    assert gates[0, 1] == 0
+    assert gate_factor("full", gates).tolist() == [[1.0, 1.0, 0.0]]
 
 
 def test_settings_are_read_when_the_backward_pass_runs():
@@ -175,7 +181,7 @@ def test_second_derivative_is_refused():
 def test_in_place_writes_onto_the_base_output_and_protects_it():
     tensors, _ = make((4, 3, 5, 2, 1, 2))
     x, base, A, B, router = tensors
-    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=1.0, gates=route(x @ router.t(), 1).gates)
+    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=1.0, gates=route(x @ router.t(), 1))
     storage = base.detach().clone()
     y = mix(operands, storage, inplace=True).y
     assert y.data_ptr() == storage.data_ptr()
@@ -189,7 +195,7 @@ def test_saves_no_token_by_output_tensor_and_no_copy_of_a_parameter():
     T, I, _, E, k, r = shape = (64, 8, 128, 4, 2, 2)
     tensors, _ = make(shape)
     x, base, A, B, router = tensors
-    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=1.0, gates=route(x @ router.t(), k).gates)
+    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=1.0, gates=route(x @ router.t(), k))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = mix(operands, base).y
@@ -217,7 +223,7 @@ def test_parameters_may_be_released_between_forward_and_backward():
 def test_mixed_dtypes_compute_in_the_base_outputs_dtype():
     tensors, dy = make((16, 8, 8, 4, 2, 2), torch.float32)
     x, base, A, B, router = tensors
-    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=1.0, gates=route(x @ router.t(), 2).gates)
+    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=1.0, gates=route(x @ router.t(), 2))
     y = mix(operands, base.to(torch.bfloat16)).y
     y.backward(dy.to(torch.bfloat16))
     assert y.dtype == torch.bfloat16

@@ -13,6 +13,7 @@ from ds_moelora.mixture.grouped import GROUPED
 from ds_moelora.mixture.mixture import Mixed, mix
 from ds_moelora.mixture.operands import Operands, RoutingRule
 from ds_moelora.mixture.reference import max_relative_error, reference_layer
+from ds_moelora.mixture.routing import chosen_by
 from ds_moelora.pairs import GATE_SCALINGS, GateSettings
 
 T, I, O, E, k, r = 9, 5, 4, 6, 3, 2
@@ -49,13 +50,13 @@ def test_gradients_of_everything_that_sees_x(products, num_A: int) -> None:
         settings = GateSettings(gate_scaling, scale_input_grad)
         base = (x.detach() if fused else x) @ W.t()
         weight = W if fused else None
-        y, logits, chosen = routed(
+        y, logits, gates = routed(
             base, actual, 1.3, 2.0, settings=settings, inplace=True, products=products, base_weight=weight
         )
         ((y * DY).sum() + logits.square().sum()).backward()
         z, other_router, other_A, other_B = expected = leaves(num_A)
         out = reference_layer(
-            z, z @ W.t(), other_A, other_B, other_router, k, 1.3, gate_scaling, scale_input_grad, chosen, 2.0
+            z, z @ W.t(), other_A, other_B, other_router, k, 1.3, gate_scaling, scale_input_grad, chosen_by(gates), 2.0
         )
         ((out * DY).sum() + (z @ other_router.t() / 2).square().sum()).backward()
         errors = {"y": max_relative_error(y, out)}

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_moelora.mixture.routing import route
+from ds_moelora.mixture.routing import chosen_by, route
 from ds_moelora.monitoring.formulas import (
     SKETCH_DIM,
     load_over_ideal,
@@ -27,7 +27,7 @@ from ds_moelora.optimizer.preconditioner import condition_numbers, damped_invers
 def test_router_sums(L: int, S: int, N: int, E: int, padded: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits, k = torch.randn(L, S, N, E, generator=generator), min(2, E)
-    chosen = route(logits.view(-1, E), k).chosen.view(L, S, N, E)
+    chosen = chosen_by(route(logits.view(-1, E), k)).view(L, S, N, E)
     real = torch.randint(0, 2, (S, N), generator=generator) if padded else None
     found = router_sums(logits, chosen, real)
     for layer in range(L):

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ds_moelora import MoELoRAConfig
-from ds_moelora.mixture.routing import route, sequence_balance_loss, sequence_z_loss
+from ds_moelora.mixture.routing import chosen_by, route, sequence_balance_loss, sequence_z_loss
 from ds_moelora.tuner.losses import active_collector, batch_layout
 
 from ..support.adapter_support import adapted, assert_same, batch, bert, gpt2, gradients, llama, train_step
@@ -37,7 +37,7 @@ def layer_losses(model, inputs, z_loss=False):
     rows, length = inputs["input_ids"].shape
     result = []
     for logits, k in seen:
-        chosen = route(logits, k).chosen
+        chosen = chosen_by(route(logits, k))
         if logits.shape[0] == rows * length:
             shape, mask = (rows, length, -1), inputs["attention_mask"]
         else:

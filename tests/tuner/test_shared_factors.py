@@ -18,7 +18,7 @@ from ds_moelora.mixture.grouped import GROUPED
 from ds_moelora.mixture.mixture import mix
 from ds_moelora.mixture.operands import Operands
 from ds_moelora.mixture.reference import max_relative_error, reference_layer
-from ds_moelora.mixture.routing import route
+from ds_moelora.mixture.routing import chosen_by, route
 from ds_moelora.optimizer.reference import damped_inverse
 from ds_moelora.pairs import GATE_SCALINGS, GateSettings, tag_of
 
@@ -66,7 +66,8 @@ def test_one_common_a_has_the_gradients_of_the_per_expert_formula(
     twins = [t.detach().clone().requires_grad_() for t in tensors]
     dy, gate = draw(T, O).detach(), GateSettings(gate_scaling, scale_input_grad)
     x, base, A, B, router = tensors
-    gates, chosen = route(x @ router.t(), min(k, E), top_p)
+    gates = route(x @ router.t(), min(k, E), top_p)
+    chosen = chosen_by(gates)
     operands = Operands(x=x, lora_A=A, lora_B=B, scaling=1.7, gates=gates, settings=gate)
     y = mix(operands, base * 1, inplace=inplace, products=GROUPED if grouped else DENSE).y
     y.backward(dy)

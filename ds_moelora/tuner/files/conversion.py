@@ -9,12 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import PATTERNS, MoELoRAConfig
-
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 def save_without_residual(model: PeftModel, folder: str, adapter_name: str = "default") -> None:
@@ -50,7 +49,7 @@ def save_without_residual(model: PeftModel, folder: str, adapter_name: str = "de
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
     _plain_config(config).save_pretrained(folder)
-    save_file(_plain_entries(entries), Path(folder) / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(_plain_entries(entries), Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def _plain_config(config: MoELoRAConfig) -> MoELoRAConfig:

@@ -14,8 +14,8 @@ from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
-from ..experts import MoELoRAExperts, cut_whole_tensors
-from ..processes import raise_together
+from ...checkpoint.processes import agree
+from ..experts import MoELoRAExperts
 from .tensor_file import append_tensors
 
 # What is being saved leaves out sharded experts, which `append_experts` will add.
@@ -115,14 +115,14 @@ def append_experts(model: nn.Module, folder: str | os.PathLike[str], adapter_nam
             failure = error
     for _ in gathered:  # every rank gives all its experts, whatever befell the writer
         pass
-    raise_together(failure)
+    agree(failure, "The adapter was not saved", ValueError)
 
 
 def cut_for_loading(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
     """Whole tensors, under the model's names, replaced by the entries of this rank's experts."""
     cut = dict(state_dict)
     for name, module in sharded_experts(model, adapter_name).items():
-        cut_whole_tensors(module, cut, f"{name}.")
+        module.cut_whole_tensors(cut, f"{name}.")
     return cut
 
 

@@ -55,7 +55,7 @@ def check_ready(layer: AdaptedLayer, applied: list[str]) -> None:
         ValueError: an adapter has no starting factors, having been made on a model without weights.
     """
     for name in applied:
-        experts = layer.experts(name)
+        experts: Any = layer.moelora_experts[name]
         if experts.residual is not None and not experts.residual.ready:
             raise ValueError(
                 f"{experts.pair.name}: adapter {name!r} starts from the base weight's singular values, but was put on "
@@ -70,12 +70,10 @@ def correct(layer: AdaptedLayer, x: Tensor, y: Tensor, applied: list[str]) -> Te
     Args:
         x: (..., in). y: (..., out), the output of the base layer and of the experts in `applied`.
     """
-    for name in layer.moelora_experts:
-        experts = layer.experts(name)
+    experts: Any
+    for name, experts in layer.moelora_experts.items():
         residual, wanted = experts.residual, name in applied
-        if residual is None or name in layer.merged_adapters:
-            continue
-        if wanted != residual.folded:
+        if residual is not None and name not in layer.merged_adapters and wanted != residual.folded:
             y = experts.add_mean(x, y, -1.0 if wanted else 1.0)
     return y
 
@@ -102,13 +100,7 @@ def unfold(layer: AdaptedLayer, adapter: str) -> None:
     residual = experts.residual
     if residual is None or not residual.folded:
         return
-    if experts.is_sharded:
-        raise ValueError(
-            f"{experts.pair.name}: with ep_size > 1 no rank has all starting factors of adapter {adapter!r}, which the "
-            "base weight needs to become W0 again. Load the adapter with ep_size=1 for that, or the base model anew."
-        )
-    A, B = experts.initial_factors()
-    _add_to_base(layer, mean_product(A, B, experts.scaling), 1.0)
+    _add_to_base(layer, experts.mean_of_start(), 1.0)
     residual.folded = False
 
 
@@ -131,13 +123,7 @@ def original_weight(layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
     if folded is None:
         return weight, weight_hash(weight)
     experts = layer.experts(folded)
-    if experts.is_sharded:
-        raise ValueError(
-            f"{experts.pair.name}: a second adapter from singular values cannot be made beside {folded!r}, whose "
-            "starting factors are spread over ranks (ep_size > 1); use ep_size=1, or one adapter."
-        )
-    A, B = experts.initial_factors()
-    return weight + mean_product(A, B, experts.scaling), experts.base_hash
+    return weight + experts.mean_of_start(), experts.base_hash
 
 
 def original_hash(layer: AdaptedLayer) -> Tensor:

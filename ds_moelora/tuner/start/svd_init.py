@@ -23,11 +23,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ...checkpoint.processes import agree, rank, world_size
 from ...mixture.goat import check_rank, starting_factors, triplet_indices
 from ...mixture.svd import Triplets, singular_triplets
 from ..config import MoELoRAConfig
 from ..patterns import layer_config
-from ..processes import broadcast, gathered, raise_together, this_process
+from ..processes import broadcast, gathered
 from .base_weight import HASH_SHAPE, can_change, can_read, in_out_features, same_weight, shared_weights
 from .residual import AdaptedLayer, fold, original_hash, original_weight, unfold
 from .svd_cache import cached_triplets
@@ -99,7 +100,7 @@ def start_from_singular_values(model: nn.Module, adapter_name: str, config: MoEL
     empty = any(_on_meta(layer) or layer.experts(adapter_name).factors()[0].is_meta for layer in layers.values())
     if empty or _loading.get() or config.weights_follow:
         return
-    (process, size), names = this_process(), list(layers)
+    process, size, names = rank(), world_size(), list(layers)
     bar = logging.tqdm(total=len(names), desc="Singular values of the base weights", disable=process != 0, delay=1)
     for start in range(0, len(names), size):
         batch = names[start : start + size]
@@ -114,7 +115,7 @@ def _decompose_own(
     batch: list[tuple[str, AdaptedLayer]], adapter_name: str, config: MoELoRAConfig
 ) -> list[Tensor] | None:
     """[U, S, V, hash] of this process's layer of the round; None if there is none for it."""
-    process = this_process()[0]
+    process = rank()
     name, own = batch[process] if process < len(batch) else ("", None)
     weight = base_hash = found = error = None
     for _, layer in batch:
@@ -135,7 +136,7 @@ def _decompose_own(
             found = [*cached_triplets(config.svd_cache_dir, base_hash, indices, decompose), base_hash]
         except Exception as e:
             error = ValueError(f"{name}: {e}")
-    raise_together(error)
+    agree(error, "A start from singular values failed", ValueError)
     return found
 
 
