@@ -18,7 +18,7 @@ from launch.checks.errors import UserError
 from launch.demo.base import byte_tokenizer
 from launch.training import base_experts
 
-from ..support.base_experts import ARCHITECTURES, base_model
+from ..support.base_experts import base_model
 from ..support.launch_support import launch, write_jsonl
 
 
@@ -29,15 +29,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["mixtral"])
 def test_train_save_resume_evaluate_merge(
     architecture: str, data: Path, tmp_path: Path, report: Callable[[str, str], None]
 ) -> None:
     tokenizer = byte_tokenizer()
     base_model(architecture, vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    stage = 3 if architecture == "qwen3_moe" else 2
-    flags = ["--deepspeed", f"configs/zero{stage}.json", "--model_name_or_path", str(tmp_path / "base")]
+    flags = ["--deepspeed", "configs/zero2.json", "--model_name_or_path", str(tmp_path / "base")]
     flags += ["--dataset_name", str(data), "--eval_dataset_name", str(data), "--output_dir", str(tmp_path / "run")]
     flags += ["--target_parameters", "experts", "--target_modules", "q_proj", "--max_length", "64", "--save_steps", "2"]
     flags += ["--per_device_train_batch_size", "2", "--report_to", "none", "--learning_rate", "1e-2"]
