@@ -18,7 +18,7 @@ ifneq ($(DEEPSPEED),)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 endif
 
-.PHONY: demo test test-multinode conformance compat soak bench bench-gpu docs package reproduce lint format clean
+.PHONY: demo test test-multinode conformance compat soak front-ends bench bench-gpu docs package reproduce lint format clean
 
 demo: $(VENV)/.ready
 	OMP_NUM_THREADS=1 deepspeed --num_gpus $(RANKS) launch/train.py --deepspeed configs/zero2.json --overwrite_output_dir
@@ -43,6 +43,12 @@ compat: $(VENV)/.ready
 # A run that is killed 25 times at random and restarts itself: about 10 minutes.
 soak: $(VENV)/.ready
 	OMP_NUM_THREADS=1 python -m tests.soak
+
+# TRL, LLaMA-Factory, ms-swift, axolotl and the loops, each in a virtual environment of its own under build/front-ends, and
+# how far its sharded runs are from the unsharded ones (docs/front_ends.md). WORDS="TRL sft": some of them alone.
+front-ends: $(VENV)/.ready
+	python -m benchmarks.front_ends.environments
+	python -m benchmarks.front_ends $(addprefix --only ,$(WORDS))
 
 # A short form of every benchmark, under 10 minutes, and which ratios moved from benchmarks/results/.
 bench: $(VENV)/.ready

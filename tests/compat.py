@@ -65,7 +65,6 @@ def run_tests(python: Path) -> dict[str, tuple[int, int, list[str]]]:
         **os.environ,
         "PATH": f"{python.parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "TORCH_EXTENSIONS_DIR": str(FOLDER / "extensions"),  # with these paths; one build for all lines
     }
     command = [python, "-m", "pytest", "-n", "2", "--dist", "loadfile", f"--junitxml={report}", *paths]
     report.unlink(missing_ok=True)

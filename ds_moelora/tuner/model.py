@@ -27,9 +27,10 @@ from .start.svd_init import check_base_weights, check_svd_targets, start_from_si
 from .targets import check_targets, expand, target_names
 
 PREFIX = "moelora_"
+_Base: Any = OlderBaseTuner if IS_OLDER else BaseTuner
 
 
-class MoELoRAModel(OlderBaseTuner if IS_OLDER else BaseTuner):
+class MoELoRAModel(_Base):
     """A model whose target modules carry mixtures of LoRA experts; made by `peft.get_peft_model`.
 
     The load-balancing loss joins the model's own loss in hooks on the base model's forward (`loss_hooks`), not in

@@ -11,8 +11,10 @@ import torch.distributed as dist
 
 from ds_moelora.expert_parallel.groups import create_groups, expert_parallel_group
 from launch.checks.errors import adopt_rank
+from launch.checks.extensions import skip_inference_collectives
 
 adopt_rank()
+skip_inference_collectives()
 deepspeed.init_distributed(verbose=False)
 data_before_expert = "--data_before_expert" in sys.argv
 create_groups(2, data_before_expert)

@@ -39,7 +39,7 @@ LIBRARIES = {
     "expert_parallel": {"torch", "deepspeed"},
     "checkpoint": {"torch", "deepspeed", "safetensors"},
     "tuner": {"torch", "peft", "transformers", "huggingface_hub", "safetensors", "deepspeed"},
-    "integrations": {"torch", "peft", "transformers", "deepspeed", "axolotl", "swift"},
+    "integrations": {"torch", "peft", "transformers", "deepspeed", "axolotl", "swift", "pydantic"},
     "monitoring": {"torch", "transformers", "numpy", "PIL"},
     "planner": {"torch", "transformers"},
     "cli": {"transformers", "rich"},

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from launch.checks.errors import run_guarded
+from launch.checks.extensions import skip_inference_collectives
 from launch.cluster import watchdog
 
 SECONDS = 9  # --ddp_timeout, longer than the silence that is noticed; the start has another, for slow machines
@@ -31,6 +32,7 @@ def get_stuck(kind: str) -> None:
 
 def main() -> None:
     kind, stuck = os.environ["STUCK"].split(":")
+    skip_inference_collectives()
     deepspeed.init_distributed("gloo", timeout=timedelta(seconds=300))
     watch = watchdog.start(30.0)
     watchdog.limit_groups(timedelta(seconds=SECONDS))

@@ -1,0 +1,60 @@
+"""What of `make front-ends` is quick: TRL's own script, and that the comparison there compares something."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.front_ends import assets
+from benchmarks.front_ends.__main__ import LM_EVAL, Runner, all_cases, measure
+from benchmarks.front_ends.table import render
+from ds_moelora import MoELoRAConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "front_ends.md"
+RESULTS = ROOT / "benchmarks" / "results" / "front_ends.csv"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LoraConfig(**assets.ADAPTER), MoELoRAConfig(num_experts=assets.NUM_EXPERTS, **assets.ADAPTER)],
+    ids=["LoRA", "MoE-LoRA"],
+)
+def test_shards_cut_a_matrix(config: LoraConfig | MoELoRAConfig) -> None:
+    """ZeRO pads to a multiple of twice the processes, and halves: within a row of a factor."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=258, num_attention_heads=2, **assets.SIZES))
+    params = [(name, p) for name, p in get_peft_model(model, config).named_parameters() if p.requires_grad]
+    offset = -(-sum(p.numel() for _, p in params) // 4) * 2
+    while offset >= params[0][1].numel():
+        offset -= params.pop(0)[1].numel()
+    assert "lora_" in params[0][0]
+    assert offset % params[0][1].shape[-1]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("words", ["trl.scripts.sft", "SFTTrainer"])
+def test_trl(words: str, tmp_path: Path) -> None:
+    """`python -m trl.scripts.sft` as it stands, and MoE-LoRA in its trainer, at stage 2."""
+    (tmp_path / "environments").mkdir()
+    (tmp_path / "environments" / "trl").symlink_to(sys.prefix)
+    assets.write(tmp_path / "assets")
+    (case,) = (case for case in all_cases() if words in case.what)
+    row = measure(Runner(tmp_path / "environments", tmp_path, reuse=False), case, 2)
+    assert float(row["deviation"]) < 1e-5  # fp32, 4 steps; eps is 1e-3
+    assert float(row["from_adamw"]) > 1e-2
+
+
+def test_page_shows_the_results() -> None:
+    with RESULTS.open() as file:
+        rows = list(csv.DictReader(file))
+    assert render(rows) in PAGE.read_text()
+    known = {(case.front_end, case.what, case.adapter) for case in all_cases()} | {tuple(LM_EVAL.values())[:3]}
+    assert {(row["front_end"], row["what"], row["adapter"]) for row in rows} <= known
+    assert all(float(row["deviation"]) < 1e-5 for row in rows)
