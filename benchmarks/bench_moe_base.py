@@ -20,7 +20,7 @@ import time
 import torch
 
 # hidden, intermediate, chosen experts, number of experts as published
-SHAPES = {"mixtral": (512, 1792, 2, 8), "qwen3_moe": (512, 192, 8, 128), "gpt_oss": (720, 720, 4, 32)}
+SHAPES = {"mixtral": (256, 896, 2, 8), "qwen3_moe": (256, 96, 8, 128), "gpt_oss": (360, 360, 4, 32)}
 
 
 def experts_module(shape: str, experts: int, dtype: torch.dtype, device: str) -> torch.nn.Module:
