@@ -91,7 +91,8 @@ def write_state(
     check_ownership(parameters, run.device)
     manifest = {"record": {**run_record(run), **(extra or {})}, "run": run_state(run)}
     buffers = _buffers(run.module) if rank() == 0 else {}
-    files, failure = TensorFiles(folder), None
+    files = TensorFiles(folder)
+    failure: Exception | None = None
     try:
         weights = _gather_finite(run, parameters, files)
     except NotFiniteError as error:  # raised on every process; its thread is ended first

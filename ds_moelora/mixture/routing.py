@@ -43,7 +43,7 @@ def route(logits_TE: Tensor, top_k: int, top_p: float | None = None) -> Tensor:
         return wide_TE.softmax(-1)
     if not (torch.is_grad_enabled() and wide_TE.requires_grad):
         return _top_k_gates(wide_TE, top_k)
-    return _TopKGates.apply(wide_TE, top_k)  # type: ignore[no-any-return]
+    return _TopKGates.apply(wide_TE, top_k)
 
 
 def _top_k_gates(logits_TE: Tensor, top_k: int) -> Tensor:

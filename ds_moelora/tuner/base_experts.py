@@ -87,7 +87,7 @@ def use_lora_experts(model: nn.Module) -> int:
     Raises:
         ValueError: there is none, or one that cannot be computed so; nothing has been changed then.
     """
-    found = {}
+    found: dict[Any, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, ParamWrapper):
             found.setdefault(module.get_base_layer(), name)

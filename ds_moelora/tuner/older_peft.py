@@ -35,7 +35,7 @@ class OlderBaseTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        rename: Any = cls._remove_adapter_name_from_key  # type: ignore[attr-defined]
+        rename: Any = cls._remove_adapter_name_from_key
         in_model = {rename(key, adapter_name): key for key in _own(model.state_dict(), adapter_name)}
         return {in_model.get(key, key): value for key, value in state_dict.items()}
 
@@ -48,7 +48,7 @@ def select_by_tuner(original: Callable[..., Any]) -> Callable[..., Any]:
     """`peft.get_peft_model_state_dict` that lets a tuner with the class methods above choose and name its weights."""
 
     def get_peft_model_state_dict(
-        model: nn.Module, state_dict: dict[str, Tensor] | None = None, adapter_name: str = "default", **kwargs: Any
+        model: Any, state_dict: dict[str, Tensor] | None = None, adapter_name: str = "default", **kwargs: Any
     ) -> dict[str, Tensor]:
         config = model.peft_config[adapter_name]
         tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type, BaseTuner)
@@ -67,7 +67,7 @@ def check_by_tuner(original: Callable[..., Any]) -> Callable[..., Any]:
     """`peft.set_peft_model_state_dict`, before which such a tuner sees the weights."""
 
     def set_peft_model_state_dict(
-        model: nn.Module, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default", **kwargs: Any
+        model: Any, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default", **kwargs: Any
     ) -> Any:
         config = model.peft_config[adapter_name]
         tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type, BaseTuner)

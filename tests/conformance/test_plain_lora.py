@@ -90,7 +90,7 @@ def train_with_peft_optimizer(stage: int, which: str) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(
-    not hasattr(peft.optimizers, "create_riemannian_optimizer"), reason="PEFT 0.18 has no Riemannian optimizer"
+    not hasattr(peft.optimizers, "create_riemannian_optimizer"), reason="this PEFT has no Riemannian optimizer"
 )
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_peft_optimizer_is_silently_plain_under_zero(stage: int, report: Callable[[str, str], None]) -> None:
