@@ -206,9 +206,9 @@ class ShardedExperts(MoE):
     def local_entries(self, prefix: str, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's experts of whole tensors, one by one, as `state_dict()` names them under `prefix`."""
         own = slice(self.first_expert, self.first_expert + self.num_local_experts)
-        return self._one_by_one(prefix, {name: tensor[own] for name, tensor in whole.items()}) if whole else {}
+        return self.one_by_one(prefix, {name: tensor[own] for name, tensor in whole.items()}) if whole else {}
 
-    def _one_by_one(self, prefix: str, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def one_by_one(self, prefix: str, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         entries = {f"{prefix}{EXPERTS}{i}.{TOPOLOGY}": self.topology() for i in range(self.num_local_experts)}
         for name, stacked in factors.items():
             entries |= {f"{prefix}{EXPERTS}{i}.{name}": expert for i, expert in enumerate(stacked)}
@@ -224,7 +224,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _split_experts(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """State-dict hook: one entry per expert and factor."""
     assert isinstance(module, ShardedExperts)
-    state_dict.update(module._one_by_one(prefix, {name: state_dict.pop(prefix + name) for name in module.factor_names}))
+    state_dict.update(module.one_by_one(prefix, {name: state_dict.pop(prefix + name) for name in module.factor_names}))
 
 
 def _stack_experts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -330,11 +330,9 @@ def test_evaluation_rows_are_never_dropped(parse: Any, llama: Path) -> None:
     assert trainer.get_train_dataloader().dataset.num_rows == 6
     assert trainer.args.dataloader_drop_last
     arguments.training.max_length = 4
+    short = made.train.map(lambda _: {"prompt": "a", "completion": "b"})
     with pytest.raises(UserError, match="no evaluation row has an answer within --max_length 4"):
-        trainers._language_trainer(
-            made.train.map(lambda _: {"prompt": "a", "completion": "b"}), one, [], args=arguments.training, model=model,
-            processing_class=made.processor,
-        )  # fmt: skip
+        trainers.build_trainer(arguments, model, made.processor, short, one, [])
 
 
 def test_a_processor_that_cannot_be_read(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ ONE_MODULE = ROOT / "optimizer" / "sharding" / "zero.py"
 CHECKED = "expert parallelism's one module; check_deepspeed names what is missing"
 ENUM = "Python's, of an enum; add_peft_type checks what comes out"
 HOOK = "PEFT's, for tuners to override; `make compat` runs with and without"
+EXPERTS = "of transformers' experts interface; modules without it are refused"
 # (file, attribute) that other modules read, and why that is right.
 ALLOWED = {
     ("tuner/start/base_weight.py", "ds_shape"): "a fallback stands beside it",
@@ -38,6 +39,12 @@ ALLOWED = {
     ("monitoring/engine.py", "enabled"): "a public attribute of the engine's monitor",
     ("monitoring/engine.py", "gradient_accumulation_steps"): "a public method of the engine",
     ("monitoring/callback.py", "gradient_accumulation_steps"): "of transformers' TrainingArguments",
+    ("tuner/base_experts.py", "_config"): "DeepSpeed's, for a refusal; absent ones mean no AutoEP",
+    ("tuner/base_experts.py", "enabled"): "of DeepSpeed's AutoEP config, likewise",
+    ("tuner/base_experts.py", "_experts_implementation"): EXPERTS,
+    ("tuner/base_experts.py", "_is_expert_parallel"): EXPERTS,
+    ("tuner/base_experts.py", "ds_id"): "a mark of ZeRO-3's; without it factors are whole",
+    ("tuner/base_experts.py", "_did_swap_in_out_features"): "PEFT's; check_layout compares the layout with PEFT's own",
     ("tuner/older_peft.py", "_remap_adapter_state_dict_for_load"): HOOK,
     ("tuner/older_peft.py", "_remove_adapter_name_from_key"): HOOK,
     ("tuner/older_peft.py", "_get_adapter_state_dict"): HOOK,
