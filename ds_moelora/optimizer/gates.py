@@ -11,6 +11,7 @@ import gc
 import itertools
 import logging
 import os
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,7 @@ class GateHold:
     def __init__(self, owner: Any) -> None:
         self._key, self._name = next(_keys), type(owner).__name__
         self._held: list[GateSettings] = []
+        self._named_gateless = False
         self._said: Counter[tuple[str, bool]] = Counter()
         weakref.finalize(owner, _release, self._key, self._held)
 
@@ -51,6 +53,7 @@ class GateHold:
         except GateConflictError:
             gc.collect()  # the other one may be garbage that nobody has collected yet
             self._hold(wanted)
+        self._name_gateless(factors, groups)
         self._say(Counter((group["gate_scaling"], group["scale_input_grad"]) for _, group in wanted))
 
     def _hold(self, wanted: Sequence[tuple[Factor, Mapping[str, Any]]]) -> None:
@@ -64,6 +67,22 @@ class GateHold:
         except GateConflictError:
             _release(self._key, self._held)
             raise
+
+    def _name_gateless(self, factors: Sequence[Factor], groups: Mapping[int, Mapping[str, Any]]) -> None:
+        """Warns once of experts whose gates no layer of this package knows: those of a MoE base model."""
+        names = [
+            factor.pair.name
+            for factor in factors
+            if factor.role == "A" and factor.pair.gate is None and factor.pair.num_experts > 1
+            if groups[factor.group]["gate_scaling"] != "none"
+        ]
+        if names and not self._named_gateless:
+            self._named_gateless = True
+            warnings.warn(
+                f"gate_scaling has no effect on the base model's experts in {names[0]} ({len(names)} pairs of stacks): "
+                "call ds_moelora.use_lora_experts(model) before the optimizer is built, or set gate_scaling='none'.",
+                stacklevel=2,
+            )
 
     def _say(self, settings: Counter[tuple[str, bool]]) -> None:
         if settings == self._said or not any(s != ("none", False) for s in settings) or not _is_first_process():

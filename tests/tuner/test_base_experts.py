@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -186,3 +187,19 @@ def test_files_are_pefts(tmp_path: Path) -> None:
         [sys.executable, "-c", LOAD, *places], check=True, env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     )
     assert torch.allclose(torch.load(places[3]), model(input_ids=tokens()).logits, atol=1e-5)
+
+
+def test_gate_scaling_without_effect_is_named() -> None:
+    model = lora_model("mixtral")
+    tag_lora_pairs(model)
+    params = [p for p in model.parameters() if p.requires_grad]
+    with pytest.warns(UserWarning, match=r"gate_scaling has no effect .*use_lora_experts"):
+        GateRiemannianAdamW(params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GateRiemannianAdamW(params, gate_scaling="none")
+    use_lora_experts(model)
+    tag_lora_pairs(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GateRiemannianAdamW(params)
