@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import tempfile
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
@@ -278,11 +279,18 @@ class MoELoRAConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's; the file's `peft_type` also tells whoever loads it without this package what is missing."""
-        super().save_pretrained(save_directory, **kwargs)
-        path = Path(save_directory) / CONFIG_NAME
-        content = json.loads(path.read_text())
-        content["peft_type"] = PEFT_TYPE_IN_FILES
-        path.write_text(json.dumps(content, indent=2, sort_keys=True))
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"save_directory={str(folder)!r} is a file; name a folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        # Aside, then renamed: ranks that all save to one folder each leave a whole file.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{CONFIG_NAME}.") as aside:
+            super().save_pretrained(aside, **kwargs)
+            path = Path(aside) / CONFIG_NAME
+            content = json.loads(path.read_text())
+            content["peft_type"] = PEFT_TYPE_IN_FILES
+            path.write_text(json.dumps(content, indent=2, sort_keys=True))
+            path.replace(folder / CONFIG_NAME)
 
     def to_dict(self) -> dict[str, Any]:
         """The adapter's fields, without the run's, and with sets as sorted lists: saving twice writes the same file.

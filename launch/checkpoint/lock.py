@@ -8,6 +8,7 @@ process of that number and start time. The owner on another host may be cut off 
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
 import os
 import threading
@@ -47,12 +48,7 @@ class OutputLock:
         own = self.path.with_name(f"{NAME}.{mine['id']}")
         try:
             own.write_text(json.dumps(mine))
-            for _ in range(ATTEMPTS):
-                if _place(own, self.path):
-                    break
-                self._remove_dead()
-            else:
-                raise UserError(f"{self.path} is taken by another run each time that it is free; start again.")
+            _take(self.path, own, self.path)
         finally:
             own.unlink(missing_ok=True)
         self._mine = mine
@@ -65,30 +61,6 @@ class OutputLock:
         mine, self._mine = self._mine, None
         if mine is not None and (read(self.path) or {}).get("id") == mine["id"]:
             self.path.unlink(missing_ok=True)
-
-    def _remove_dead(self) -> None:
-        """Removes the lock of a run that is provably gone.
-
-        Raises:
-            UserError: it is not.
-        """
-        holder = read(self.path)
-        if holder is None:
-            return  # released meanwhile
-        if not is_gone(holder):
-            raise UserError(_refusal(self.path, holder))
-        # Of two runs that see the same dead owner, one moves its lock away; the other one's rename fails, or takes
-        # what the first one has just placed: it looks, and puts it back.
-        aside = self.path.with_name(f"{NAME}.{uuid.uuid4().hex}")
-        try:
-            self.path.rename(aside)
-        except FileNotFoundError:
-            return
-        if (read(aside) or {}).get("id") != holder.get("id"):
-            _place(aside, self.path)
-        else:
-            print(f"{self.path}: its run ({_describe(holder)}) is gone; the folder is taken over.", flush=True)
-        aside.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
@@ -107,6 +79,42 @@ def read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _take(path: Path, own: Path, lock: Path) -> None:
+    """Puts the text of `own` at `path`: where nothing is, or where a run that is gone has left its own.
+
+    Of several runs that find the same dead owner, the one that replaces it holds a claim on just that owner: a lock
+    like any other, beside this one. The lock itself is never away.
+
+    Raises:
+        UserError: a run that may be alive holds `path`.
+    """
+    for _ in range(ATTEMPTS):
+        if _place(own, path):
+            return
+        holder = read(path)
+        if holder is None:
+            continue  # released meanwhile
+        if not is_gone(holder):
+            raise UserError(_refusal(lock, holder))
+        claim = lock.with_name(f"{NAME}.gone-{hashlib.sha256(json.dumps(holder).encode()).hexdigest()[:16]}")
+        _take(claim, own, lock)
+        try:
+            if read(path) == holder:  # nobody but the claim's owner replaces it now
+                _replace(own, path)
+                print(f"{path}: its run ({_describe(holder)}) is gone; the folder is taken over.", flush=True)
+                return
+        finally:
+            claim.unlink(missing_ok=True)
+    raise UserError(f"{lock} is taken by another run each time that it is free; start again.")
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Another file under `target` in one act; `source` stays."""
+    copy = target.with_name(f"{source.name}.new")
+    copy.write_text(source.read_text())
+    copy.replace(target)
 
 
 def _place(source: Path, target: Path) -> bool:
