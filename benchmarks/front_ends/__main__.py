@@ -268,6 +268,8 @@ class Runner:
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
             "HF_HUB_OFFLINE": "1",
+            # The user's cache of datasets has locks that other programs can hold.
+            "HF_HOME": str(self.folder / "huggingface"),
             "AXOLOTL_DO_NOT_TRACK": "1",
             "FORCE_TORCHRUN": "1",
             "NPROC_PER_NODE": "2",

@@ -16,9 +16,12 @@ import transformers
 
 import ds_moelora
 
+KEPT = []
+
 
 def create_optimizer(trainer: transformers.Trainer, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
     """In place of the Trainer's: all trained parameters in one group, as the DeepSpeed engine has them."""
+    KEPT.append(trainer)
     if trainer.optimizer is None:
         args = trainer.args
         optimizer = getattr(torch.optim, os.environ.get("UNSHARDED", "GateRiemannianAdamW"))
@@ -42,3 +45,9 @@ if __name__ == "__main__":
         sys.argv = sys.argv[1:]
         sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
         runpy.run_path(sys.argv[0], run_name="__main__")
+    # TRL destroys the process group, and DDP's reducer then has gloo's last reference. torch 2.13 frees it with the GIL
+    # held and joins gloo's thread, which needs the GIL to free a tensor: a race that hangs the process. So the trainer is
+    # kept, and the process ends without freeing it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
