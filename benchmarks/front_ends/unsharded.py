@@ -45,9 +45,9 @@ if __name__ == "__main__":
         sys.argv = sys.argv[1:]
         sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
         runpy.run_path(sys.argv[0], run_name="__main__")
-    # TRL destroys the process group: DDP's reducer then has gloo's last reference. torch 2.13 frees it with the GIL
-    # held and joins gloo's thread, which needs the GIL to free a tensor: a race that hangs the process. So the trainer
-    # is kept, and the process ends without freeing it.
+    # TRL destroys the process group, so DDP's reducer has gloo's last reference. torch 2.13 frees it with the GIL held
+    # and joins gloo's thread, which needs the GIL to free a tensor: a race that hangs the process (pytorch 56297).
+    # So the trainer is kept, and the process ends without freeing it.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
