@@ -66,6 +66,7 @@ def run_tests(python: Path) -> dict[str, tuple[int, int, list[str]]]:
         **os.environ,
         "PATH": f"{python.parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
+        "TORCH_EXTENSIONS_DIR": str(FOLDER / "torch_extensions"),
     }
     command = [python, "-m", "pytest", "-n", "2", "--dist", "loadfile", f"--junitxml={report}", *paths]
     report.unlink(missing_ok=True)
