@@ -302,29 +302,26 @@ class StepPlan:
         cut = [] if f.rank_first else self.places[i].cut_rows(size)
         if not cut:
             return
+        # A row is one expert's, or (out, r, E) all experts': then each has a slot of its own.
         table, per_row, slots = rows.cut[r], size // r, torch.tensor(cut)
         experts = torch.zeros_like(slots) if f.experts_last else slots // self._rows_per_expert(i)
-        held = self.places[i].processes(size, slots)
-        wanted = self._processes(wanting, experts) if r in rows.sums else held
-        position: dict[int, int] = {}
-        columns = zip(cut, experts.tolist(), *(t.tolist() for t in (*held, *wanted)), strict=True)
-        for row, expert, first, last, wanted_first, wanted_last in columns:
-            wants = wanted_first <= self.process <= wanted_last
-            if not wants and not first <= self.process <= last:
-                continue
-            position[row] = table.count
-            table.count += per_row
-            if wants:
-                table.rows.extend(range(position[row], table.count))
-                table.matrix.extend(rows.number[i][expert : expert + per_row])
-        starts = torch.tensor([position.get(row, 0) for row in cut])
+        held, numbers = self.places[i].processes(size, slots), torch.tensor(rows.number[i])
+        wanted = [self._processes(wanting, experts + k) if r in rows.sums else held for k in range(per_row)]
+        wants = [self._among(processes) for processes in wanted]
+        mine = torch.stack([self._among(held), *wants]).any(0)
+        starts = table.count + (mine.cumsum(0) - 1) * per_row
+        table.count += int(mine.sum()) * per_row
         for k in range(per_row):
-            self.exchange.add((which, r, "rows"), r, held, wanted, starts + k)
-        p, experts_of_row = self.places[i], per_row
+            self.exchange.add((which, r, "rows"), r, held, wanted[k], starts + k)
+            table.rows.extend((starts + k)[wants[k]].tolist())
+            table.matrix.extend(numbers[(experts + k)[wants[k]]].tolist())
+        p, position = self.places[i], dict(zip(cut, starts.tolist(), strict=True))
         for piece in split_slice(p.start, p.stop, size)[0]:
-            local, columns_of = p.local_offset + piece.offset, range(piece.column, piece.column + piece.length)
+            local, columns = p.local_offset + piece.offset, range(piece.column, piece.column + piece.length)
             unit = rows.copies.setdefault((p.unit, r), Copies())
             unit.local.extend(range(local, local + piece.length))
-            unit.table.extend(
-                position[piece.row] * r + c % experts_of_row * r + c // experts_of_row for c in columns_of
-            )
+            unit.table.extend(position[piece.row] * r + c % per_row * r + c // per_row for c in columns)
+
+    def _among(self, processes: Processes) -> Tensor:
+        """Whether this process is among them, for every slot."""
+        return (processes[0] <= self.process) & (self.process <= processes[1])
