@@ -53,6 +53,8 @@ class Placement:
 
     def cut_rows(self, row_numel: int) -> list[int]:
         """Rows (of `row_numel` elements) that lie in more than one process, in order; the same list everywhere."""
+        if self.position % row_numel == 0 == self.partition % row_numel:
+            return []
         first = max(self.position // self.partition + 1, 1)
         stop = min(-(-(self.position + self.numel) // self.partition), self.world)
         boundaries = (process * self.partition - self.position for process in range(first, stop))

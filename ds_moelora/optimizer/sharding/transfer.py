@@ -141,7 +141,9 @@ class Transfer:
         both = torch.minimum(held[1], wanted[1]) - torch.maximum(held[0], wanted[0]) + 1
         parts = (held[1] - held[0] + 1) * (wanted[1] - wanted[0] + 1) - both.clamp_min(0)
         shared = parts > 0
-        table = self.tables.setdefault(name, _Table(width, round(width**0.5) if symmetric else 0))
+        if name not in self.tables:
+            self.tables[name] = _Table(width, round(width**0.5) if symmetric else 0)
+        table = self.tables[name]
         numbers = table.count + shared.cumsum(0) - 1
         mine = torch.zeros_like(shared)
         for first, last in (held, wanted):
@@ -175,11 +177,20 @@ class Transfer:
             found[name] = tuple(Index(s[k] for s in slots) for slots in (held, wanted) for k in range(2))
         return found  # type: ignore[return-value]
 
+    @property
+    def collective(self) -> str:
+        return "all_to_all" if self.is_direct else "all_reduce"
+
+    @property
+    def sent_by_all(self) -> int:
+        """Elements that leave processes, if a ring carries an all-reduce; `sent`: this one."""
+        return self._sent_directly if self.is_direct else 2 * (self.world - 1) * self.numel
+
+    @property
     def sent(self) -> int:
-        """Elements that leave this process, if a ring carries an all-reduce."""
         if not self.is_direct:
-            return round(2 * (self.world - 1) / self.world * self.numel) if self.numel else 0
-        return sum(sum(self._routes[name].sent) * table.width for name, table in self.tables.items())
+            return round(self.sent_by_all / self.world)
+        return sum(self.sent_to)
 
     def __call__(self, tables: Mapping[Hashable, Tensor], group: Any, device: torch.device | None) -> None:
         """Puts the sums into the rows that want them, of tables (rows, width) that hold this process's parts.
