@@ -1,4 +1,4 @@
-"""The exchange of a step, on processes that are threads: whole, the same bits everywhere, and no more than is needed."""
+"""The exchange of a step, on processes that are threads: whole, the same bits everywhere, no more than is needed."""
 
 from __future__ import annotations
 
@@ -146,13 +146,12 @@ def test_work_and_memory_fall_with_the_processes(stage: int, report: Callable[[s
         found = cost(LAYERS, world, stage)
         report("Riemannian step of one process", f"stage {stage} world {world}: {found}; {all_grams} Gram matrices")
         # ZeRO-2: narrow layers have more Gram matrices for their size. ZeRO-3: an expert that a boundary cuts.
-        assert found.inverted <= found.summed <= 1.4 * all_grams / world
+        assert found.inverted <= found.summed <= 1.5 * all_grams / world
         # Each shared matrix: one triangle to one other process; before, an all-reduce of all of them.
         rank = LAYERS[0][3]
         assert found.sent <= 4 * (found.summed * rank * (rank + 1) // 2 + 4 * rank * len(LAYERS))
         assert found.sent < 2 * (world - 1) / world * 4 * all_grams * rank**2 / 4
-        matrices = one.peak - 0.9 * one.peak / world
-        assert stage < 3 or found.peak < one.peak - matrices + 0.2 * one.peak
+        assert stage < 3 or found.peak <= 1.6 * one.peak / world
 
 
 def test_few_processes_want_what_all_have() -> None:

@@ -65,12 +65,18 @@ class _Table:
         self.width = side * (side + 1) // 2 if side else width  # of what travels
         self.count = 0
         self.slots: list[_Slot] = []
-        if side:
-            upper = torch.ones(side, side).triu().bool()
-            numbers = torch.zeros(side, side, dtype=torch.long)
-            numbers[upper] = torch.arange(self.width)
-            self.kept = Index(upper.flatten().nonzero()[:, 0].tolist())
-            self.spread = Index(torch.maximum(numbers, numbers.T).flatten().tolist())
+
+    @cached_property
+    def kept(self) -> Index:
+        """The elements of a symmetric matrix that travel."""
+        return Index(a * self.side + b for a in range(self.side) for b in range(a, self.side))
+
+    @cached_property
+    def spread(self) -> Index:
+        """Where each element of the matrix is among these."""
+        place = {element: k for k, element in enumerate(self.kept)}
+        sides = range(self.side)
+        return Index(place[min(a, b) * self.side + max(a, b)] for a in sides for b in sides)
 
     def take(self, table: Tensor, rows: Index) -> Tensor:
         taken = table.index_select(0, rows.on(table.device))
