@@ -6,6 +6,7 @@ The slots of `optimizer.sharding.transfer`, from the positions that the factors 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -33,37 +34,65 @@ def gram_share(
         processes: over which ZeRO cuts the factors; 1: whole on every GPU. apart: each factor by itself, as ZeRO-3.
         routers: experts that the routers, which lie between the factors in ZeRO-1/2's buffer, have; 0: none there.
     """
-    widths = torch.tensor(layers).flatten()  # A, B, A, B, ...
-    numels, partner = experts * rank * widths, torch.arange(len(widths)).view(-1, 2).flip(1).flatten()
+    if processes == 1:
+        return GramShare(2 * experts * len(layers), 0.0, "all_reduce")
+    counts, exchanged = torch.zeros(processes, dtype=torch.long), Counter[str]()
     if apart:
-        starts, partitions = torch.zeros_like(numels), -(-numels // processes)
+        for layer, times in Counter(layers).items():
+            widths = torch.tensor(layer)
+            numels = experts * rank * widths
+            _exchange(experts, rank, widths, 0 * numels, -(-numels // processes), times, counts, exchanged)
     else:
-        between = torch.stack([torch.zeros(len(layers), dtype=torch.long), routers * widths[::2]], 1).flatten()
-        ends = (numels + between).cumsum(0)
-        starts, partitions = ends - numels - between, (-(-ends[-1] // processes)).expand_as(numels)
-    first = starts[:, None] + torch.arange(experts) * (rank * widths)[:, None]
-    held = first // partitions[:, None], (first + rank * widths[:, None] - 1) // partitions[:, None]
+        widths = torch.tensor(layers)  # (L, 2)
+        numels, between = experts * rank * widths, torch.zeros_like(widths)
+        between[:, 0] = routers * widths[:, 0]
+        between = between.roll(1, 1)  # a router lies behind its B
+        ends = (numels + between).flatten().cumsum(0).view_as(widths)
+        starts, partition = ends - numels - between, -(-ends[-1, 1] // processes)
+        first, last = starts[:, 0] // partition, (starts + numels - 1)[:, 1] // partition
+        cut = first != last
+        counts.index_add_(0, first[~cut], torch.full_like(first[~cut], 2 * experts))
+        widths, starts = widths[cut].flatten(), starts[cut].flatten()
+        _exchange(experts, rank, widths, starts, partition.expand_as(widths), 1, counts, exchanged)
+    reduced = 2 * (processes - 1) * exchanged["numel"]
+    is_direct = exchanged["direct"] < reduced
+    sent, collective = min(exchanged["direct"], reduced), "all_to_all" if is_direct else "all_reduce"
+    return GramShare(int(counts.max()), 4 * sent / processes, collective)
+
+
+def _exchange(
+    experts: int,
+    rank: int,
+    widths: Tensor,
+    starts: Tensor,
+    partitions: Tensor,
+    times: int,
+    counts: Tensor,
+    exchanged: Counter[str],
+) -> None:
+    """Adds what some pairs, A, B, A, B, ..., bring: `times` over, to matrices per process, and to what is exchanged."""
+    processes, size = len(counts), rank * widths
+    partner = torch.arange(len(widths)).view(-1, 2).flip(1).flatten()
+    first = starts[:, None] + torch.arange(experts) * size[:, None]
+    held = first // partitions[:, None], (first + size[:, None] - 1) // partitions[:, None]
     wanted = held[0][partner], held[1][partner]
     transfer = Transfer(0, processes)
     _add(transfer, "grams", rank * rank, held, wanted, symmetric=True)
     # Rows that boundaries cut: weights go where their expert's Gram matrix is wanted, gradients to both sides.
-    boundary = torch.arange(1, processes)
-    if apart:
-        cut = torch.nonzero(partitions % rank)[:, 0]
-        factor, after = cut.repeat_interleave(processes - 1), boundary.repeat(len(cut))
-    else:
-        factor, after = torch.searchsorted(starts, boundary * partitions[0], right=True) - 1, boundary
+    before = starts // partitions
+    num = (starts + experts * size - 1) // partitions - before
+    factor = torch.arange(len(widths)).repeat_interleave(num)
+    after = before[factor] + 1 + torch.arange(len(factor)) - (num.cumsum(0) - num)[factor]
     at = after * partitions[factor] - starts[factor]
-    inside = (at > 0) & (at < numels[factor]) & (at % rank != 0)
-    factor, after, at = factor[inside], after[inside], at[inside]
-    sides, expert = (after - 1, after), at // (rank * widths[factor])
+    factor, after, at = (t[at % rank != 0] for t in (factor, after, at))
+    sides, expert = (after - 1, after), at // size[factor]
     _add(transfer, "rows", rank, sides, (wanted[0][factor, expert], wanted[1][factor, expert]))
     _add(transfer, "rows", rank, sides, sides)
     both = torch.maximum(held[0], wanted[0]), torch.minimum(held[1], wanted[1])
     met = both[0] <= both[1]
-    counts = _per_process(processes, *held) + _per_process(processes, *wanted)
-    counts -= _per_process(processes, both[0][met], both[1][met])
-    return GramShare(int(counts.max()), 4 * transfer.sent_by_all / processes, transfer.collective)
+    counts += times * (_per_process(processes, *held) + _per_process(processes, *wanted))
+    counts -= times * _per_process(processes, both[0][met], both[1][met])
+    exchanged.update(numel=times * transfer.numel, direct=times * transfer.sent_directly)
 
 
 def _add(

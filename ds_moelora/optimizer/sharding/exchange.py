@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -167,7 +168,7 @@ class GroupCall:
         """
         plan, both = self.plan, ((self.plan.weights, WEIGHT), (self.plan.grads, GRAD))
         self._assemble()
-        like = {"dtype": torch.float64 if self.wide else self.dtype, "device": self.device}
+        like: dict[str, Any] = {"dtype": torch.float64 if self.wide else self.dtype, "device": self.device}
         self.tables = tables = {
             **{(w, r, "grams"): torch.zeros(n, r * r, **like) for rows, w in both for r, n in rows.sums.items()},
             **{(w, r, "rows"): torch.zeros(cut.count, r, **like) for rows, w in both for r, cut in rows.cut.items()},

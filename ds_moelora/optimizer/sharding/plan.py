@@ -306,13 +306,13 @@ class StepPlan:
         table, per_row, slots = rows.cut[r], size // r, torch.tensor(cut)
         experts = torch.zeros_like(slots) if f.experts_last else slots // self._rows_per_expert(i)
         held, numbers = self.places[i].processes(size, slots), torch.tensor(rows.number[i])
-        wanted = [self._processes(wanting, experts + k) if r in rows.sums else held for k in range(per_row)]
-        wants = [self._among(processes) for processes in wanted]
+        wanted_of = [self._processes(wanting, experts + k) if r in rows.sums else held for k in range(per_row)]
+        wants = [self._among(processes) for processes in wanted_of]
         mine = torch.stack([self._among(held), *wants]).any(0)
         starts = table.count + (mine.cumsum(0) - 1) * per_row
         table.count += int(mine.sum()) * per_row
         for k in range(per_row):
-            self.exchange.add((which, r, "rows"), r, held, wanted[k], starts + k)
+            self.exchange.add((which, r, "rows"), r, held, wanted_of[k], starts + k)
             table.rows.extend((starts + k)[wants[k]].tolist())
             table.matrix.extend(numbers[(experts + k)[wants[k]]].tolist())
         p, position = self.places[i], dict(zip(cut, starts.tolist(), strict=True))

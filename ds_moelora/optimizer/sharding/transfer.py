@@ -134,7 +134,7 @@ class Transfer:
     def __init__(self, process: int, world: int) -> None:
         self.process, self.world = process, world
         self.tables: dict[Hashable, _Table] = {}
-        self._sent_directly = 0  # elements, by all processes
+        self.sent_directly = 0  # elements, by all processes
 
     def add(
         self, name: Hashable, width: int, held: Processes, wanted: Processes, rows: Tensor, symmetric: bool = False
@@ -158,7 +158,7 @@ class Transfer:
         for row, number, first, last, wanted_first, wanted_last in zip(*columns, strict=True):
             table.slots.append(_Slot(row, number, range(first, last + 1), range(wanted_first, wanted_last + 1)))
         table.count += int(shared.sum())
-        self._sent_directly += table.width * int(parts.sum())
+        self.sent_directly += table.width * int(parts.sum())
 
     @property
     def numel(self) -> int:
@@ -167,7 +167,7 @@ class Transfer:
 
     @property
     def is_direct(self) -> bool:
-        return self._sent_directly < 2 * (self.world - 1) * self.numel
+        return self.sent_directly < 2 * (self.world - 1) * self.numel
 
     @cached_property
     def _routes(self) -> dict[Hashable, _Direct]:
@@ -180,7 +180,7 @@ class Transfer:
         for name, table in self.tables.items():
             held = [slot for slot in table.slots if self.process in slot.held]
             wanted = [slot for slot in table.slots if self.process in slot.wanted]
-            found[name] = tuple(Index(s[k] for s in slots) for slots in (held, wanted) for k in range(2))
+            found[name] = tuple(Index(t) for s in (held, wanted) for t in ([x.row for x in s], [x.number for x in s]))
         return found  # type: ignore[return-value]
 
     @property
@@ -190,7 +190,7 @@ class Transfer:
     @property
     def sent_by_all(self) -> int:
         """Elements that leave processes, if a ring carries an all-reduce; `sent`: this one."""
-        return self._sent_directly if self.is_direct else 2 * (self.world - 1) * self.numel
+        return self.sent_directly if self.is_direct else 2 * (self.world - 1) * self.numel
 
     @property
     def sent(self) -> int:
@@ -198,7 +198,7 @@ class Transfer:
             return round(self.sent_by_all / self.world)
         return sum(self.sent_to)
 
-    def __call__(self, tables: Mapping[Hashable, Tensor], group: Any, device: torch.device | None) -> None:
+    def __call__(self, tables: Mapping[Any, Tensor], group: Any, device: torch.device | None) -> None:
         """Puts the sums into the rows that want them, of tables (rows, width) that hold this process's parts.
 
         Args:
@@ -244,7 +244,7 @@ class Transfer:
             for q in range(self.world)
         ]
 
-    def pack(self, tables: Mapping[Hashable, Tensor]) -> Tensor:
+    def pack(self, tables: Mapping[Any, Tensor]) -> Tensor:
         """What this process sends, one process after the other, and for each one table after the other."""
         parts = [
             table.take(tables[name], self._routes[name].rows).split(self._routes[name].sent)
@@ -252,7 +252,7 @@ class Transfer:
         ]
         return torch.cat([part.flatten() for of_process in zip(*parts, strict=True) for part in of_process])
 
-    def unpack(self, tables: Mapping[Hashable, Tensor], received: Tensor) -> None:
+    def unpack(self, tables: Mapping[Any, Tensor], received: Tensor) -> None:
         """Adds what came to this process's parts, in the order of processes."""
         names = list(self.tables)
         sizes = [self._routes[name].received[q] * self.tables[name].width for q in range(self.world) for name in names]
