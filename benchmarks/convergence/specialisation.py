@@ -40,7 +40,7 @@ class ExpertCounts:
 
     def expect(self, skills: Tensor, counted: Tensor) -> None:
         """Of the next batch: each line's skill (n,), and which of its tokens count (n, L)."""
-        self.skills, self.counted = skills[:, None].expand_as(counted)[counted], counted
+        self.skills, self.counted = skills[:, None].to(counted.device).expand_as(counted)[counted].cpu(), counted
 
     def _count(self, number: int, x: Tensor) -> None:
         experts = self.layers[number].experts("default")

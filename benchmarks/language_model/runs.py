@@ -140,9 +140,10 @@ def adapt(run: Run, base: nn.Module) -> nn.Module:
         rank = run.num_experts * run.r
         config: Any = LoraConfig(r=rank, lora_alpha=SCALING * rank, **common)
     else:
-        goat = {"init_lora_weights": "goat", "scaling": "goat"} if run.start == "goat" else {}
-        sizes = {"num_experts": run.num_experts, "top_k": run.top_k, "r": run.r, "lora_alpha": SCALING * run.r}
-        config = ds_moelora.MoELoRAConfig(**sizes, **common, **goat)
+        goat = {"init_lora_weights": "goat", "scaling": "goat"}
+        start = goat if run.start == "goat" else {"lora_alpha": SCALING * run.r}
+        sizes = {"num_experts": run.num_experts, "top_k": run.top_k, "r": run.r}
+        config = ds_moelora.MoELoRAConfig(**sizes, **common, **start)
     return get_peft_model(copy.deepcopy(base), config)
 
 

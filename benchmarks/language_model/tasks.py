@@ -101,8 +101,9 @@ class Language:
         """
         total, tokens, whole = 0.0, 0, []
         index = torch.arange(len(self.test.answers)).split(EVALUATION_BATCH)
-        counting = ExpertCounts(model, len(FILES[self.name]))
-        with counting as counts:
+        several = len(FILES[self.name]) > 1
+        counts = ExpertCounts(model if several else nn.Module(), len(FILES[self.name]))
+        with counts:
             for part in index:
                 batch = self.batch(self.test, part.tolist())
                 labels = batch["labels"]
@@ -116,7 +117,7 @@ class Language:
                 right = (logits.argmax(-1)[:, :-1] == labels[:, 1:]) | (labels[:, 1:] == IGNORED)
                 whole += right.all(1).tolist()
         found = {"test_loss": total / tokens}
-        if len(FILES[self.name]) > 1:
+        if several:
             found["test_accuracy"] = sum(whole) / len(whole)
             if counts.tables:
                 found["mutual_information"] = sum(map(mutual_information, counts.tables)) / len(counts.tables)
