@@ -264,7 +264,7 @@ def sections(study: Study) -> dict[str, str]:
     more = {"top_k": 4}, {"top_k": 8}, {"gate_lr_scale": 1e-3}, {"num_experts": 20, "top_k": 10}
     names = ("k = E / 2", "k = E", "slow routers", "20, 10, 4")
     found = {
-        "origin": origin(study.rows),
+        "origin": origin(study.rows, "CPU time" if study.device == "cpu" else "a shared GPU's time"),
         "progress": progress(study),
         "MAWPS": methods(study, "mawps", ALL),
         "several skills": methods(study, "skills", ALL),
@@ -276,7 +276,10 @@ def sections(study: Study) -> dict[str, str]:
         "gates": gates(study),
         "spread": spreads(study),
     }
-    return {name: text if text.count("\n") > 1 or name == "origin" else "(no rows yet)" for name, text in found.items()}
+    return {
+        name: text if text.count("\n") > 1 or name == "origin" else "(no complete rows yet)"
+        for name, text in found.items()
+    }
 
 
 def figures(study: Study, folder: Path) -> list[str]:

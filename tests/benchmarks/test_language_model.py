@@ -69,7 +69,8 @@ def test_a_run(sources: bench.Sources, method: str) -> None:
     """Every kind of method trains and reports what its kind can."""
     outcome = bench.execute(replace(RUN, method=method, lr=1e-3), sources)
     assert 0 < outcome["train_loss"] < plan.FAILED_LOSS * 2
-    assert 0 <= outcome["test_accuracy"] <= 1 and 0 <= outcome["value_accuracy"] <= 1
+    assert 0 <= outcome["test_accuracy"] <= 1
+    assert 0 <= outcome["value_accuracy"] <= 1
     assert ("gate_cv" in outcome) == ("LoRA" not in method)
 
 
@@ -114,7 +115,8 @@ def test_a_study_that_is_stopped_goes_on(tmp_path: Path) -> None:
     rows = read_rows(path)
     assert [float(row["lr"]) for row in rows][:4] == first
     assert len({(row["lr"], row["seed"]) for row in rows}) == len(rows)
-    assert Cell(rows).lr == plan.rung(-9) and len(Cell(rows).reported) == 3
+    assert Cell(rows).lr == plan.rung(-9)
+    assert len(Cell(rows).reported) == 3
     bench.run_all(studies, bench.RunsFile(path, lambda _: pytest.fail("run again"), "cpu"), 1, 60.0)
     bench.run_all([("late", [(plan.untrained, RUN)])], bench.RunsFile(path, work, "cpu"), 1, -1.0)
     assert read_rows(path) == rows
