@@ -276,10 +276,8 @@ def sections(study: Study) -> dict[str, str]:
         "gates": gates(study),
         "spread": spreads(study),
     }
-    return {
-        name: text if text.count("\n") > 1 or name == "origin" else "(no complete rows yet)"
-        for name, text in found.items()
-    }
+    empty = {name for name, text in found.items() if text.count("\n") < 2 and name != "origin"}
+    return {name: "(no complete rows yet)" if name in empty else text for name, text in found.items()}
 
 
 def figures(study: Study, folder: Path) -> list[str]:
@@ -340,8 +338,9 @@ def _over_rate(axes: object, study: Study) -> None:
 
 def _over_shape(axes: object, study: Study) -> None:
     for i, name in enumerate(plans.TRANSFER_METHODS):
-        for j, shape in enumerate(({**plans.SOURCE}, *plans.TRANSFERS)):
-            points = _points(study.cells[replace(study.run("mawps", name), **shape)])
+        shapes = (plans.SOURCE, *plans.TRANSFERS)
+        found = [_points(study.cells[replace(study.run("mawps", name), **shape)]) for shape in shapes]
+        for j, points in enumerate(found if found[0] else []):
             if len(points) > 1:
                 label = name if j == 0 else None
                 axes.semilogx(*zip(*points, strict=True), ".-", color=f"C{i}", alpha=0.6, label=label, lw=1)  # type: ignore[attr-defined]

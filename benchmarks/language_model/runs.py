@@ -115,7 +115,7 @@ class Session:
         """Of the answers' tokens; the load-balancing loss counts in its gradient alone."""
         tuner: Any = model.base_model
         mixed = isinstance(tuner, ds_moelora.MoELoRAModel)
-        measured = self.step >= 3 * self.run.steps // 4 and self.step % MEASURE_EVERY == 0
+        measured = self.step >= 3 * self.run.steps // 4 and (self.run.steps - 1 - self.step) % MEASURE_EVERY == 0
         self.step += 1
         if mixed:
             tuner.router_listener = self.spread if measured else None

@@ -68,7 +68,7 @@ def test_loss_is_that_of_the_answers_alone(sources: bench.Sources) -> None:
 def test_a_run(sources: bench.Sources, method: str) -> None:
     """Every kind of method trains and reports what its kind can."""
     outcome = bench.execute(replace(RUN, method=method, lr=1e-3), sources)
-    assert 0 < outcome["train_loss"] < plan.FAILED_LOSS * 2
+    assert 0 < outcome["train_loss"] < 7  # of 128 tokens, at random: 4.85
     assert 0 <= outcome["test_accuracy"] <= 1
     assert 0 <= outcome["value_accuracy"] <= 1
     assert ("gate_cv" in outcome) == ("LoRA" not in method)
