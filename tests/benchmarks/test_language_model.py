@@ -75,7 +75,7 @@ def test_a_run(sources: bench.Sources, method: str) -> None:
 
 
 def test_goat_several_skills_and_upper_layers(sources: bench.Sources) -> None:
-    outcome = bench.execute(replace(RUN, task="skills", start="goat", layers=1, batch=4), sources)
+    outcome = bench.execute(replace(RUN, task="skills", start="goat", r=2, layers=1, batch=4), sources)
     assert 0 <= outcome["mutual_information"] < 2
     assert bench.execute(replace(RUN, task="gsm8k"), sources)["test_accuracy"] >= 0
 
