@@ -18,7 +18,7 @@ from launch.checks.errors import UserError
 from launch.demo.base import byte_tokenizer
 from launch.training import base_experts
 
-from ..support.base_experts import base_model
+from ..support.base_experts import ARCHITECTURES, base_model
 from ..support.launch_support import launch, write_jsonl
 
 
@@ -28,22 +28,27 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", rows)
 
 
+# Processes and ZeRO stage: one of each kind of run, as few processes as tell them apart.
+RUNS = {"mixtral": (2, 2), "qwen3_moe": (2, 3), "gpt_oss": (1, 2), "deepseek_v3": (1, 2), "olmoe": (1, 2)}
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("architecture", ["mixtral"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_train_save_resume_evaluate_merge(
     architecture: str, data: Path, tmp_path: Path, report: Callable[[str, str], None]
 ) -> None:
+    ranks, stage = RUNS[architecture]
     tokenizer = byte_tokenizer()
     base_model(architecture, vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    flags = ["--deepspeed", "configs/zero2.json", "--model_name_or_path", str(tmp_path / "base")]
+    flags = ["--deepspeed", f"configs/zero{stage}.json", "--model_name_or_path", str(tmp_path / "base")]
     flags += ["--dataset_name", str(data), "--eval_dataset_name", str(data), "--output_dir", str(tmp_path / "run")]
     flags += ["--target_parameters", "experts", "--target_modules", "q_proj", "--max_length", "64", "--save_steps", "2"]
     flags += ["--per_device_train_batch_size", "2", "--report_to", "none", "--learning_rate", "1e-2"]
-    finished = launch([*flags, "--max_steps", "2"])
+    finished = launch([*flags, "--max_steps", "2"], ranks)
     assert finished.code == 0, finished.output[-4000:]
     assert "computed by grouped products" in finished.output
-    finished = launch([*flags, "--max_steps", "4", "--resume_from_checkpoint", "true"])
+    finished = launch([*flags, "--max_steps", "4", "--resume_from_checkpoint", "true"], ranks)
     assert finished.code == 0, finished.output[-4000:]
     summary = json.loads((tmp_path / "run" / "train_summary.json").read_text())
     assert summary["steps"] == 4
