@@ -52,6 +52,30 @@ def check_layout() -> None:
         )
 
 
+def wrap_parameter(config: Any, adapter_name: str, target: nn.Module, parameter_name: str) -> nn.Module | None:
+    """PEFT's LoRA on a stacked parameter, for `MoELoRAConfig.target_parameters`.
+
+    Args:
+        config: a `MoELoRAConfig`, whose r, lora_alpha and scaling hold. target: the module, or a wrapper around it, or
+            the wrapper that already adapts the parameter, which then takes the further adapter.
+
+    Returns:
+        The new wrapper; None if `target` took it.
+    """
+    plain = LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        use_rslora=config.scaling == "rslora",
+        init_lora_weights=config.init_lora_weights is not False,
+        inference_mode=config.inference_mode,
+    )
+    options: Any = {"r": config.r, "lora_alpha": config.lora_alpha, "config": plain}
+    if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
+        target.update_layer(adapter_name, **options)
+        return None
+    return ParamWrapper(target, adapter_name, parameter_name=parameter_name, **options)
+
+
 def check_auto_ep(engine: Any) -> None:
     """DeepSpeed's AutoEP looks for stacked parameters, does not see those that PEFT has wrapped, and goes on.
 
@@ -105,6 +129,10 @@ def use_lora_experts(model: nn.Module) -> int:
     for base in found:
         base.config._experts_implementation = NAME
         base.lora_gate = gate_of(base) or GateSettings()
+    for module in model.modules():
+        for linear in module.lora_A.values() if isinstance(module, ParamWrapper) else ():
+            if (pair := getattr(linear.weight, "lora_pair", None)) is not None:
+                pair.gate = gate_of(module.get_base_layer())
     return len(found)
 
 

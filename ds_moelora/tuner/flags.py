@@ -15,6 +15,7 @@ from .config import PATTERNS, MoELoRAConfig
 
 # Fields of the configuration that are no flags: a regular expression in --target_modules says the same.
 _NO_FLAGS = {item.name for item in fields(PeftConfig)} | {"exclude_modules", "layers_to_transform", "layers_pattern"}
+_NO_FLAGS |= {"target_parameters"}  # the launcher's own: it means PEFT's LoRA alone, too
 # What a command line must write otherwise than Python: type, default, and what is said of it.
 _FORMS: dict[str, tuple[Any, Any, str]] = {
     "target_modules": (list[str], ["all-linear"], "Module names, one regular expression, or all-linear."),
