@@ -94,8 +94,8 @@ def _warn_of_stacked(model: nn.Module, num_adapted: int) -> None:
         left = sum(stacked.values())
         warnings.warn(
             f"target_modules='all-linear' adapts {num_adapted} modules and leaves out {_some_names(stacked)}: matrices "
-            f"stacked in one parameter, {left:,} of the base model's {total:,} weights ({left / total:.0%}). PEFT's LoRA "
-            f"adapts them, beside the mixtures: target_parameters={endings} in the configuration, "
+            f"stacked in one parameter, {left:,} of the base model's {total:,} weights ({left / total:.0%}). PEFT's "
+            f"LoRA adapts them, beside the mixtures: target_parameters={endings} in the configuration, "
             "--target_parameters experts for launch/train.py.",
             stacklevel=3,
         )

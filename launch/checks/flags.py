@@ -99,7 +99,7 @@ class RunArguments(DataArguments):
         default_factory=list,
         metadata={
             "help": "MoE bases: the adapter is PEFT's LoRA, on these stacked parameters (experts: all of them) and on "
-            "--target_modules (none: no modules)."
+            "--target_modules (none: no modules); with flags of mixtures, mixtures on modules beside it."
         },
     )
     regression: bool = flag(False, "Classification: labels are numbers (STS-B), learnt by least squares.")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import (
     JambaConfig,
@@ -127,7 +130,7 @@ def test_stacked_experts_are_named_with_who_adapts_them() -> None:
     config = all_linear(target_parameters=["experts.down_proj", "experts.gate_up_proj"])
     assert f"target_parameters={config.target_parameters}" in said
     with warnings.catch_warnings():  # does what was said, and has nothing more to say
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         model = get_peft_model(mixtral(), config)
     assert sum(isinstance(module, ParamWrapper) for module in model.modules()) == 4
 
