@@ -37,6 +37,7 @@ from launch.checks.errors import UserError, run_guarded
 from launch.checks.flags import (
     SCORED_TASKS,
     TASKS,
+    TEMPLATES,
     TRAINING_CLASSES,
     AdapterArguments,
     DataArguments,
@@ -58,6 +59,7 @@ from launch.training.loading import (
     load_processor,
     quieten,
 )
+from launch.training.remembered import note, settle_template
 from launch.training.report import write_text
 
 DEMO = "demo"
@@ -77,7 +79,11 @@ class EvaluationArguments(SourceArguments, DataArguments):
     dataset_name: str | None = flag(None, "Data: a file, a folder or a hub id; demo: the demo's held-out lines.")
     dataset_split: str | None = flag(None, "Its split. Default: the first of validation, test, dev, train it has.")
     batch_size: int = flag(16, "Rows per batch; scores do not depend on it.")
-    max_length: int | None = flag(None, "Longest row in tokens, as in training. Default: that of the task.")
+    max_length: int | None = flag(None, "Longest row in tokens. Default: as in training.")
+    prompt_template: str | None = field(
+        default=None,
+        metadata={"help": "How instruction rows become a prompt. Default: as in training.", "choices": list(TEMPLATES)},
+    )
     classes: list[str] = field(
         default_factory=list, metadata={"help": "Names of the classes by id. Default: those in train_summary.json."}
     )
@@ -103,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     source = find_source(wish, wish.task, wish.classes)
     wish.task, wish.model_name_or_path = source.task, source.base
     answers = answering.wants_answers(scoring, source.task)
+    settle_training(wish, source)
     check_task(wish)
     if wish.max_length is not None and source.task == "image-classification":
         raise UserError(f"--max_length {wish.max_length} has no effect with --task {source.task}.")
@@ -126,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "task": source.task,
         "dataset": wish.dataset_name,
         "rows": len(rows),
+        "prompt_template": wish.prompt_template if source.task == "causal-lm" else None,
+        "max_length": wish.max_length,
         "metrics": {k.removeprefix("eval_"): v for k, v in metrics.items() if not k.endswith(NOT_SCORES)},
         "batch_size": wish.batch_size,
         "dtype": str(source.dtype).removeprefix("torch."),
@@ -138,6 +147,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         paths.append(write_predictions(Path(wish.predictions), writer))
     print_results(results, [path for path in paths if path is not None])
     return results
+
+
+def settle_training(wish: EvaluationArguments, source: Source) -> None:
+    """Completes template and length by those of the training; what differs from it is said."""
+    if source.task != "causal-lm":
+        wish.prompt_template = wish.prompt_template or RunArguments.prompt_template
+        if source.task == "sequence-classification" and wish.max_length is None:
+            wish.max_length = source.trained.max_length
+        return
+    wish.prompt_template = settle_template(wish.prompt_template, source.trained, RunArguments.prompt_template)
+    if source.trained.formats and not wish.prompt_format:
+        note(f"This adapter was trained with {' '.join(source.trained.formats)}; pass them for rows of that kind.")
+    known = source.trained.max_length
+    if wish.max_length is None:
+        wish.max_length = known
+    elif known is not None and wish.max_length != known:
+        note(f"--max_length {wish.max_length}: this adapter was trained with {known}.")
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, ScoringArguments]:
@@ -248,6 +274,8 @@ def print_results(results: dict[str, Any], paths: list[Path]) -> None:
     table.add_row("rows", f"{results['rows']:,}")
     for key, value in results["metrics"].items():
         table.add_row(key.replace("_", " "), f"{value:,.0f}" if key == "tokens" else f"{value:.4f}")
+    if results["prompt_template"] is not None:
+        table.add_row("prompt template", results["prompt_template"])
     table.add_row("run", f"{results['seconds']:.1f} s, {results['dtype']} on {results['device']}")
     for path in paths:
         table.add_row("written", str(path))

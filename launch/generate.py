@@ -1,11 +1,11 @@
 """Lets an adapter (or a base model) answer prompts; needs no DeepSpeed.
 
     python launch/generate.py --adapter outputs/demo --prompt 'rev:abc=' 'upp:xyz='
-    python launch/generate.py --adapter outputs/chat --prompt_template chat             # asks for prompts, one per line
-    python launch/generate.py --adapter outputs/alpaca --prompt_template alpaca --prompt_file questions.txt --json
+    python launch/generate.py --adapter outputs/chat             # asks for prompts, one per line
+    python launch/generate.py --adapter outputs/alpaca --prompt_file questions.txt --json
 
-A model answers best to prompts worded as those that it was trained on: --prompt_template alpaca for instructions that
-the launcher worded so, chat for a tokenizer's chat template. docs/evaluation.md has more.
+Prompts are worded as those that the adapter was trained on, which its adapter_config.json remembers; --prompt_template
+words them otherwise. docs/evaluation.md has more.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from launch.checks.arguments import read_flags
 from launch.checks.errors import UserError, run_guarded
-from launch.checks.flags import DataArguments, flag
+from launch.checks.flags import NO_TEMPLATE, TEMPLATES, DataArguments, flag
 from launch.data.answering import prompt_tokens, write_answers
 from launch.data.causal import causal_rows
 from launch.training.loading import (
@@ -38,6 +38,7 @@ from launch.training.loading import (
     load_processor,
     quieten,
 )
+from launch.training.remembered import settle_template
 
 
 @dataclass
@@ -46,12 +47,12 @@ class GenerationArguments(SourceArguments):
 
     prompt: list[str] = field(default_factory=list, metadata={"help": "One or several prompts."})
     prompt_file: str | None = flag(None, "A text file with one prompt per line. Neither: prompts are read from stdin.")
-    prompt_template: str = field(
-        default="none",
+    prompt_template: str | None = field(
+        default=None,
         metadata={
             "help": "What is made of a prompt: nothing (none), an instruction in Stanford Alpaca's wording (alpaca), a "
-            "line (plain), or a user's message in the tokenizer's chat template (chat).",
-            "choices": ["none", "alpaca", "plain", "chat"],
+            "line (plain), or a user's message in the tokenizer's chat template (chat). Default: as in training.",
+            "choices": [NO_TEMPLATE, *TEMPLATES],
         },
     )
     system: str | None = flag(None, "With --prompt_template chat: the system message.")
@@ -78,8 +79,6 @@ class GenerationArguments(SourceArguments):
                 raise UserError(f"--{name} {getattr(self, name)} must be {bound}.")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
             raise UserError("--top_p and --top_k have no effect without --temperature, e.g. --temperature 0.7.")
-        if self.system is not None and self.prompt_template != "chat":
-            raise UserError("--system has no effect without --prompt_template chat.")
         if self.prompt and self.prompt_file:
             raise UserError("--prompt and --prompt_file both name the prompts; keep one.")
 
@@ -107,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     (wish,) = read_flags((GenerationArguments,), sys.argv[1:] if argv is None else argv, "launch/generate.py")
     prompts = wish.prompt or (_read_prompts(wish.prompt_file) if wish.prompt_file else [])
     source = find_source(wish, "causal-lm")
+    wish.prompt_template = settle_template(wish.prompt_template, source.trained, NO_TEMPLATE)
+    if wish.system is not None and wish.prompt_template != "chat":
+        raise UserError("--system has no effect without --prompt_template chat.")
     tokenizer = load_processor(source)
     model = load_for_inference(source, tokenizer)
     set_seed(wish.seed)
@@ -132,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
 
 def worded(texts: list[str], wish: GenerationArguments, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """What the model reads. Worded as in training, by the same function."""
-    if wish.prompt_template == "none":
+    if wish.prompt_template == NO_TEMPLATE:
         return [prompt_tokens(text, tokenizer) for text in texts]
     system = {} if wish.system is None else {"system": [wish.system] * len(texts)}
     rows = Dataset.from_dict({"instruction": texts, "output": ["-"] * len(texts), **system})

@@ -49,8 +49,9 @@ from launch.cluster.processes import find_free_port
 from launch.data import answering
 from launch.demo import defaults as demo
 from launch.training import card, modeling, report, trainers
-from launch.training.finishing import HubUpload, guard_curves, not_fatal
+from launch.training.finishing import EvaluateOnce, HubUpload, evaluated, guard_curves, not_fatal
 from launch.training.prepared import prepare
+from launch.training.remembered import Remember
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -83,12 +84,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     watch.reached("the loading of the model")
     stopping = Stopping(arguments.run.stop_after_nan_steps)
     status = saving.StatusFile(arguments.run.status_file)
-    callbacks: list[TrainerCallback] = [status, watchdog.Progress(watch)]
+    remember = Remember(arguments, optimizer)
+    callbacks: list[TrainerCallback] = [status, watchdog.Progress(watch), remember, EvaluateOnce()]
     if arguments.demo:
         callbacks.append(demo.ExactMatch(processor))
     hub = HubUpload(arguments.training)
     callbacks.append(hub)
     trainer = trainers.build_trainer(arguments, model, processor, made.train, evaluation, callbacks, stopping)
+    remember.trainer = trainer
     guard_curves(trainer)
     if trainer.is_world_process_zero():
         report.print_truncation(trainer.truncation)
@@ -195,15 +198,22 @@ def run(
             )
         return None
     trainer.save_model(training.output_dir)  # before anything that may fail
-    eval_metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    eval_metrics = evaluated(trainer) or (trainer.evaluate() if trainer.eval_dataset is not None else {})
+    if trainer.evaluation_skipped and trainer.is_world_process_zero():
+        print("The evaluation was left out because of a signal; launch/evaluate.py scores the adapter.", flush=True)
     if trainer.is_world_process_zero():
         with not_fatal("the model card's part on training", training.output_dir):
             model = trainer.accelerator.unwrap_model(trainer.model)
-            record_training(model, card.training_record(arguments, trainer, optimizer, eval_metrics))
+            record_training(model, card.training_record(arguments, trainer, remembered(callbacks), eval_metrics))
             model.create_or_update_model_card(training.output_dir)
     with not_fatal("its summary", training.output_dir):
         return report_run(trainer, arguments, optimizer, callbacks, eval_metrics)
     return {}
+
+
+def remembered(callbacks: list[TrainerCallback]) -> dict[str, Any]:
+    """What `Remember` has written down."""
+    return next(callback.record for callback in callbacks if isinstance(callback, Remember))
 
 
 def report_run(
@@ -219,6 +229,7 @@ def report_run(
         extra["regression"] = arguments.run.regression
         classes = [] if arguments.run.regression else sorted(trainer.model.config.id2label.items())
         extra["classes"] = [name for _, name in classes]
+    extra["trained_with"] = remembered(callbacks)
     exact_match = next((callback for callback in callbacks if isinstance(callback, demo.ExactMatch)), None)
     if exact_match is not None:
         extra["exact_match"] = exact_match.accuracy

@@ -33,6 +33,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("adapter.*.inference_mode", IGNORE),
     ("adapter.*.peft_version", IGNORE),
     ("adapter.*.svd_cache_dir", IGNORE),
+    ("adapter.*.trained_with", IGNORE),  # flags, data and optimizer are compared themselves
     ("adapter.*.expert_compute", IGNORE),
     ("adapter.*.ep_*", IGNORE),  # said as topology
     # Regularisation may change in the course of a run.
@@ -126,12 +127,18 @@ def run_record(run: Run) -> dict[str, Any]:
         record |= {f"base.{key}": plain(value) for key, value in base.to_dict().items()}
     record["base.samples"] = sample_weights(run.module)
     record["optimizer.class"] = type(run.optimizer).__name__
-    groups = run.optimizer.param_groups
-    for key in sorted({key for group in groups for key in group} - _NOT_SETTINGS):
-        values = [plain(group.get(key)) for group in groups]
-        record[f"optimizer.{key}"] = values[0] if all(value == values[0] for value in values) else values
+    record |= {f"optimizer.{key}": value for key, value in optimizer_settings(run.optimizer).items()}
     record |= {f"trained.{name}": list(shape) for name, shape in trained_shapes(run.module).items()}
     return record | {f"topology.{key}": value for key, value in topology(run).items()}
+
+
+def optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Every setting but the learning rate; a list where groups differ."""
+    groups, found = optimizer.param_groups, {}
+    for key in sorted({key for group in groups for key in group} - _NOT_SETTINGS):
+        values = [plain(group.get(key)) for group in groups]
+        found[key] = values[0] if all(value == values[0] for value in values) else values
+    return found
 
 
 _NOT_SETTINGS = {

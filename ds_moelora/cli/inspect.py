@@ -121,9 +121,22 @@ def _headline(name: str, adapter: SavedAdapter, facts: Sequence[LayerFacts]) -> 
         f"base model {config.base_model_name_or_path or 'unknown'}, task {config.task_type or 'none'}, "
         f"scaling {config.scaling}, start: {start}" + "".join(f", {text}" for text in extras),
     ]
+    if config.trained_with:
+        known = config.trained_with.items()
+        lines.append(
+            "trained with: " + ", ".join(f"{name} {_brief(value)}" for name, value in known if value is not None)
+        )
     if whole:
         lines.append(f"saved whole: {', '.join(whole)}")
     return "\n".join(lines)
+
+
+def _brief(value: Any) -> str:
+    """A value of the record, which may be anybody's."""
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{name} {_brief(item)}" for name, item in value.items() if item is not None) + ")"
+    text = json.dumps(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _kinds_table(facts: Sequence[LayerFacts]) -> str:

@@ -37,6 +37,7 @@ RUN_FIELDS = ("ep_size", "ep_dispatch", "expert_compute", "svd_cache_dir")
 SCALINGS = ("alpha", "rslora", "goat")
 # A configuration may come from a file that anybody wrote: these bounds hold before anything is counted or allocated.
 MOST_EXPERTS, MOST_RANK, MOST_ENTRIES = 4096, 16384, 10_000
+MOST_RECORD = 1 << 16  # characters of `trained_with` as JSON
 MOST = {"r": MOST_RANK, "num_experts": MOST_EXPERTS, "top_k": MOST_EXPERTS, "ep_size": MOST_EXPERTS}
 # Fields that give single layers another value, and the field whose value it is.
 PATTERNS = {
@@ -96,6 +97,8 @@ class MoELoRAConfig(PeftConfig):
             their endings, e.g. "experts.down_proj"; docs/moe_base_models.md), without dropout.
         layers_to_transform: index or indices of the layers to adapt; needs `target_modules` as a list.
         layers_pattern: name of the list of layers, e.g. "layers" or "h"; needs `layers_to_transform`.
+        trained_with: what the launcher trained it with (template, length, precision, data, optimizer), as JSON has it;
+            changes nothing about the adapter.
 
     Raises:
         ValueError: a value out of range; the message gives the value, the bound and the remedy.
@@ -134,6 +137,7 @@ class MoELoRAConfig(PeftConfig):
     target_parameters: list[str] | None = _option(None, "Stacked experts of a MoE base that get PEFT's LoRA.")
     layers_to_transform: list[int] | int | None = _option(None, "Indices of the layers to adapt.")
     layers_pattern: list[str] | str | None = _option(None, "Name of the list of layers, with layers_to_transform.")
+    trained_with: dict[str, Any] | None = _option(None, "What it was trained with; written by the launcher.")
 
     weights_follow = False  # no field: the adapter is being made to load weights into it
 
@@ -176,6 +180,7 @@ class MoELoRAConfig(PeftConfig):
         self._check_routing()
         self._check_effect()
         self._check_targets()
+        self._check_record()
 
     def _check_routing(self) -> None:
         z_loss, temperature, jitter = self.router_z_loss_coef, self.router_temperature, self.router_jitter
@@ -266,6 +271,20 @@ class MoELoRAConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform; pass both."
+            )
+
+    def _check_record(self) -> None:
+        record = self.trained_with
+        if record is None:
+            return
+        try:
+            fits = isinstance(record, dict) and len(json.dumps(record)) <= MOST_RECORD
+        except (TypeError, ValueError, RecursionError):
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"trained_with={_shown(record)} must be a JSON object of at most {MOST_RECORD} characters; or leave "
+                "it out."
             )
 
     def _check_entries(self, name: str, kind: type) -> None:

@@ -42,7 +42,7 @@ from ds_moelora.optimizer.sharding.zero import configured_optimizer, is_partitio
 from ds_moelora.tuner import sharded_experts
 from launch.checkpoint.record import TABLE, data_record
 from launch.checkpoint.resume import PARTIAL, checkpoints, newest_complete, step_of
-from launch.checkpoint.stopping import Stopping, ignore_signals
+from launch.checkpoint.stopping import EvaluationSkipped, Stopping, ignore_signals
 from launch.checks.errors import UserError
 
 RANDOM = "random.json"
@@ -54,6 +54,7 @@ PRIVATE = {
     "_prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
     "_load_best_model": ["self"],
     "_load_rng_state": ["self", "checkpoint"],
+    "_determine_best_metric": ["self", "metrics", "trial"],
     "_run_epoch": None,  # its arguments are handed on
 }
 
@@ -71,6 +72,7 @@ class CheckpointedTrainer(Trainer):
         self.settings, self.stopping = settings, stopping
         if stopping is not None:
             self.add_callback(stopping)
+        self.evaluation_skipped = False
         # Deleting is `rotate`'s alone: transformers deletes before a newer checkpoint is complete.
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
 
@@ -92,6 +94,21 @@ class CheckpointedTrainer(Trainer):
             return _ignoring_signals(super().get_eval_dataloader(*args, **kwargs))
         finally:
             self.args.dataloader_drop_last = drop
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """transformers' own; {} if a signal ended it, which ends training, too."""
+        try:
+            return super().evaluate(*args, **kwargs)
+        except EvaluationSkipped:
+            assert self.stopping is not None
+            self.evaluation_skipped, self.control.should_evaluate = True, False
+            if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+                self.stopping.preempted = self.control.should_training_stop = self.control.should_save = True
+            return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # Without scores, of an evaluation that a signal ended, this is whether the state is saved.
+        return super()._determine_best_metric(metrics, trial) if metrics else self.control.should_save
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's card with the adapter's part (`ds_moelora.tuner.files.card`), not those of transformers and TRL."""

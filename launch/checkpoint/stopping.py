@@ -5,6 +5,7 @@ per rank, over gloo between hosts' CPUs, whatever the training's own backend is.
 flag of a step's loss is read when the next step has been queued, and the exchange is read one step after it began.
 
     signal during step s     all ranks stop after step s + 1, save and leave with exit code 0
+    signal during an evaluation     the evaluation ends one batch later, and training with it; the state is saved
     losses of steps s - n + 1 ... s not finite     all ranks stop after step s + 2 with an error
 """
 
@@ -25,6 +26,10 @@ from launch.checks.errors import UserError
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+class EvaluationSkipped(Exception):  # noqa: N818  (no error)
+    """A rank got a signal; raised at the same batch on every rank."""
+
+
 class Stopping(TrainerCallback):
     """See the module. `see` takes the loss of every micro-batch; the rest happens between steps.
 
@@ -39,6 +44,7 @@ class Stopping(TrainerCallback):
         self._bad: Tensor | None = None  # on the device: was a loss of this step not finite?
         self._copy: tuple[Tensor, Any] | None = None  # that flag of the last step, on its way to the host
         self._exchange: tuple[int, list[Tensor], Any] | None = None  # (step, what every rank said of it, the work)
+        self._asked: tuple[Tensor, list[Tensor], Any] | None = None  # the same, during an evaluation
         self._streaks: list[int] = []  # of every rank
         self._group: Any = None
 
@@ -70,6 +76,38 @@ class Stopping(TrainerCallback):
             answers = [torch.empty_like(mine) for _ in self._streaks]
             work = dist.all_gather(answers, mine, group=self._group, async_op=True)
         self._exchange = (state.global_step - 1, answers, work)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.during_evaluation()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.end_evaluation()
+
+    def during_evaluation(self) -> None:
+        """After every batch of an evaluation, of which all ranks have equally many.
+
+        Raises:
+            EvaluationSkipped: some rank had got a signal at the end of the batch before.
+        """
+        if self.end_evaluation():
+            raise EvaluationSkipped
+        mine = torch.tensor([int(self._signalled)])
+        answers, work = [mine], None
+        if self._group is not None:
+            answers = [torch.empty_like(mine) for _ in self._streaks]
+            work = dist.all_gather(answers, mine, group=self._group, async_op=True)
+        self._asked = mine, answers, work
+
+    def end_evaluation(self) -> bool:
+        """Reads what is on its way: whether any rank had got a signal."""
+        if self._asked is None:
+            return False
+        (_, answers, work), self._asked = self._asked, None
+        if work is not None:
+            work.wait()
+        return bool(torch.stack(answers).any())
 
     def last_step_was_finite(self) -> bool:
         """Whether the step that has just ended had finite losses on all ranks.

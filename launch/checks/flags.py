@@ -18,6 +18,9 @@ AUTO = "auto"  # --resume_from_checkpoint: the newest complete one, if there is 
 SCORED_TASKS = TASKS[:3]  # by launch/evaluate.py
 LANGUAGE = ("causal-lm", "image-text-to-text")  # what SFTTrainer trains
 DEFAULT_OPTIM = "adamw_torch"
+TEMPLATES = ("alpaca", "plain", "chat")  # of instruction rows
+NO_TEMPLATE = "none"
+FORMATS = ("prompt_format", "completion_format")
 
 
 def flag(default: Any, help_text: str) -> Any:
@@ -51,7 +54,7 @@ class DataArguments:
         metadata={
             "help": "How instruction/input rows become a prompt: alpaca (the Stanford wording), plain (instruction, "
             "input, one per line) or chat (the tokenizer's chat template).",
-            "choices": ["alpaca", "plain", "chat"],
+            "choices": list(TEMPLATES),
         },
     )
     instruction_column: str | None = flag(None, "causal-lm: the column to read as instruction.")
@@ -110,6 +113,8 @@ class RunArguments(DataArguments):
 
     # The adapter that training goes on with (`launch.training.modeling.start_adapter`).
     start_adapter: str | None = field(default=None, init=False)
+    # What words the prompts of the data: one of TEMPLATES, or NO_TEMPLATE (`launch.data.sources`).
+    template_used: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset_name, str):  # a recipe need not write a list of one

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ def write_answers(
     prompts: Sequence[list[int]],
     batch_size: int = 8,
     title: str | None = None,
+    after_batch: Callable[[], None] | None = None,
     **options: Any,
 ) -> list[str]:
     """What the model writes after each prompt, without special tokens.
@@ -60,7 +61,7 @@ def write_answers(
 
     Args:
         prompts: as of `prompt_tokens`, in any order; the answers come in the same.
-        title: of a progress bar; None: no bar.
+        title: of a progress bar; None: no bar. after_batch: called after each batch.
         options: for `model.generate`; greedy decoding unless they say otherwise.
 
     Raises:
@@ -89,6 +90,8 @@ def write_answers(
                 for i, text in zip(batch, texts, strict=True):
                     answers[i] = text
                 bar.update(len(batch))
+                if after_batch is not None:
+                    after_batch()
     finally:
         model.train(was_training)
     return answers
@@ -151,6 +154,7 @@ class AnswerScores(TrainerCallback):
             args,
             batch_size=args.per_device_eval_batch_size,
             title="Answers",
+            after_batch=None if self.trainer.stopping is None else self.trainer.stopping.during_evaluation,
             max_new_tokens=self.scoring.max_new_tokens,
         )
         found = {f"eval_{name}": value for name, value in self.rule.scores(self.given, self.wanted).items()}

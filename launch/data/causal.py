@@ -18,7 +18,7 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from launch.checks.errors import UserError
-from launch.checks.flags import DataArguments
+from launch.checks.flags import FORMATS, DataArguments
 from launch.data.values import (
     WORDED,
     LeftOut,
@@ -48,7 +48,6 @@ ALPACA_WITHOUT_INPUT = (
 # Columns of every layout, in the order in which they are looked for, and those that a row need not have.
 LAYOUTS = (("prompt", "completion"), ("messages",), ("conversations",), ("instruction", "output", "input"), ("text",))
 OPTIONAL = ("input",)
-FORMATS = ("prompt_format", "completion_format")
 FORMATTED = "formatted"  # by --prompt_format and --completion_format
 TURNS = "turns"  # prompt and completion that are messages
 USABLE = "instruction + output (and input), prompt + completion, messages, conversations, or text"

@@ -11,12 +11,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets, interleave_datasets
+from datasets import Dataset, Value, concatenate_datasets, interleave_datasets
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from launch.checks.arguments import Arguments
 from launch.checks.errors import UserError, say
-from launch.checks.flags import LANGUAGE, RunArguments
+from launch.checks.flags import LANGUAGE, NO_TEMPLATE, RunArguments
 from launch.data import classification
 from launch.data.causal import causal_rows, layout_of
 from launch.data.image_text import image_text_rows
@@ -60,6 +60,8 @@ def load_data(
         evaluation = mix(held_out, replace(run, dataset_weights=[]), seed)
         evaluation = evaluation if run.max_eval_samples is None else evaluation.take(run.max_eval_samples)
     if run.task in LANGUAGE:
+        chats = not isinstance(train.features["prompt"], Value)
+        run.template_used = "chat" if chats else run.prompt_template if worded else NO_TEMPLATE
         return train, evaluation, {}
 
     names = [] if run.regression else classification.label_names(train, flag, names)

@@ -22,12 +22,12 @@ NOT_SCORES = ("_runtime", "_per_second", "_model_preparation_time", "epoch", "nu
 
 
 def training_record(
-    arguments: Arguments, trainer: Trainer, optimizer: str, eval_metrics: dict[str, float]
+    arguments: Arguments, trainer: Trainer, record: dict[str, Any], eval_metrics: dict[str, float]
 ) -> TrainingRecord:
     """The part of the card on a run that has ended.
 
     Args:
-        optimizer: the optimizer's name. eval_metrics: what `evaluate()` returned; empty without evaluation data.
+        record: of `launch.training.remembered`. eval_metrics: what `evaluate()` returned; {} without evaluation data.
     """
     run = arguments.run
     data = ["the launcher's embedded demo"] if arguments.demo else [redact_text(name) for name in run.dataset_name]
@@ -35,7 +35,7 @@ def training_record(
     held_out = redact_text(run.eval_dataset_name or held_out)
     scores = {k.removeprefix("eval_"): v for k, v in eval_metrics.items() if not k.endswith(NOT_SCORES)}
     lines = ["## Training", "", f"Data: {', '.join(f'`{name}`' for name in data)}."]
-    lines += ["", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in _procedure(trainer, optimizer).items())]
+    lines += ["", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in _procedure(trainer, record).items())]
     if scores:
         lines += ["", "## Evaluation", "", f"Data: `{held_out}`.", "", "| metric | value |", "|---|---|"]
         lines += [f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in scores.items()]
@@ -53,22 +53,25 @@ def training_record(
     return TrainingRecord("\n".join(lines), on_hub, results, Path(trainer.args.output_dir).name)
 
 
-def _procedure(trainer: Trainer, optimizer: str) -> dict[str, Any]:
-    args = trainer.args
+def _procedure(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any]:
     trainable, total = parameter_counts(trainer.model)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    settings = {k: v for k, v in record["optimizer_settings"].items() if v not in (None, False)}
     described = {
-        "optimizer": optimizer,
-        "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
-        "rows per step": f"{batch} on {args.world_size} process(es)",
+        "optimizer": record["optimizer"],
+        "its settings": ", ".join(f"{name} {value}" for name, value in settings.items()),
+        "learning rate": f"{record['learning_rate']:g}, {record['lr_scheduler_type']}",
+        "rows per step": f"{record['rows_per_step']} on {record['processes']} process(es)",
         "steps": trainer.state.global_step,
-        "seed": args.seed,
+        "prompt template": record["prompt_template"],
+        "maximum length": record["max_length"],
+        "precision": record["precision"] + (", base in 4 bits" if record["load_in_4bit"] else ""),
+        "seed": record["seed"],
         "trainable parameters": f"{trainable:,} of {total:,}",
     }
     if losses:
         described["training loss, first -> last"] = f"{losses[0]:.4f} -> {losses[-1]:.4f}"
-    return described
+    return {name: value for name, value in described.items() if value not in (None, "")}
 
 
 def _short(name: str) -> str:

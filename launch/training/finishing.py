@@ -28,6 +28,29 @@ def not_fatal(what: str, output_dir: str | Path) -> Iterator[None]:
         print(f"The run is finished and saved in {output_dir}; {what} is missing: {_one_line(error)}", flush=True)
 
 
+class EvaluateOnce(TrainerCallback):
+    """Leaves the evaluation after the last step to `launch.train.run`, which saves the adapter first.
+
+    Where the best checkpoint is to be found, the last step's scores are needed before.
+    """
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        best = args.load_best_model_at_end or getattr(args.save_strategy, "value", args.save_strategy) == "best"
+        if state.global_step >= state.max_steps and not best:
+            control.should_evaluate = False
+
+    on_epoch_end = on_step_end
+
+
+def evaluated(trainer: Trainer) -> dict[str, float]:
+    """The scores of the model that is left after training, if it has been evaluated already; {}: it has not."""
+    state = trainer.state
+    step = state.best_global_step if trainer.args.load_best_model_at_end else None
+    entries = [entry for entry in state.log_history if entry.get("step") == (step or state.global_step)]
+    scores = {k: v for entry in entries for k, v in entry.items() if k.startswith("eval_")}
+    return scores if "eval_loss" in scores else {}
+
+
 class Curves:
     """A `SummaryWriter` whose errors (a full disk) end the curves with one line, and not the training.
 

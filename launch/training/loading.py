@@ -24,6 +24,7 @@ from launch.training import processors
 from launch.training.fit import check_weights
 from launch.training.modeling import TASK_TYPES, load_base
 from launch.training.processors import Processor
+from launch.training.remembered import PRECISIONS, SHOWN, Trained
 from launch.training.report import SUMMARY_NAME
 
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
@@ -39,7 +40,11 @@ class SourceArguments:
     revision: str = flag("main", "Branch, tag or commit of a model from the hub.")
     dtype: str = field(
         default="auto",
-        metadata={"help": "Of the base model; auto: bfloat16 where a GPU has it, else float32.", "choices": DTYPES},
+        metadata={
+            "help": "Of the base model; auto: as it was trained, or where that is not known bfloat16 where a GPU has "
+            "it, else float32.",
+            "choices": DTYPES,
+        },
     )
     attn_implementation: str | None = flag(None, "The model's attention: eager, sdpa, flash_attention_2, ...")
     trust_remote_code: bool = flag(False, "Run code that a model's repository brings. Off unless you trust it.")
@@ -55,7 +60,7 @@ class Source:
         task: one of `launch.checks.flags.SCORED_TASKS`.
         dtype: of the base model's weights; the adapter's stay as they were saved.
         classes: names of the classes in the order of their ids; [] for the base's own, or without classes.
-        regression: one output, a number.
+        regression: one output, a number. trained: what the adapter was trained with.
     """
 
     flags: SourceArguments
@@ -65,6 +70,7 @@ class Source:
     dtype: torch.dtype
     classes: list[str]
     regression: bool = False
+    trained: Trained = field(default_factory=Trained)
 
 
 def find_source(flags: SourceArguments, task: str | None, classes: list[str] | None = None) -> Source:
@@ -90,16 +96,18 @@ def find_source(flags: SourceArguments, task: str | None, classes: list[str] | N
         task = next(fitting, None) if saved else "causal-lm"
         if task is None:
             raise UserError(f"{adapter} is for {saved.task_type}; choose with --task how to score it.")
+    places = [folder / SUMMARY_NAME for folder in (Path(adapter), Path(adapter).parent)] if saved else []
+    summary = next((json.loads(file.read_text()) for file in places if file.is_file()), {})
+    trained = Trained.read(getattr(saved, SHOWN, None) or summary.get(SHOWN))
     if saved and task != "causal-lm" and not classes:
-        places = [folder / SUMMARY_NAME for folder in (Path(adapter), Path(adapter).parent)]
-        summary = next((json.loads(file.read_text()) for file in places if file.is_file()), {})
         regression, classes = bool(summary.get("regression")), summary.get("classes") or []
         if not classes and not regression:
             raise UserError(
                 f"{adapter} has no {SUMMARY_NAME} with its classes: pass --classes, in the order of their ids "
                 "(a run of launch/train.py writes that file at its end)."
             )
-    return Source(flags, adapter if saved else None, base, task, _dtype(flags.dtype), classes, regression)
+    dtype = _dtype(flags.dtype, trained)
+    return Source(flags, adapter if saved else None, base, task, dtype, classes, regression, trained)
 
 
 def _adapter_config(adapter: str) -> PeftConfig:
@@ -111,8 +119,10 @@ def _adapter_config(adapter: str) -> PeftConfig:
         raise UserError(f"--adapter {adapter}: no such folder, and not on the hub: {error}") from error
 
 
-def _dtype(name: str) -> torch.dtype:
-    if name == "auto":
+def _dtype(name: str, trained: Trained) -> torch.dtype:
+    if name == "auto" and trained.precision is not None:
+        name = PRECISIONS[trained.precision]
+    elif name == "auto":
         name = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
     return getattr(torch, name)
 

@@ -16,6 +16,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from ds_moelora import MoELoRAConfig
+from ds_moelora.cli import main as inspect
 from launch import evaluate, generate
 from launch.checks.errors import UserError
 from launch.data.answering import prompt_tokens, write_answers
@@ -123,16 +124,41 @@ def test_answers_do_not_depend_on_the_batch(base: Path, adapter: Path, tmp_path:
         assert [line["right"] for line in lines] == [True] * 3 + [False] * 4
 
 
+def check_what_is_remembered(output: Path, data: Path, loss: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """adapter_config.json has it, another template is used and said, `generate` words prompts as training did."""
+    record = json.loads((output / "adapter_config.json").read_text())["trained_with"]
+    expected = {"prompt_template": "chat", "max_length": 256, "precision": "fp32", "data": [str(data)], "steps": 2}
+    expected |= {"optimizer": "GateRiemannianAdamW", "learning_rate": 1e-2, "rows_per_step": 4, "zero_stage": 2}
+    assert {name: record[name] for name in expected} == expected
+    assert record["optimizer_settings"]["damping"] == 1e-6
+    assert record["optimizer_settings"]["gate_scaling"] == "sqrt"
+    assert inspect(["inspect", str(output)]) == 0
+    shown = capsys.readouterr().out
+    assert 'prompt_template "chat"' in shown
+    assert "damping 1e-06" in shown
+    other = scores_of("--adapter", output, "--dataset_name", data, "--prompt_template", "alpaca", "--max_length", 200)
+    assert other["loss"] != pytest.approx(loss, rel=1e-3)
+    said = capsys.readouterr().err
+    assert "--prompt_template alpaca: this adapter was trained with chat" in said
+    assert "--max_length 200: this adapter was trained with 256." in said
+    flags = ["--adapter", str(output), "--prompt", "hello", "--max_new_tokens", "3"]
+    assert generate.main(flags) == generate.main([*flags, "--prompt_template", "chat"])
+    assert "prompt_template" not in capsys.readouterr().err
+    generate.main([*flags, "--prompt_template", "none"])
+    assert "--prompt_template none: this adapter was trained with chat" in capsys.readouterr().err
+
+
 @pytest.mark.dist
-def test_training_reports_the_same_numbers(base: Path, alpaca: Path, tmp_path: Path):
+def test_training_reports_the_same_numbers(base: Path, alpaca: Path, tmp_path: Path, capsys):
     """Two ranks, seven rows: the last batch is filled up with a row that must not count twice."""
     output = tmp_path / "out"
-    scoring = ["--answer_pattern", "(.)", "--max_new_tokens", "3", "--max_length", "256"]
+    scoring = ["--answer_pattern", "(.)", "--max_new_tokens", "3"]
     finished = launch(
         ["--model_name_or_path", str(base), "--dataset_name", str(alpaca), "--eval_dataset_name", str(alpaca),
          "--deepspeed", "configs/zero2.json", "--output_dir", str(output), "--lora_r", "2", "--num_experts", "2",
          "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2", "--learning_rate", "1e-2",
-         "--max_steps", "2", "--save_strategy", "no", "--eval_strategy", "steps", "--eval_steps", "1", *scoring]
+         "--max_steps", "2", "--save_strategy", "no", "--eval_strategy", "steps", "--eval_steps", "1",
+         "--max_length", "256", "--prompt_template", "chat", *scoring]
     )  # fmt: skip
     assert finished.code == 0, finished.output[-4000:]
     during = json.loads((output / "train_summary.json").read_text())["eval"]
@@ -141,11 +167,17 @@ def test_training_reports_the_same_numbers(base: Path, alpaca: Path, tmp_path: P
     for name, value in after.items():
         assert during[f"eval_{name}"] == pytest.approx(value, rel=1e-5), name
     assert json.loads((output / "evaluation-alpaca.json").read_text())["metrics"] == after
+    evaluations = [line for line in finished.output.splitlines() if "'eval_loss'" in line]
+    assert len(evaluations) == 1, "after step 1; that after step 2 follows training, and prints no line of a step"
+    check_what_is_remembered(output, alpaca, after["loss"], capsys)
     card = (output / "README.md").read_text()
     for part in (
         "## Evaluation",
         "| exact match |",
         "| optimizer | GateRiemannianAdamW |",
+        "| its settings | betas [0.9, 0.999], damping 1e-06",
+        "| prompt template | chat |",
+        "| maximum length | 256 |",
         "num_experts",
         "model-index",
     ):

@@ -17,6 +17,8 @@ from transformers import TrainerControl
 
 from launch.checkpoint.stopping import SIGNALS, Stopping
 from launch.checks.errors import UserError
+from tests.support.failures import FAULTY, ForkedRun
+from tests.support.launch_support import alpaca_rows, tiny_model, write_jsonl
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -73,3 +75,28 @@ def test_a_signal_stops_after_the_next_step(number: signal.Signals, tmp_path: Pa
         if step == 2:
             signal.raise_signal(number)  # during step 3
     assert stops == [False, False, False, True, True, True]
+
+
+@pytest.mark.dist
+def test_a_signal_ends_an_evaluation(tmp_path: Path) -> None:
+    """Rank 1 gets it in the first of four batches: in the midst of training, and of the evaluation at the end."""
+    data = write_jsonl(tmp_path / "rows.jsonl", alpaca_rows(8))
+    flags = ["--model_name_or_path", str(tiny_model(tmp_path / "model")), "--dataset_name", str(data)]
+    flags += ["--eval_dataset_name", str(data), "--deepspeed", "configs/zero2.json", "--report_to", "none"]
+    flags += ["--lora_r", "2", "--num_experts", "2", "--top_k", "1", "--max_steps", "3", "--save_steps", "3"]
+    flags += ["--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "1"]
+    flags += ["--eval_strategy", "steps", "--eval_steps", "1", "--resume_from_checkpoint", "auto"]
+    for step in (2, 3):
+        out = tmp_path / f"out{step}"
+        fault = {"FAULT": f"evaluating:1:{step}"}
+        run = ForkedRun([*flags, "--output_dir", str(out)], tmp_path / f"log{step}", fault, script=FAULTY)
+        assert run.finish() == 0, run.output[-4000:]
+        assert (out / f"checkpoint-{step}" / "adapter_model.safetensors").exists()
+        if step == 2:
+            assert (
+                f"Stopped by a signal after step 2; the newest complete checkpoint is {out}/checkpoint-2" in run.output
+            )
+        else:
+            assert (out / "adapter_model.safetensors").exists()
+            assert "The evaluation was left out because of a signal" in run.output
+            assert "Training summary" in run.output

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import LlamaModel
 
-from ds_moelora.optimizer.sharding.exchange import GroupCall
+from ds_moelora.optimizer.sharding.transfer import Transfer
 from launch import train
 from launch.checkpoint import saving
 from launch.training import trainers
@@ -78,15 +78,32 @@ def spoil_rates() -> None:
     saving.CheckpointedTrainer.training_step = training_step
 
 
+def preempt_in_evaluation() -> None:
+    """The chosen rank gets SIGTERM in the first batch of an evaluation after the chosen step; a third batch fails."""
+    original, batches = saving.CheckpointedTrainer.prediction_step, []
+
+    def prediction_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == int(STEP):
+            batches.append(1)
+            if len(batches) == 1 and os.environ["RANK"] == RANK:
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert len(batches) <= 2, "the evaluation goes on"
+        return original(self, *args, **kwargs)
+
+    saving.CheckpointedTrainer.prediction_step = prediction_step
+
+
 count_steps()
 if KIND == "forward":
     replace(LlamaModel, "forward", die)
 elif KIND == "raise":
     replace(LlamaModel, "forward", complain)
 elif KIND == "all-reduce":
-    replace(GroupCall, "_all_reduce", die)
+    replace(Transfer, "__call__", die)
 elif KIND == "saving":
     replace(saving, "write_state", die)
+elif KIND == "evaluating":
+    preempt_in_evaluation()
 elif KIND == "manifest":
     replace(saving, "write_manifest", die)
 elif KIND == "end":

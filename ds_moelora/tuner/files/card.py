@@ -34,7 +34,10 @@ AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSeq
 _TRAINING = "_ds_moelora_training"
 # Always listed. Other fields are listed where they differ from their defaults.
 MAIN_FIELDS = ("r", "num_experts", "top_k", "lora_alpha", "scaling", "init_lora_weights", "target_modules")
-UNLISTED_FIELDS = (*RUN_FIELDS, "inference_mode", "peft_type", "task_type", "base_model_name_or_path", "auto_mapping")
+UNLISTED_FIELDS = (
+    *RUN_FIELDS,
+    *("inference_mode", "peft_type", "task_type", "base_model_name_or_path", "auto_mapping", "trained_with"),
+)
 
 
 @dataclass(frozen=True)
