@@ -168,27 +168,3 @@ def test_the_launchers_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launcher.command_line("train", file, []) == [*runner, str(file)]
     assert launcher.command_line("train", file, ["--help"]) == [sys.executable, str(file), "--help"]
     assert launcher.command_line("evaluate", file, []) == [sys.executable, str(file)]
-
-
-def test_the_launcher_is_in_the_wheel(tmp_path: Path) -> None:
-    """Built as a wheel is, and started there from another folder: its own configs are found."""
-    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "lib")]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
-    inside = tmp_path / "lib" / "ds_moelora" / "_launcher"
-    listed = {path.relative_to(ROOT) for name in ("launch", "configs") for path in (ROOT / name).rglob("*.*")}
-    listed = {path for path in listed if "__pycache__" not in path.parts}
-    assert {path.relative_to(inside) for path in inside.rglob("*.*")} == listed
-    run = subprocess.run(
-        [sys.executable, "-m", "ds_moelora", "train", "--deepspeed", "zero9"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "lib")},
-    )  # fmt: skip
-    assert run.returncode == 1
-    assert f"--deepspeed zero9: there is no such file (working directory: {tmp_path})" in run.stderr
-    ask = (
-        "from launch.checks.arguments import parse_arguments as p; "
-        "print(p(['--deepspeed', 'zero2'], {}).training.deepspeed)"
-    )
-    environment = {**os.environ, "PYTHONPATH": f"{inside}:{tmp_path / 'lib'}"}
-    run = subprocess.run([sys.executable, "-c", ask], cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert run.stdout.splitlines()[-1] == str(inside / "configs" / "zero2.json"), run.stderr
