@@ -8,6 +8,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from .descriptions import add_scalar
 from .heat_map import heat_map
 from .meter import Report, TrainingMeter
 from .run_info import configuration, hyperparameters, write_run_info
@@ -97,7 +98,7 @@ class MoELoRACallback(TrainerCallback):
     def _write(self, report: Report, step: int) -> None:
         writer = self._writer()
         for tag, value in report.scalars.items():
-            writer.add_scalar(tag, value, step)
+            add_scalar(writer, tag, value, step)
         if self.heat_map_every and self._reports % self.heat_map_every == 0 and len(report.loads):
             writer.add_image("moe/load", heat_map(report.loads, report.layers, step), step, dataformats="HWC")
 

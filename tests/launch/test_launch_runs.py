@@ -99,6 +99,7 @@ def test_causal_lm_and_resume(model: Path, alpaca: Path, tmp_path: Path):
     check_console(finished.output, 3, 4)
     assert "2 of them since the resume" in finished.output
     continued = summary_of(resumed)
+    assert len({path.parent for path in resumed.glob("runs/*/events*")}) == 1
     assert (continued["steps"], continued["resumed_after_step"]) == (4, 2)
     assert continued["tokens"] < summary["tokens"], "those of the steps that this session has done"
     assert continued["tokens_per_second"] == pytest.approx(continued["tokens"] / continued["seconds"])
