@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -153,12 +154,13 @@ def _settings_line(plan: Plan) -> str:
 
 
 def command(plan: Plan) -> str | None:
-    """What starts the launcher so, DATA to be filled in; None: no shipped config has this optimizer and stage."""
+    """What starts the launcher so, with DATA to be filled in; None: no shipped config has this optimizer and stage."""
     work, choice = plan.work, plan.best.choice
     config = CONFIGS.get((work.optimizer, work.riemannian, choice.stage))
     if config is None:
         return None
     config = "zero2_ep" if config == "zero2" and choice.ep_size > 1 else config
+    model = "MODEL" if plan.model.name.endswith(".json") else plan.model.name
     nodes = work.gpus // work.node_size
     runner = [f"--num_nodes {nodes} --hostfile HOSTFILE" if nodes > 1 else "", f"--num_gpus {work.node_size}"]
     spread = f"--ep_size {choice.ep_size} --ep_dispatch {choice.dispatch}" if choice.ep_size > 1 else ""
@@ -167,7 +169,7 @@ def command(plan: Plan) -> str | None:
     checkpointing = f"--gradient_checkpointing {str(work.checkpointing).lower()}"
     words = [
         *("deepspeed", *runner, f"launch/train.py --deepspeed configs/{config}.json"),
-        *(f"--model_name_or_path {plan.model.name}", "--dataset_name DATA"),
+        *(f"--model_name_or_path {model}", "--dataset_name DATA"),
         f"--num_experts {work.num_experts} --top_k {work.top_k} --r {work.rank}",
         *(spread, f"--per_device_train_batch_size {work.micro_batch} --max_length {work.sequence_length}"),
         *(precision, four_bits, checkpointing),
@@ -178,7 +180,7 @@ def command(plan: Plan) -> str | None:
 def _command_line(plan: Plan) -> str:
     found = command(plan)
     if found is not None:
-        return f"Command: {found}"
+        return " \\\n    ".join(textwrap.wrap(found, 110, break_long_words=False, break_on_hyphens=False))
     stage = plan.best.choice.stage
     kind = "" if plan.work.riemannian else "plain "
     return (
