@@ -45,10 +45,11 @@ soak: $(VENV)/.ready
 	OMP_NUM_THREADS=1 python -m tests.soak
 
 # TRL, LLaMA-Factory, ms-swift, axolotl and the loops, each in a virtual environment of its own under build/front-ends, and
-# how far its sharded runs are from the unsharded ones (docs/front_ends.md). WORDS="TRL sft": some of them alone.
+# how far its sharded runs are from the unsharded ones (docs/front_ends.md). WORDS="TRL sft": some of them alone. A call
+# that was cut short is taken up again; an hour and a half on 2 cores.
 front-ends: $(VENV)/.ready
 	python -m benchmarks.front_ends.environments
-	python -m benchmarks.front_ends $(addprefix --only ,$(WORDS))
+	python -m benchmarks.front_ends --missing $(if $(WORDS),--only $(WORDS))
 
 # A short form of every benchmark, under 10 minutes, and which ratios moved from benchmarks/results/.
 bench: $(VENV)/.ready

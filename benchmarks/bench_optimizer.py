@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,7 @@ from ds_moelora.pairs import LoraPair, tag_pair
 
 from .harness import Results, arguments, measure, set_heap
 
-EXTRAS = ("rows_per_rank", "flops_per_rank", "all_reduce_bytes")
+EXTRAS = ("rows_per_rank", "flops_per_rank", "sent_bytes")
 DAMPING = 1e-6
 
 
@@ -185,12 +186,12 @@ def _rank(rank: int, case: Case, folder: str, answers: Any) -> None:
     copy.grad = partition.grad.clone()
     peer = torch_optimizer("AdamW", [copy])
     optimizer.step()
-    sent = _all_reduced(optimizer)
+    sent = _sent(optimizer)
     elements = partition.numel()
-    matrices = 2 * case.modules * case.experts  # every rank factorises all: they are small
+    matrices = 2 * case.modules * case.experts // dist.get_world_size()  # those of its own rows
     steps = {"torch": peer.step, "ours": optimizer.step, **({"compiled": compiled.step} if compiled else {})}
     samples = {name: list(times) for name, times in _in_step(steps)}
-    extras = {**work(case, elements, matrices), "all_reduce_bytes": sent}
+    extras = {**work(case, elements, matrices), "sent_bytes": sent}
     answers.put({"samples": samples, "extras": extras})
     dist.barrier()
     dist.destroy_process_group()
@@ -210,20 +211,22 @@ def _compiled_engine(case: Case, config: dict[str, Any]) -> torch.optim.Optimize
     return engine.basic_optimizer
 
 
-def _all_reduced(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that one step gives to `all_reduce`."""
-    sent, original = 0, dist.all_reduce
+def _sent(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that one step gives to collectives."""
+    sent, reduce, exchange = 0, dist.all_reduce, dist.all_to_all_single
 
-    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def reduced(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal sent
         sent += tensor.nbytes
-        return original(tensor, *args, **kwargs)
+        return reduce(tensor, *args, **kwargs)
 
-    dist.all_reduce = counted
-    try:
+    def exchanged(received: Tensor, given: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal sent
+        sent += given.nbytes
+        return exchange(received, given, *args, **kwargs)
+
+    with mock.patch.multiple(dist, all_reduce=reduced, all_to_all_single=exchanged):
         optimizer.step()
-    finally:
-        dist.all_reduce = original
     return sent
 
 

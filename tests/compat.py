@@ -2,7 +2,8 @@
 
 One virtual environment per line of `LINES`, in build/compat. It has these two libraries and what they ask for, and
 takes torch, DeepSpeed and pytest from the environment that runs this. The table that is printed has, for each subject,
-how many tests passed; the exit status is that of the worst line.
+how many tests passed; the exit status is that of the worst line. `python -m tests.compat 0.18 ...`: the lines that
+have one of these words in them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LINES = (
     ("peft==0.18.1", "transformers==5.6.0"),  # LLaMA-Factory's
     ("peft==0.20.0", "transformers==5.16.1"),  # axolotl's
     ("peft==0.20.0", "transformers==5.19.0"),  # ms-swift's
-    ("peft", "transformers"),  # the newest
+    ("peft", "transformers"),  # the newest on the day that the environment is made
 )
 SUBJECTS = {
     "optimizer": ["optimizer/test_optimizer.py"],
@@ -65,6 +66,7 @@ def run_tests(python: Path) -> dict[str, tuple[int, int, list[str]]]:
         **os.environ,
         "PATH": f"{python.parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
+        "TORCH_EXTENSIONS_DIR": str(FOLDER / "torch_extensions"),
     }
     command = [python, "-m", "pytest", "-n", "2", "--dist", "loadfile", f"--junitxml={report}", *paths]
     report.unlink(missing_ok=True)
@@ -94,6 +96,8 @@ def main() -> int:
     table = Table("PEFT", "transformers", "torch", "DeepSpeed", *SUBJECTS, box=box.MARKDOWN)
     all_failed = []
     for requirements in LINES:
+        if sys.argv[1:] and not any(word in " ".join(requirements) for word in sys.argv[1:]):
+            continue
         python = environment(requirements)
         versions = json.loads(subprocess.check_output([python, "-W", "ignore", "-c", VERSIONS], text=True))
         found = run_tests(python)

@@ -1,6 +1,6 @@
 """`make front-ends`: the front ends' own programs on two CPU processes, compared with their runs without DeepSpeed.
 
-    python -m benchmarks.front_ends [--environments DIR] [--only NAME ...] [--stages N ...] [--output CSV]
+    python -m benchmarks.front_ends [--environments DIR] [--only NAME ...] [--stages N ...] [--missing] [--output CSV]
 
 Every run trains a tiny Llama for 4 steps. Its adapter is compared with that of the same run in DDP, where the optimizer
 sees whole matrices (loops: with plain PyTorch in one process). `deviation` is the largest ||x - y|| / ||y|| over the
@@ -268,6 +268,8 @@ class Runner:
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
             "HF_HUB_OFFLINE": "1",
+            # The user's cache of datasets has locks that other programs can hold.
+            "HF_HOME": str(self.folder / "huggingface"),
             "AXOLOTL_DO_NOT_TRACK": "1",
             "FORCE_TORCHRUN": "1",
             "NPROC_PER_NODE": "2",
@@ -402,21 +404,23 @@ PACKAGES = {"TRL": "trl", "axolotl": "axolotl", "Lightning": "lightning", "accel
 
 
 def main() -> int:
-    """Runs what was asked for; returns 1 if a run failed or deviates by more than 1e-4."""
+    """Runs what was asked for; returns 1 if a run in the CSV failed or deviates by more than 1e-4."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environments", type=Path, default=BUILD / "environments")
     parser.add_argument("--folder", type=Path, default=BUILD, help="where runs are kept")
     parser.add_argument("--only", nargs="+", default=[], help="words that a run's name has in it, in any case")
     parser.add_argument("--stages", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument("--reuse", action="store_true", help="keep unsharded runs of an earlier call")
+    parser.add_argument("--missing", action="store_true", help="only what the CSV has no result of; implies --reuse")
     parser.add_argument("--output", type=Path, help="CSV; rows of other runs in it are kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
     assets.write(args.folder / "assets")
     shutil.rmtree(args.folder / "start", ignore_errors=True)
-    runner = Runner(args.environments.absolute(), args.folder.absolute(), args.reuse)
+    runner = Runner(args.environments.absolute(), args.folder.absolute(), args.reuse or args.missing)
     output = args.output or args.folder / "front_ends.csv"
-    rows, kept = [], []
+    kept = list(csv.DictReader(output.open())) if output.exists() else []
+    done = {tuple(r[name] for name in COLUMNS[:4]) for r in kept if args.missing and r["deviation"] != "failed"}
     for case in all_cases():
         if args.only and not any(word.lower() in case.name.lower() for word in args.only):
             continue
@@ -424,14 +428,12 @@ def main() -> int:
             print(f"{case.name}: there is no environment {case.environment}", file=sys.stderr)
             continue
         for stage in case.stages:
-            if stage in args.stages:
-                rows.append(measure(runner, case, stage))
-                kept = record(output, rows[-1])
-    if not args.only or "lm_eval" in args.only:
-        rows.append(measure_lm_eval(runner))
-        kept = record(output, rows[-1])
+            if stage in args.stages and (case.front_end, case.what, case.adapter, str(stage)) not in done:
+                kept = record(output, measure(runner, case, stage))
+    if (not args.only or "lm_eval" in args.only) and tuple(LM_EVAL.values()) not in done:
+        kept = record(output, measure_lm_eval(runner))
     print(render(kept))
-    return int(any(row["deviation"] == "failed" or float(row["deviation"]) > 1e-4 for row in rows))
+    return int(any(row["deviation"] == "failed" or float(row["deviation"]) > 1e-4 for row in kept))
 
 
 if __name__ == "__main__":

@@ -12,15 +12,22 @@ import runpy
 import sys
 
 import torch
+import torch.distributed as dist
 import transformers
 
 import ds_moelora
+
+# DDP frees its process group with Python's lock held, for which gloo's threads wait: it hangs now and then where the
+# front end closed the group before (https://github.com/pytorch/pytorch/issues/56297). So the group is kept, and the
+# process ends without destructors.
+kept: list[dist.ProcessGroup] = []
 
 
 def create_optimizer(trainer: transformers.Trainer, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
     """In place of the Trainer's: all trained parameters in one group, as the DeepSpeed engine has them."""
     if trainer.optimizer is None:
         args = trainer.args
+        kept.append(dist.group.WORLD)
         optimizer = getattr(torch.optim, os.environ.get("UNSHARDED", "GateRiemannianAdamW"))
         ds_moelora.tag_lora_pairs(trainer.model)
         trainer.optimizer = optimizer(
@@ -33,8 +40,8 @@ def create_optimizer(trainer: transformers.Trainer, model: torch.nn.Module | Non
     return trainer.optimizer
 
 
-if __name__ == "__main__":
-    transformers.Trainer.create_optimizer = create_optimizer
+def run() -> None:
+    """Runs what the command line names, as if it were started itself."""
     if sys.argv[1] == "-m":
         name, sys.argv = sys.argv[2], sys.argv[2:]
         runpy.run_module(name, run_name="__main__", alter_sys=True)
@@ -42,3 +49,11 @@ if __name__ == "__main__":
         sys.argv = sys.argv[1:]
         sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
         runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    transformers.Trainer.create_optimizer = create_optimizer
+    run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

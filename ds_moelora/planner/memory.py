@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .model import ModelShape
-from .traffic import STAGE0_BUCKET, received_rows, reduce_bucket
+from .traffic import STAGE0_BUCKET, received_rows, reduce_bucket, step_share
 from .workload import OPTIMIZER_STATES, Choice, Workload
 
 # Elements; configs/zero3.json, and DeepSpeed's default for the second.
 MAX_LIVE_PARAMETERS = 1e9
 SUB_GROUP = 1e9
-# Matrices of r x r that the step makes of every Gram matrix (docs/optimizer.md, what it costs).
+# Matrices of r x r that the step makes of every Gram matrix here (docs/optimizer.md, what it costs).
 GRAM_COPIES = 8
 # Copies of one layer's experts that a backward pass makes: two flattened factors, dA and dB, the same contiguous;
 # with gathered experts one more, the buffer of the gather or of the reduce-scatter.
@@ -110,7 +110,7 @@ def _training(model: ModelShape, work: Workload, choice: Choice) -> list[Item]:
         # The largest factor's gradient on this GPU, and what the Cholesky factorisations need.
         factor = max(max(shape) for shape in model.adapted_shapes) * work.num_experts * work.rank / choice.ep_size
         factor = min(factor, count.owned)
-        grams = GRAM_COPIES * gram_bytes(model, work, choice)
+        grams = GRAM_COPIES * 4 * step_share(model, work, choice).matrices * work.rank**2
         items.append(Item("Riemannian step", "step", grams + 4 * factor, "8 Grams, and one factor's gradient"))
     return items
 
@@ -125,11 +125,6 @@ def _gradients(count: Trainable, b: int, stage: int) -> list[Item]:
     whole = stage == 0
     formula = "(P_e / n + P_r) b" if whole else "(P_e + P_r) b / N"
     return [Item("gradients", "always", b * (count.local if whole else count.owned), formula)]
-
-
-def gram_bytes(model: ModelShape, work: Workload, choice: Choice) -> float:
-    """4 sum(2 (E / n) r^2): both Gram matrices of every pair on this GPU, fp32."""
-    return 4 * model.num_adapted * 2 * (work.num_experts / choice.ep_size) * work.rank**2
 
 
 def _buffers(model: ModelShape, work: Workload, choice: Choice) -> float:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..expert_parallel.dispatch import bytes_moved, share_needing
 from ..expert_parallel.gather import WINDOW_BYTES
+from .grams import GramShare, gram_share
 from .hardware import Group
 from .model import ModelShape
 from .workload import Choice, Workload
@@ -125,10 +126,16 @@ def dispatch_traffic(model: ModelShape, work: Workload, choice: Choice) -> list[
     return [Transfer("tokens", "all_to_all", group, sent, (ALL_TO_ALLS + 4 * again) * layers, False)]
 
 
+def step_share(model: ModelShape, work: Workload, choice: Choice) -> GramShare:
+    """What the Riemannian step does on one GPU."""
+    layers = tuple((m.in_features, m.out_features) for m in model.linears if m.adapted)
+    processes = expert_data_group(work, choice).ranks if choice.stage > 0 else 1
+    routers = work.num_experts if choice.ep_size == 1 else 0
+    return gram_share(layers, work.num_experts // choice.ep_size, work.rank, processes, choice.stage == 3, routers)
+
+
 def _grams(model: ModelShape, work: Workload, choice: Choice) -> list[Transfer]:
-    """One all-reduce of 4 (sum 2 E r^2 + 2 r per cut row): at most one row per boundary between partitions."""
-    group, r = expert_data_group(work, choice), work.rank
-    grams = model.num_adapted * 2 * (work.num_experts // choice.ep_size) * r * r
-    boundaries = (group.ranks - 1) * (2 * model.num_adapted if choice.stage == 3 else 1)
-    sent = 2 * _ring(group, 4 * (grams + 2 * r * boundaries))
-    return [Transfer("Gram matrices", "all_reduce", group, sent, 1, False)]
+    """One collective, if anything is shared."""
+    share = step_share(model, work, choice)
+    sent = Transfer("Gram matrices", share.collective, expert_data_group(work, choice), share.sent, 1, False)
+    return [sent] if share.sent else []

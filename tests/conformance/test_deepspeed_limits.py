@@ -66,15 +66,14 @@ def test_fp16_on_this_machine() -> None:
         assert outcome == ("trained" if supported else "Type fp16 is not supported on your device.")
 
 
-@pytest.mark.parametrize("kind", BOTH)
-def test_nvme_offload_needs_an_op_that_does_not_build_here(kind: str, tmp_path: object) -> None:
+def test_nvme_offload_needs_an_op_that_does_not_build_here(tmp_path: object) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if AsyncIOBuilder().is_compatible():
         pytest.skip("async_io builds on this machine; NVMe offload is not tested")
-    config = engine_config(3, kind, offload_optimizer={"device": "nvme", "nvme_path": str(tmp_path)})
+    config = engine_config(3, "AdamW", offload_optimizer={"device": "nvme", "nvme_path": str(tmp_path)})
     with pytest.raises(AssertionError, match="Unable to JIT load the async_io op"):
-        run_on_ranks(2, run_engine, config=config)
+        run_on_ranks(1, run_engine, config=config)
 
 
 @pytest.mark.parametrize("kind", BOTH)

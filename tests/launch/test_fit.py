@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -135,7 +136,10 @@ def test_tokens_that_the_model_has_no_row_for(tmp_path: Path, parse: Any) -> Non
         prepare(parse("--eos_token", "<nope>"))
 
 
-def test_a_template_with_tokens_of_its_own_is_refused(tmp_path: Path, parse: Any) -> None:
+def test_a_template_with_tokens_of_its_own_is_refused(
+    tmp_path: Path, parse: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # or "nowhere" is asked for, many times
     other = chat_tokenizer()
     other.chat_template = "<|im_start|>" + CHAT_TEMPLATE
     other.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|unused|>"]})

@@ -62,8 +62,9 @@ def sent(work: Workload, choice: Choice) -> dict[str, float]:
 
 def test_traffic_by_hand() -> None:
     """336 expert and 48 router elements of 2 bytes; a ring of two sends half of them, an all-reduce twice that."""
-    # 2 layers x 2 Gram matrices x E r^2 fp32, and 2 r for the one boundary.
-    grams = 4 * (2 * 2 * 4 * 9 + 2 * 3)
+    # The one boundary lies in expert 1 of the second A, whose B is the second GPU's: of experts 0 and 1 one triangle of
+    # A's Gram matrix goes one way, of B's the other. A cut row's weight goes to one GPU, its gradient to both.
+    grams = 4 * (4 * 6 + 3 * 3) / 2  # per GPU
     assert sent(TWO, Choice(stage=0)) == {"gradients, experts": 672, "gradients, routers": 96}
     assert sent(TWO, Choice(stage=2)) == {
         "gradients, experts": 672,
@@ -76,9 +77,9 @@ def test_traffic_by_hand() -> None:
     assert sent(TWO, Choice(stage=3)) == {
         "weights, forward": weights,
         "weights, backward": weights,
-        "gradients": 384,
-        "Gram matrices": 4 * (2 * 2 * 4 * 9 + 2 * 3 * 4),  # every factor is cut
+        "gradients": 384,  # every factor is cut between experts 1 and 2: all Gram matrices are where they are wanted
     }
+    assert sent(replace(TWO, num_experts=3), Choice(stage=3))["Gram matrices"] > 0
     # Both ranks share the experts: nobody else has the same ones, and only the routers are reduced.
     assert sent(TWO, Choice(stage=1, ep_size=2, dispatch="weights")) == {
         "gradients, routers": 96,

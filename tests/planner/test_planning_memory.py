@@ -66,6 +66,8 @@ def test_riemannian_step_by_hand() -> None:
     # 8 times 4 bytes of 2 layers x 2 Grams x E r^2, and the largest factor, 11 x 3 elements for each of E experts.
     assert memory_per_gpu(NET, TWO, choice(0, 1)).item("Riemannian step") == 8 * 4 * 2 * 2 * 4 * 9 + 4 * 132
     assert memory_per_gpu(NET, TWO, choice(2, 2)).item("Riemannian step") == 8 * 4 * 2 * 2 * 2 * 9 + 4 * 66
+    # Of the second pair the first GPU has two experts of A: their Gram matrices, and those of B that they want.
+    assert memory_per_gpu(NET, TWO, choice(2, 1)).item("Riemannian step") == 8 * 4 * (8 + 2 + 2) * 9 + 4 * 132
     assert memory_per_gpu(NET, replace(TWO, riemannian=False), choice(2, 2)).item("Riemannian step") == 0
 
 

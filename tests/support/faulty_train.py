@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import LlamaModel
 
-from ds_moelora.optimizer.sharding.exchange import GroupCall
+from ds_moelora.optimizer.sharding.transfer import Transfer
 from launch import train
 from launch.checkpoint import saving
 from launch.training import trainers
@@ -99,7 +99,7 @@ if KIND == "forward":
 elif KIND == "raise":
     replace(LlamaModel, "forward", complain)
 elif KIND == "all-reduce":
-    replace(GroupCall, "_all_reduce", die)
+    replace(Transfer, "__call__", die)
 elif KIND == "saving":
     replace(saving, "write_state", die)
 elif KIND == "evaluating":

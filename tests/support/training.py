@@ -104,25 +104,30 @@ def full_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 class Traffic:
-    """Records (numel, bytes per element) of every all-reduce inside the optimizer's step."""
+    """Records the bytes that leave this process in every collective inside the optimizer's step.
+
+    Of an all-reduce, twice its (n - 1) / n-th part, as on a ring.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.calls: list[list[tuple[int, int]]] = []
+        self.calls: list[list[float]] = []
         self.step, optimizer.step = optimizer.step, self.watched  # type: ignore[method-assign]
 
     def watched(self, *args: Any, **kwargs: Any) -> Any:
         self.calls.append([])
-        original = dist.all_reduce
+        all_reduce, all_to_all = dist.all_reduce, dist.all_to_all_single
 
-        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.calls[-1].append((tensor.numel(), tensor.element_size()))
-            return original(tensor, *args, **kwargs)
+        def reduced(tensor: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+            n = dist.get_world_size(group)
+            self.calls[-1].append(2 * (n - 1) / n * tensor.nbytes)
+            return all_reduce(tensor, *args, group=group, **kwargs)
 
-        dist.all_reduce = counted  # type: ignore[assignment]
-        try:
+        def exchanged(received: Tensor, sent: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.calls[-1].append(sent.nbytes)  # nothing is sent to oneself
+            return all_to_all(received, sent, *args, **kwargs)
+
+        with mock.patch.multiple(dist, all_reduce=reduced, all_to_all_single=exchanged):
             return self.step(*args, **kwargs)
-        finally:
-            dist.all_reduce = original  # type: ignore[assignment]
 
 
 @contextmanager

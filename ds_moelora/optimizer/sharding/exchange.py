@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,13 +13,12 @@ from ..factors import Factor
 from ..kernels.cpp import FLOAT, RANKS, AdamWState, Extents, Kernels
 from ..preconditioner import algebra_dtype, gram, precondition_
 from .placement import Placement
-from .plan import RowBlocks, Rows, StepPlan
+from .plan import GRAD, WEIGHT, RowBlocks, Rows, StepPlan
 from .zero import Flat
 
 Units = Callable[[Hashable], Flat]
 StateOf = Callable[[Hashable], AdamWState | None]
 Matrices = Callable[..., Tensor]  # (partners' Gram matrices, gradients' or None, *settings) -> matrices
-WEIGHT, GRAD = range(2)  # in a Flat
 
 
 class ShardedPreconditioner:
@@ -102,29 +102,28 @@ class ShardedPreconditioner:
         """What the active gradients' rows are multiplied by, (N, r, r) by rank."""
         for rank, due in plan.weights.order.items():
             for i in due:
-                first = plan.weights.first[i]
-                self._grams[i] = grams[rank][first : first + self.factors[i].num_experts]
+                wanted = plan.weights.wanted[i]
+                self._grams[i] = grams[rank][wanted.start : wanted.stop]
         found = {}
         for rank, active in plan.grads.order.items():
             carried = [self._grams[i] for i in plan.carried if self.factors[i].rank == rank]
             fresh = plan.grads.num[rank] - sum(map(len, carried))
-            parts = [*([grams[rank][:fresh]] if fresh else []), *carried]
+            parts = [*([grams[rank][:fresh]] if rank in grams else []), *carried]
             partners = torch.cat(parts) if len(parts) > 1 else parts[0]
-            damping, *others = self._per_matrix(active, partners)
+            damping, *others = self._per_matrix(active, [len(plan.grads.wanted[i]) for i in active], partners)
             if self.watch is not None:
                 self.watch(partners, damping)
             found[rank] = self.matrices(partners, gradient_grams.get(rank), damping, *others)
         return found
 
-    def _per_matrix(self, active: Sequence[int], like: Tensor) -> list[Tensor | float]:
-        """Each setting: a number if it is the same for all gradients, else one for each matrix."""
+    def _per_matrix(self, active: Sequence[int], counts: Sequence[int], like: Tensor) -> list[Tensor | float]:
+        """Each setting: a number if it is the same for all gradients, else one for each of their `counts` matrices."""
         found: list[Tensor | float] = []
         for values in zip(*(self.settings(i) for i in active), strict=True):
             if all(value == values[0] for value in values):
                 found.append(float(values[0]))
                 continue
-            counts = tuple(self.factors[i].num_experts for i in active)
-            key = (values, counts, like.dtype, like.device)
+            key = (values, tuple(counts), like.dtype, like.device)
             if key not in self._constants:  # copied to the device once, not in every step
                 repeated = [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
                 self._constants[key] = torch.tensor(repeated, dtype=like.dtype, device=like.device)
@@ -152,8 +151,8 @@ class GroupCall:
         self.flats: dict[Hashable, Flat] = {unit: flat(unit) for unit in plan.units}
         weights = [weight for weight, _ in self.flats.values()]
         self.dtype, self.device = algebra_dtype(*(w.dtype for w in weights)), weights[0].device
-        # Roots of gradients' Gram matrices lose half of their digits: float64, at four bytes an element (`_exchange`).
-        self.wide = bool(plan.grads.gram_offset)
+        # Roots of gradients' Gram matrices lose half of their digits: these are summed in float64.
+        self.wide = plan.gradient_grams
         for w in weights if kernels else []:
             if w.dtype != torch.float32 or not w.is_cpu:
                 raise ValueError(
@@ -162,30 +161,35 @@ class GroupCall:
                 )
 
     def grams(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Phases 0 to 2, and the outer products of phase 3: all Gram matrices whole, by rank.
+        """Phases 0 to 2, and the outer products of phase 3: the wanted Gram matrices whole, by rank.
 
         Returns:
             those of the due factors, and those of the active gradients (none unless the plan has them).
         """
         plan, both = self.plan, ((self.plan.weights, WEIGHT), (self.plan.grads, GRAD))
         self._assemble()
-        dtype = torch.float64 if self.wide else self.dtype
-        self.buffer = torch.zeros(plan.numel, dtype=dtype, device=self.device)
+        like: dict[str, Any] = {"dtype": torch.float64 if self.wide else self.dtype, "device": self.device}
+        self.tables = tables = {
+            **{(w, r, "grams"): torch.zeros(n, r * r, **like) for rows, w in both for r, n in rows.sums.items()},
+            **{(w, r, "rows"): torch.zeros(cut.count, r, **like) for rows, w in both for r, cut in rows.cut.items()},
+        }
         for rows, which in both:
             self._add_grams(rows, rows.own, which)
-            for unit, c in rows.copies.items():
+            for (unit, rank), c in rows.copies.items():
                 source = self.flats[unit][which]
                 if source is not None:
-                    values = source[c.local.on(self.device)].to(dtype)
-                    self.buffer.index_copy_(0, c.buffer.on(self.device), values)
-        self._exchange()
+                    values = source[c.local.on(self.device)].to(like["dtype"])
+                    tables[which, rank, "rows"].view(-1).index_copy_(0, c.table.on(self.device), values)
+        plan.exchange(tables, self.group, self.comm_device)
         for rows, which in both:
             self._add_grams(rows, rows.assembled, which)
-            grams = rows.grams(self.buffer)
-            for cut in rows.cut if grams else []:
-                values = cut.view(self.buffer)
-                grams[cut.rank].index_add_(0, cut.matrix.on(self.device), values[:, :, None] * values[:, None, :])
-        return plan.weights.grams(self.buffer), plan.grads.grams(self.buffer)
+            for rank in rows.sums:
+                for positions, targets in rows.cut[rank].rounds:
+                    values = tables[which, rank, "rows"].index_select(0, positions.on(self.device))
+                    outer = (values[:, :, None] * values[:, None, :]).flatten(1)
+                    tables[which, rank, "grams"].index_add_(0, targets.on(self.device), outer)
+        found = [{r: tables[w, r, "grams"][: rows.num[r]].view(-1, r, r) for r in rows.sums} for rows, w in both]
+        return found[WEIGHT], found[GRAD]
 
     def apply(self, matrices: dict[int, Tensor], adamw: StateOf) -> Extents:
         """The rest of phase 3: multiplies the gradient's rows by `matrices`, (N, r, r) by rank."""
@@ -201,18 +205,18 @@ class GroupCall:
                 if grad is not None:
                     precondition_(b.view(grad), own)
         self._apply_to_cut_rows(matrices)
-        for i, expert in self.plan.assembled:
-            grad, whole = self.flats[self.plan.places[i].unit][GRAD], self.flats["assembled", i, expert][GRAD]
-            if i in self.plan.active and grad is not None and whole is not None:
-                there, here = self.plan.own_part(i, expert)
-                grad[here].copy_(whole[there])
+        for (which, _), experts in self.plan.assembled.items():
+            for i, expert in experts if which == GRAD else []:
+                grad, whole = self.flats[self.plan.places[i].unit][GRAD], self.flats["assembled", i, expert][GRAD]
+                if grad is not None and whole is not None:
+                    there, here = self.plan.own_part(i, expert)
+                    grad[here].copy_(whole[there])
         return stepped
 
     def _add_grams(self, rows: Rows, equal: list[RowBlocks], which: int) -> None:
         """Adds the Gram matrices of blocks of weights or gradients to those of `rows`, if the plan wants them."""
-        grams = rows.grams(self.buffer)
-        for blocks in equal if grams else []:
-            target = grams[blocks.rank]
+        for blocks in equal if rows.sums else []:
+            target = self.tables[which, blocks.rank, "grams"].view(-1, blocks.rank, blocks.rank)
             sources = [self.flats[b.source][which] for b in blocks.blocks]
             if self.kernels and blocks.rank in RANKS and not blocks.interleaved:
                 addresses = [_address(source, b.offset) for b, source in zip(blocks.blocks, sources, strict=True)]
@@ -225,15 +229,15 @@ class GroupCall:
             target.index_add_(0, blocks.matrix.on(self.device), torch.cat(sums))
 
     def _apply_to_cut_rows(self, matrices: dict[int, Tensor]) -> None:
-        rows = self.plan.grads
-        for cut in rows.cut:
-            values = cut.view(self.buffer)
-            own = matrices[cut.rank][cut.matrix.on(self.device)].to(values.dtype)
-            values.copy_(torch.bmm(values[:, None, :], own)[:, 0])
-        for unit, c in rows.copies.items():
+        for rank, cut in self.plan.grads.cut.items():
+            if cut.rows:
+                rows, table = cut.rows.on(self.device), self.tables[GRAD, rank, "rows"]
+                own = matrices[rank][cut.matrix.on(self.device)].to(table.dtype)
+                table.index_copy_(0, rows, torch.bmm(table[rows][:, None, :], own)[:, 0])
+        for (unit, rank), c in self.plan.grads.copies.items():
             grad = self.flats[unit][GRAD]
             if grad is not None:
-                values = self.buffer[c.buffer.on(self.device)].to(grad.dtype)
+                values = self.tables[GRAD, rank, "rows"].view(-1)[c.table.on(self.device)].to(grad.dtype)
                 grad.index_copy_(0, c.local.on(self.device), values)
 
     def _apply_cpp(
@@ -254,38 +258,19 @@ class GroupCall:
     def _assemble(self) -> None:
         """Phase 0: adds whole copies of the cut experts stored rank first to `flats`, as sources of their own."""
         plan = self.plan
-        if not plan.assembled:
-            return
-        sizes = [plan.places[i].numel // plan.factors[i].num_experts for i, _ in plan.assembled for _ in range(2)]
-        buffer = torch.zeros(sum(sizes), dtype=self.dtype, device=self.device)
-        parts = buffer.split(sizes)
-        for (i, expert), *whole in zip(plan.assembled, parts[::2], parts[1::2], strict=True):
-            there, here = plan.own_part(i, expert)
-            for mine, target in zip(self.flats[plan.places[i].unit], whole, strict=True):
+        tables = {
+            key: torch.zeros(len(experts), key[1], dtype=self.dtype, device=self.device)
+            for key, experts in plan.assembled.items()
+        }
+        for (which, size), experts in plan.assembled.items():
+            for (i, expert), whole in zip(experts, tables[which, size], strict=True):
+                there, here = plan.own_part(i, expert)
+                mine = self.flats[plan.places[i].unit][which]
                 if mine is not None:
-                    target[there] = mine[here]
-        parts = self._all_reduce(buffer).split(sizes)
-        for (i, expert), weight, grad in zip(plan.assembled, parts[::2], parts[1::2], strict=True):
-            self.flats["assembled", i, expert] = (weight, grad)
-
-    def _exchange(self) -> None:
-        """The one all-reduce; of float64 Gram matrices one triangle, 4 r (r + 1) bytes each."""
-        if self.wide and self._communicates:
-            kept, spread = self.plan.triangles(self.device)
-            self.buffer = self._all_reduce(self.buffer[kept])[spread]
-        else:
-            self.buffer = self._all_reduce(self.buffer)
-
-    @property
-    def _communicates(self) -> bool:
-        return self.group is not None and dist.get_world_size(self.group) > 1
-
-    def _all_reduce(self, buffer: Tensor) -> Tensor:
-        if not self._communicates or not buffer.numel():
-            return buffer
-        there = buffer if self.comm_device is None else buffer.to(self.comm_device)
-        dist.all_reduce(there, group=self.group)
-        return there.to(buffer.device)
+                    whole[there] = mine[here]
+                weight, grad = self.flats.get(("assembled", i, expert), (whole, None))
+                self.flats["assembled", i, expert] = (weight, whole if which == GRAD else grad)
+        plan.assembly(tables, self.group, self.comm_device)
 
 
 def _address(flat: Tensor | None, offset: int) -> int:

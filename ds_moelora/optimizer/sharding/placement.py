@@ -1,4 +1,4 @@
-"""Where the factors of low-rank pairs lie in flat, partitioned buffers: integer arithmetic, no tensors, no groups.
+"""Where the factors of low-rank pairs lie in flat, partitioned buffers: integer arithmetic, no weights, no groups.
 
 Vocabulary.
     factor     one lora_A or lora_B, flattened: (E, n, r) elements, n = in or out; row j belongs to expert j // n.
@@ -13,6 +13,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +53,24 @@ class Placement:
 
     def cut_rows(self, row_numel: int) -> list[int]:
         """Rows (of `row_numel` elements) that lie in more than one process, in order; the same list everywhere."""
-        boundaries = (process * self.partition - self.position for process in range(1, self.world))
+        if self.position % row_numel == 0 == self.partition % row_numel:
+            return []
+        first = max(self.position // self.partition + 1, 1)
+        stop = min(-(-(self.position + self.numel) // self.partition), self.world)
+        boundaries = (process * self.partition - self.position for process in range(first, stop))
         return sorted({b // row_numel for b in boundaries if 0 < b < self.numel and b % row_numel})
+
+    def processes(self, row_numel: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The first and the last process that have elements of each of `rows`, of `row_numel` elements."""
+        first = self.position + rows * row_numel
+        last = first + max(row_numel, 1) - 1
+        return tuple(torch.div(at, self.partition, rounding_mode="floor") for at in (first, last))  # type: ignore[return-value]
+
+    def touched(self, row_numel: int) -> range:
+        """The rows of which this process has elements."""
+        if self.start >= self.stop:
+            return range(0)
+        return range(self.start // row_numel, (self.stop - 1) // row_numel + 1)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..factors import Factor
 from ..kernels.cpp import RowLayout
 from .placement import Placement, expert_blocks, split_slice
+from .transfer import Index, Processes, Transfer, rounds
 
 # A product over this many elements is long enough to hide what a call costs, and its operands still fit in a cache.
 MERGED_NUMEL = 1 << 18
@@ -53,17 +54,6 @@ class RowBlock(NamedTuple):
         return mergeable and self.end == other.offset and other.end - self.offset <= MERGED_NUMEL
 
 
-class Index(list[int]):
-    """Indices known on the host, and on the device from the first use on."""
-
-    tensor: Tensor | None = None
-
-    def on(self, device: torch.device) -> Tensor:
-        if self.tensor is None or self.tensor.device != device:
-            self.tensor = torch.tensor(self, dtype=torch.long, device=device)
-        return self.tensor
-
-
 class RowBlocks:
     """All blocks of equal rank, as few as possible, and the r x r matrix of every expert in them.
 
@@ -76,9 +66,9 @@ class RowBlocks:
         self.blocks: list[RowBlock] = []
         self.matrix = Index()  # (to add to, or to multiply by) among those of equal rank
 
-    def add(self, block: RowBlock, matrix: int) -> None:
-        """Puts a block behind the others; `matrix` is that of its first expert."""
-        self.matrix.extend(range(matrix, matrix + block.experts))
+    def add(self, block: RowBlock, matrices: Sequence[int]) -> None:
+        """Puts a block behind the others; `matrices` are those of its experts."""
+        self.matrix.extend(matrices)
         if self.blocks and self.blocks[-1].continued_by(block):
             last = self.blocks.pop()
             block = last._replace(experts=last.experts + block.experts)
@@ -96,50 +86,60 @@ class RowBlocks:
 
 @dataclass
 class CutRows:
-    """All cut rows of equal rank in the exchange buffer: where they lie, and which matrix each belongs to."""
+    """All cut rows of equal rank that concern this process, in a table of their own.
+
+    An interleaved row takes a row of the table for each expert.
+
+    Args:
+        count: rows of the table. rows: those that are wanted here. matrix: of each of these.
+    """
 
     rank: int
-    offset: int = 0
+    count: int = 0
+    rows: Index = field(default_factory=Index)
     matrix: Index = field(default_factory=Index)
 
-    def view(self, buffer: Tensor) -> Tensor:
-        return buffer[self.offset : self.offset + len(self.matrix) * self.rank].view(-1, self.rank)
+    @cached_property
+    def rounds(self) -> list[tuple[Index, Index]]:
+        """(rows, matrices), no matrix twice in one: sums have the same order in every process and run."""
+        return [(Index(self.rows[p] for p in positions), matrices) for positions, matrices in rounds(self.matrix)]
 
 
 @dataclass
 class Copies:
-    """Elements to copy between a unit's local flat tensor and the exchange buffer."""
+    """Elements to copy between a unit's local flat tensor and a table of cut rows."""
 
     local: Index = field(default_factory=Index)
-    buffer: Index = field(default_factory=Index)
+    table: Index = field(default_factory=Index)
 
 
 class Rows:
-    """The rows of some factors, of their weights or their gradients, and their Gram matrices in the exchange buffer.
+    """The rows of some factors, of their weights or their gradients, and the r x r matrices that belong to them.
 
     Args:
-        order: indices of the factors by rank; their Gram matrices are numbered in this order.
+        order: indices of the factors by rank; their matrices are numbered in this order.
     """
 
     def __init__(self, order: Mapping[int, Sequence[int]]) -> None:
         self.order = order
-        self.first: dict[int, int] = {}  # factor index -> number of its first Gram matrix among those of its rank
-        self.num: dict[int, int] = {}  # Gram matrices of each rank
-        self.gram_offset: dict[int, int] = {}  # where they begin in the buffer, if it has them
+        self.number: dict[int, list[int]] = {}  # factor index -> number of each expert's matrix, -1: not here
+        self.wanted: dict[int, range] = {}  # factor index -> numbers of the matrices that this process wants
+        self.num: dict[int, int] = {}  # matrices of each rank that are wanted
+        self.sums: dict[int, int] = {}  # and all that are summed here; empty: gradients whose sums nobody wants
         self.own: list[RowBlocks] = []  # whole rows that this process owns
-        self.assembled: list[RowBlocks] = []  # those of assembled factors, which every process owns
-        self.cut: list[CutRows] = []
-        self.copies: dict[Hashable, Copies] = {}  # this process's pieces of the cut rows
+        self.assembled: list[RowBlocks] = []  # those of assembled experts
+        self.cut: dict[int, CutRows] = {}
+        self.copies: dict[tuple[Hashable, int], Copies] = {}  # (unit, rank) -> this process's pieces of the cut rows
 
-    def grams(self, buffer: Tensor) -> dict[int, Tensor]:
-        """Views of the buffer, (N, r, r) by rank; none if it has no Gram matrices of these rows."""
-        return {
-            r: buffer[offset : offset + self.num[r] * r * r].view(-1, r, r) for r, offset in self.gram_offset.items()
-        }
+
+WEIGHT, GRAD = range(2)  # in a unit's `Flat`, and in the names of tables
 
 
 class StepPlan:
     """One call's work in one process group.
+
+    A process wants the Gram matrices of the experts of which it has gradients of the partner's. Those it sums, for
+    itself or others, are of experts of which it has whole rows.
 
     Args:
         factors: all factors. places: of each of them.
@@ -159,38 +159,30 @@ class StepPlan:
     ) -> None:
         self.factors, self.places, self.due, self.active = factors, places, set(due), set(active)
         self.units = list(dict.fromkeys(places[i].unit for i in (*due, *active)))
-        self.assembled = [  # (factor, expert) of those stored rank first that a boundary cuts
-            (i, expert)
-            for i in sorted(self.due | self.active)
-            if factors[i].rank_first
-            for expert in places[i].cut_rows(self._row_numel(i))
-        ]
+        self.gradient_grams = gradient_grams
         active = sorted(active, key=lambda i: factors[i].partner not in self.due)  # stable
         partners = dict.fromkeys(factors[i].partner for i in active)
         self.carried = [i for i in partners if i not in self.due]  # taken by an earlier call of the same step
         needed = [*(i for i in partners if i in self.due), *(i for i in due if i not in partners)]
-        self.numel = 0  # of the exchange buffer
+        first = places[self.active_or_due[0]]
+        self.process, self.world = first.process, first.world
+        # Phase 0 by (weights or gradients, elements of an expert), phase 2 by (which, rank, "grams" or "rows").
+        self.assembly, self.exchange = (Transfer(first.process, first.world) for _ in range(2))
+        self.assembled: dict[tuple[int, int], list[tuple[int, int]]] = {}  # (factor, expert) of each row of a table
         self.weights, self.grads = Rows(self._by_rank(needed)), Rows(self._by_rank(active))
-        for rows, with_grams in ((self.weights, True), (self.grads, gradient_grams)):
-            self._number(rows, with_grams)
-            rows.own, rows.assembled = self._blocks(rows, False), self._blocks(rows, True)
-        for rows in (self.weights, self.grads):
-            self._cut_rows(rows)
-        self._triangles: tuple[Tensor, Tensor] | None = None
+        for which, rows in enumerate((self.weights, self.grads)):
+            self._number(which, rows)
+            for i in sorted(rows.number):
+                self._assemble(which, i)
+            rows.own, rows.assembled = self._blocks(which, rows, False), self._blocks(which, rows, True)
+            for rank, indices in rows.order.items():
+                rows.cut[rank] = CutRows(rank)
+                for i in indices:
+                    self._exchange(which, rows, i)
 
-    def triangles(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Gram matrices are symmetric: positions in the buffer without what lies below their diagonals; and the place
-        among these of every element of the buffer.
-        """
-        if self._triangles is None:
-            every = torch.arange(self.numel)
-            twin = every.clone()
-            for rows in (self.weights, self.grads):
-                for own in rows.grams(twin).values():
-                    own.copy_(own.triu() + own.triu(1).mT)
-            kept = twin == every
-            self._triangles = every[kept].to(device), (kept.cumsum(0) - 1)[twin].to(device)
-        return self._triangles
+    @property
+    def active_or_due(self) -> list[int]:
+        return [*self.active, *self.due]
 
     def _by_rank(self, indices: Sequence[int]) -> dict[int, list[int]]:
         found: dict[int, list[int]] = {}
@@ -198,16 +190,7 @@ class StepPlan:
             found.setdefault(self.factors[i].rank, []).append(i)
         return found
 
-    def _number(self, rows: Rows, with_grams: bool) -> None:
-        for rank, indices in rows.order.items():
-            count = 0
-            for i in indices:
-                rows.first[i] = count
-                count += self.factors[i].num_experts
-            rows.num[rank] = count
-            if with_grams:
-                rows.gram_offset[rank] = self.numel
-                self.numel += count * rank * rank
+    # -- who has what -------------------------------------------------------------------------------------------------
 
     def _rows_per_expert(self, i: int) -> int:
         return self.places[i].numel // (self.factors[i].num_experts * self.factors[i].rank)
@@ -217,6 +200,24 @@ class StepPlan:
         f = self.factors[i]
         return f.rank * (self._rows_per_expert(i) if f.rank_first else f.num_experts if f.experts_last else 1)
 
+    def _expert_numel(self, i: int) -> int:
+        return self.places[i].numel // self.factors[i].num_experts
+
+    def _experts(self, i: int) -> range:
+        """The experts of factor i of which this process has elements."""
+        touched = self.places[i].touched(self._expert_numel(i))
+        return range(self.factors[i].num_experts) if touched and self.factors[i].experts_last else touched
+
+    def _processes(self, i: int, experts: Tensor) -> Processes:
+        """The processes that have elements of each of these experts of factor i."""
+        if self.factors[i].experts_last:
+            return self.places[i].processes(self.places[i].numel, torch.zeros_like(experts))
+        return self.places[i].processes(self._expert_numel(i), experts)
+
+    def _wanting(self, which: int, i: int) -> int:
+        """The factor whose owners want the Gram matrices of factor i's weights or gradients."""
+        return self.factors[i].partner if which == WEIGHT else i
+
     def own_part(self, i: int, expert: int) -> tuple[slice, slice]:
         """What this process has of one expert of a factor stored rank first: where in the expert, and in the unit."""
         p, size = self.places[i], self._row_numel(i)
@@ -225,48 +226,102 @@ class StepPlan:
         local, first = p.local_offset - p.start, expert * size
         return slice(start - first, stop - first), slice(local + start, local + stop)
 
-    def _blocks(self, rows: Rows, assembled: bool) -> list[RowBlocks]:
+    # -- what it does -------------------------------------------------------------------------------------------------
+
+    def _number(self, which: int, rows: Rows) -> None:
+        """Wanted matrices first, in the order of factors; then those that are summed here for others."""
+        for rank, indices in rows.order.items():
+            count = 0
+            for i in indices:
+                experts = self._experts(self._wanting(which, i))
+                rows.wanted[i] = range(count, count + len(experts))
+                numbers = rows.number[i] = [-1] * self.factors[i].num_experts
+                numbers[experts.start : experts.stop] = rows.wanted[i]
+                count += len(experts)
+            rows.num[rank] = count
+            for i in indices:
+                for expert in self._experts(i):
+                    if rows.number[i][expert] < 0:
+                        rows.number[i][expert] = count
+                        count += 1
+            if which == WEIGHT or self.gradient_grams:
+                rows.sums[rank] = count
+
+    def _assemble(self, which: int, i: int) -> None:
+        """Slots of phase 0 for the experts of factor i that are stored rank first and cut."""
+        size = self._row_numel(i)
+        cut = self.places[i].cut_rows(size) if self.factors[i].rank_first else []
+        if not cut:
+            return
+        experts = torch.tensor(cut)
+        held, wanted = self._processes(i, experts), self._processes(self._wanting(which, i), experts)
+        table = self.assembled.setdefault((which, size), [])
+        first, wanting = len(table), self._experts(self._wanting(which, i))
+        mine = [e in self._experts(i) or e in wanting for e in cut]
+        table += [(i, e) for e, concerned in zip(cut, mine, strict=True) if concerned]
+        self.assembly.add((which, size), size, held, wanted, first - 1 + torch.tensor(mine).cumsum(0))
+
+    def _blocks(self, which: int, rows: Rows, assembled: bool) -> list[RowBlocks]:
         found: dict[tuple[int, bool], RowBlocks] = {}
-        for i in sorted(rows.first):  # as they lie in memory
-            f, p, n, matrix = self.factors[i], self.places[i], self._rows_per_expert(i), rows.first[i]
+        for i in sorted(rows.number):  # as they lie in memory
+            f, p, n, number = self.factors[i], self.places[i], self._rows_per_expert(i), rows.number[i]
             blocks = found.setdefault((f.rank, f.experts_last), RowBlocks(f.rank, f.experts_last))
-            if assembled:
-                for expert in (e for j, e in self.assembled if j == i):
-                    blocks.add(RowBlock(("assembled", i, expert), 0, 1, n, f.rank, True), matrix + expert)
-                continue
             size = self._row_numel(i)
+            if assembled:
+                wanting = self._experts(self._wanting(which, i))
+                for expert in (e for j, e in self.assembled.get((which, size), []) if j == i and e in wanting):
+                    block = RowBlock(("assembled", i, expert), 0, 1, n, f.rank, True)
+                    blocks.add(block, [number[expert]])
+                continue
             _, first_row, num_rows = split_slice(p.start, p.stop, size)
             base = p.local_offset + first_row * size - p.start
             if not num_rows:
                 continue
             if f.rank_first:
-                blocks.add(RowBlock(p.unit, base, num_rows, n, f.rank, True), matrix + first_row)
+                block = RowBlock(p.unit, base, num_rows, n, f.rank, True)
+                blocks.add(block, number[first_row : first_row + num_rows])
             elif f.experts_last:
-                blocks.add(RowBlock(p.unit, base, f.num_experts, num_rows, f.rank, False, True), matrix)
+                blocks.add(RowBlock(p.unit, base, f.num_experts, num_rows, f.rank, False, True), number)
             else:
                 for expert, count, row, per_expert in expert_blocks(first_row, num_rows, n):
                     block = RowBlock(p.unit, base + row * f.rank, count, per_expert, f.rank, False)
-                    blocks.add(block, matrix + expert)
+                    blocks.add(block, number[expert : expert + count])
         return [blocks for blocks in found.values() if blocks.blocks]
 
-    def _cut_rows(self, rows: Rows) -> None:
-        """Slots in the exchange buffer for every cut row of the group, and this process's pieces of them."""
-        for rank, indices in rows.order.items():
-            cut, slots = CutRows(rank, self.numel), {}
-            indices = [i for i in indices if not self.factors[i].rank_first]
-            for i in indices:
-                experts, first = self._row_numel(i) // rank, rows.first[i]
-                for row in self.places[i].cut_rows(self._row_numel(i)):
-                    slots[i, row] = self.numel + len(cut.matrix) * rank
-                    expert = 0 if self.factors[i].experts_last else row // self._rows_per_expert(i)
-                    cut.matrix.extend(range(first + expert, first + expert + experts))
-            for i in indices:
-                p, experts = self.places[i], self._row_numel(i) // rank
-                for piece in split_slice(p.start, p.stop, experts * rank)[0]:
-                    local, columns = p.local_offset + piece.offset, range(piece.column, piece.column + piece.length)
-                    unit = rows.copies.setdefault(p.unit, Copies())
-                    unit.local.extend(range(local, local + piece.length))
-                    unit.buffer.extend(slots[i, piece.row] + c % experts * rank + c // experts for c in columns)
-            if cut.matrix:
-                rows.cut.append(cut)
-                self.numel += len(cut.matrix) * rank
+    def _exchange(self, which: int, rows: Rows, i: int) -> None:
+        """Slots of phase 2 for the Gram matrices and the cut rows of factor i, and this process's pieces of these."""
+        f, r, wanting = self.factors[i], self.factors[i].rank, self._wanting(which, i)
+        if r in rows.sums and self.world > 1:
+            experts = torch.arange(f.num_experts)
+            held, wanted = self._processes(i, experts), self._processes(wanting, experts)
+            whole = held[0] == held[1] if f.rank_first else torch.ones_like(experts, dtype=torch.bool)
+            numbers = torch.tensor(rows.number[i])
+            held, wanted = ((a[whole], b[whole]) for a, b in (held, wanted))
+            self.exchange.add((which, r, "grams"), r * r, held, wanted, numbers[whole], symmetric=True)
+        size = self._row_numel(i)
+        cut = [] if f.rank_first else self.places[i].cut_rows(size)
+        if not cut:
+            return
+        # A row is one expert's, or (out, r, E) all experts': then each has a slot of its own.
+        table, per_row, slots = rows.cut[r], size // r, torch.tensor(cut)
+        experts = torch.zeros_like(slots) if f.experts_last else slots // self._rows_per_expert(i)
+        held, numbers = self.places[i].processes(size, slots), torch.tensor(rows.number[i])
+        wanted_of = [self._processes(wanting, experts + k) if r in rows.sums else held for k in range(per_row)]
+        wants = [self._among(processes) for processes in wanted_of]
+        mine = torch.stack([self._among(held), *wants]).any(0)
+        starts = table.count + (mine.cumsum(0) - 1) * per_row
+        table.count += int(mine.sum()) * per_row
+        for k in range(per_row):
+            self.exchange.add((which, r, "rows"), r, held, wanted_of[k], starts + k)
+            table.rows.extend((starts + k)[wants[k]].tolist())
+            table.matrix.extend(numbers[(experts + k)[wants[k]]].tolist())
+        p, position = self.places[i], dict(zip(cut, starts.tolist(), strict=True))
+        for piece in split_slice(p.start, p.stop, size)[0]:
+            local, columns = p.local_offset + piece.offset, range(piece.column, piece.column + piece.length)
+            unit = rows.copies.setdefault((p.unit, r), Copies())
+            unit.local.extend(range(local, local + piece.length))
+            unit.table.extend(position[piece.row] * r + c % per_row * r + c // per_row for c in columns)
+
+    def _among(self, processes: Processes) -> Tensor:
+        """Whether this process is among them, for every slot."""
+        return (processes[0] <= self.process) & (self.process <= processes[1])
