@@ -44,4 +44,5 @@ def add_scalar(writer: Any, tag: str, value: float, step: int | None) -> None:
     """`SummaryWriter.add_scalar`, with the sentence."""
     summary = scalar(tag, value)
     summary.value[0].metadata.summary_description = describe(tag)
+    summary.value[0].metadata.plugin_data.plugin_name = "scalars"
     writer.file_writer.add_summary(summary, step)
