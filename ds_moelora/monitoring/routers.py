@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..tuner import MoELoRAExperts, MoELoRAModel
-from ..tuner.losses import BatchLayout, RouterRecord, sequences_of
-from .formulas import RouterSums, projection, router_sums, sketch_products
-
-# Logits of that many elements are looked at together: few operations for small batches, bounded memory for large ones.
-TOGETHER = 1 << 24
+from .formulas import projection, router_sums, sketch_products
 
 
 class RouterMeter:
@@ -38,7 +33,6 @@ class RouterMeter:
         self.num_experts = [e.num_experts for e in experts]
         self.ep_size = max((e.num_experts // len(e.factors()[1]) for e in experts if e.is_sharded), default=1)
         self._projections: dict[tuple[int, torch.device], Tensor] = {}
-        self._indices: dict[tuple[int, ...], Tensor] = {}
         self._position: dict[Any, int] = {}
 
     def arm(self, device: torch.device) -> None:
@@ -48,7 +42,6 @@ class RouterMeter:
         self.sketches = torch.zeros(L, E, projection(1).shape[1] ** 2, device=device)
         self._sketched: set[int] = set()
         self._position = {id(e): i for i, e in enumerate(self.experts)}
-        self._by_name = {(e.adapter_name, e.pair.name): i for i, e in enumerate(self.experts)}
         for tuner in self.tuners:
             tuner.router_listener = self
 
@@ -67,25 +60,13 @@ class RouterMeter:
         sketches = sketch_products(lora_A, lora_B, *(self._projection(f) for f in (lora_A, lora_B)))
         self.sketches[layer, first : first + len(sketches)] = sketches
 
-    def saw_batch(self, records: list[RouterRecord], layout: BatchLayout) -> None:
-        alike: dict[Any, list[tuple[int, Tensor, Tensor, Tensor | None]]] = defaultdict(list)
-        for record in records:
-            layer = self._by_name.get((record.adapter, record.layer))
-            if layer is not None:
-                logits, chosen, mask = sequences_of(record, layout)
-                alike[logits.shape, mask is None].append((layer, logits.detach(), chosen, mask))
-        for (shape, _), group in alike.items():
-            step = max(TOGETHER // max(shape.numel(), 1), 1)
-            for some in (group[i : i + step] for i in range(0, len(group), step)):
-                together = [torch.stack(tensors) for tensors in zip(*((one[1], one[2]) for one in some), strict=True)]
-                self._add([one[0] for one in some], router_sums(together[0], together[1], some[0][3]))
-
-    def _add(self, layers: list[int], sums: RouterSums) -> None:
-        key = tuple(layers)
-        if key not in self._indices:  # copied to the device once
-            self._indices[key] = torch.tensor(layers, device=self.packed.device)
-        columns = torch.cat([torch.stack(sums[1:], 1), sums.slots], 1)
-        self.packed[:, : columns.shape[1]].index_add_(0, self._indices[key], columns)
+    def saw_router(self, experts: Any, logits: Tensor, chosen: Tensor, mask: Tensor | None) -> None:
+        layer = self._position.get(id(experts))
+        if layer is None:
+            return
+        sums = router_sums(logits[None], chosen[None], mask)
+        columns = torch.cat([torch.stack(sums[1:], 1), sums.slots], 1)[0]
+        self.packed[layer, : len(columns)] += columns
 
     def _projection(self, factor: Tensor) -> Tensor:
         key = (factor.shape[1], factor.device)

@@ -17,7 +17,7 @@ from ..mixture.operands import Operands, RoutingRule
 from ..mixture.routing import route
 from ..pairs import GateSettings, LoraPair, tag_pair
 from .config import MoELoRAConfig
-from .losses import RouterRecord, active_collector, coefs_of
+from .losses import RouterRecord, active_collector, coefs_of, router_losses, sequences_of
 from .router import Router, as_in_forward, has_no_hooks
 from .shared_expert import SharedExpert
 from .start.base_weight import HASH_SHAPE
@@ -249,25 +249,20 @@ class MoELoRAExperts(nn.Module):
         return y if base_out.dim() == 2 else y.view(base_out.shape)
 
     def _hand_over(self, lead: tuple[int, ...], logits: Tensor, gates: Tensor) -> None:
-        """Gives the router's decision to the active collector, if it wants it."""
+        """Gives the router's losses to the active collector, and its decision to who listens."""
         collector = active_collector()
-        if collector is None or not (self.training or collector.asked):
+        if not (self.training or (collector is not None and collector.asked)):
             return
-        listener = collector.listener if self.training else None
-        if listener is not None:
-            listener.saw_experts(self)
-        if any(self.coefs) or listener is not None:
-            collector.records.append(
-                RouterRecord(
-                    adapter=self.adapter_name,
-                    coefs=self.coefs,
-                    layer=self.pair.name,
-                    lead=lead,
-                    logits=logits,
-                    gates=gates,
-                    grad_enabled=torch.is_grad_enabled(),
-                )
-            )
+        if any(self.coefs):  # also without a collector, as in a recomputation: the same is saved for backward
+            layout = None if collector is None else collector.layout
+            losses = router_losses(logits, gates, self.coefs, lead, layout)
+            if collector is not None:
+                grad_enabled = torch.is_grad_enabled()
+                names = (self.adapter_name, self.coefs, self.pair.name)
+                collector.records.append(RouterRecord(*names, losses, logits.grad_fn, grad_enabled))
+        if collector is not None and collector.listener is not None and self.training:
+            collector.listener.saw_experts(self)
+            collector.listener.saw_router(self, *sequences_of(logits.detach(), gates, lead, collector.layout))
 
     def _sees_what_router_sees(self) -> bool:
         """Whether router and experts get the same input, here, and nobody wants the router to be called."""

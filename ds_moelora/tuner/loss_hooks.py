@@ -87,7 +87,8 @@ class LossHooks:
             # SFTTrainer makes it True, and TRL's forward then looks for routers of the base model, which has none.
             setattr(_text_config(model), _ASKS, False)
         if model.training or self._asked:
-            start_collecting(self.tuner, self.tuner.router_listener if model.training else None, self._asked)
+            listener = self.tuner.router_listener if model.training else None
+            start_collecting(self.tuner, _layout(model, kwargs), listener, self._asked)
         elif torch.is_grad_enabled() and "eval" not in self._warned and self._trains(model):
             self._warn(
                 "eval",
@@ -109,14 +110,10 @@ class LossHooks:
         if model.training and not self._looked:
             self._looked = True
             self._warn_of_uncalled(model)
-        layout = _layout(model, kwargs)
-        if self.tuner.router_listener is not None and records and model.training:
-            self.tuner.router_listener.saw_batch(records, layout)
-        records = [record for record in records if any(record.coefs)]
         if not records:
             return self._with_aux_loss(output, None)
         _check_recorded(records)
-        scaled, plain = auxiliary_loss(records, layout)
+        scaled, plain = auxiliary_loss(records)
         if not model.training:
             return self._with_aux_loss(output, scaled)
         loss = _loss_of(output)
@@ -151,7 +148,7 @@ class LossHooks:
 
     def _watch(self, scaled: Tensor, records: list[RouterRecord]) -> None:
         """Warns, once, if a backward pass comes to the routers without having been at `scaled`."""
-        node = next((r.logits.grad_fn for r in records if r.logits.grad_fn is not None), None)
+        node = next((record.node for record in records if record.node is not None), None)
         if "unused" in self._warned or node is None or not scaled.requires_grad:
             return
         reached: list[Tensor] = []

@@ -1,8 +1,9 @@
-"""The routers' auxiliary losses: collecting their decisions during one forward pass, and reducing them to one number.
+"""The routers' auxiliary losses: each layer's during one forward pass, and their sum.
 
-Layers do not store anything. While a `Collector` is active (the tuner's hooks around the base model's forward see to
-that), each layer hands over its router's logits and gates, two tensors that exist anyway: the operations of a layer
-are the same whether or not anyone listens, which is what recomputation under gradient checkpointing needs.
+While a `Collector` is active (the tuner's hooks around the base model's forward see to that), each layer computes its
+losses, two numbers, and hands these over. What their gradient needs, the router's logits and gates, is saved for the
+backward pass in the layer, by the same operations whether or not anyone listens: gradient checkpointing drops it with
+the rest of the layer, and brings it back by a recomputation to which nobody listens.
 """
 
 from __future__ import annotations
@@ -40,28 +41,22 @@ def coefs_of(config: MoELoRAConfig) -> AuxLosses:
 
 @dataclass(eq=False)
 class RouterRecord:
-    """One router's decision in one forward pass.
+    """One router's losses in one forward pass.
 
     Args:
         adapter: the adapter's name. coefs: its `router_aux_loss_coef` and `router_z_loss_coef`; 0: not computed.
         layer: the layer's name, for messages.
-        lead: the layer's input shape without its last dimension; T is its product.
-        logits: (T, E). gates: (T, E), which say what was chosen.
+        losses: 0-dim, weighted means over the sequences; 0 where the coefficient is.
+        node: the autograd node of the router's logits; None without a gradient.
         grad_enabled: whether autograd was recording.
     """
 
     adapter: str
     coefs: AuxLosses
     layer: str
-    lead: tuple[int, ...]
-    logits: Tensor
-    gates: Tensor
+    losses: AuxLosses
+    node: Any
     grad_enabled: bool
-
-    @property
-    def chosen(self) -> Tensor:
-        """(T, E) bool."""
-        return chosen_by(self.gates)
 
 
 class RouterListener(Protocol):
@@ -70,20 +65,21 @@ class RouterListener(Protocol):
     def saw_experts(self, experts: Any) -> None:
         """In a layer's forward pass, where its parameters are whole even under ZeRO-3; a `MoELoRAExperts`."""
 
-    def saw_batch(self, records: list[RouterRecord], layout: BatchLayout) -> None:
-        """After a forward pass of the model: one record per call of a layer."""
+    def saw_router(self, experts: Any, logits: Tensor, chosen: Tensor, mask: Tensor | None) -> None:
+        """In a layer's forward pass: what `sequences_of` makes of a decision."""
 
 
 @dataclass(eq=False)
 class Collector:
     """The records of one forward pass of `owner`; `outer` is the collector of a forward pass around it.
 
-    Without a `listener`, layers whose auxiliary losses are switched off hand nothing over; nor do layers in eval mode
-    unless they are `asked`.
+    Layers whose auxiliary losses are switched off hand nothing over; nor do layers in eval mode unless they are
+    `asked`.
     """
 
     owner: Any
     outer: Collector | None
+    layout: BatchLayout
     listener: RouterListener | None = None
     asked: bool = False
     records: list[RouterRecord] = field(default_factory=list)
@@ -94,10 +90,12 @@ def active_collector() -> Collector | None:
     return _ACTIVE.get()
 
 
-def start_collecting(owner: Any, listener: RouterListener | None = None, asked: bool = False) -> None:
+def start_collecting(
+    owner: Any, layout: BatchLayout, listener: RouterListener | None = None, asked: bool = False
+) -> None:
     """Makes a new collector for `owner` active. What an earlier, aborted pass of the same owner left is dropped."""
     stop_collecting(owner)
-    _ACTIVE.set(Collector(owner, _ACTIVE.get(), listener, asked))
+    _ACTIVE.set(Collector(owner, _ACTIVE.get(), layout, listener, asked))
 
 
 def stop_collecting(owner: Any) -> list[RouterRecord]:
@@ -185,9 +183,15 @@ def _unpacked(rows: Tensor, packed: Tensor) -> Tensor:
     return torch.cat([rows, torch.zeros_like(rows[:1])])[packed]
 
 
-def sequences_of(record: RouterRecord, layout: BatchLayout) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A record by sequence: logits (S, N, E), chosen (S, N, E), and the (S, N) mask of real tokens (None: all)."""
-    (rows, num_experts), lead = record.logits.shape, record.lead
+def sequences_of(
+    logits: Tensor, gates: Tensor, lead: tuple[int, ...], layout: BatchLayout
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A router's decision by sequence: logits (S, N, E), chosen (S, N, E), the (S, N) mask of real tokens (None: all).
+
+    Args:
+        logits, gates: (T, E). lead: the layer's input shape without its last dimension; T is its product.
+    """
+    (rows, num_experts), chosen = logits.shape, chosen_by(gates)
     if len(lead) >= 2:
         shape = (lead[0], math.prod(lead[1:]))
     elif layout.grid is not None and math.prod(layout.grid) == rows:
@@ -196,18 +200,54 @@ def sequences_of(record: RouterRecord, layout: BatchLayout) -> tuple[Tensor, Ten
         shape = (rows, 1)
     mask = layout.mask
     if mask is not None:
-        mask = mask.to(record.logits.device) if tuple(mask.shape) == shape and lead in (shape, (rows,)) else None
+        mask = mask.to(logits.device) if tuple(mask.shape) == shape and lead in (shape, (rows,)) else None
     if layout.packed is not None and layout.grid is not None and math.prod(layout.grid) == rows:
-        packed = layout.packed.to(record.logits.device)
-        logits, chosen = (_unpacked(t.reshape(rows, num_experts), packed) for t in (record.logits, record.chosen))
-        return logits, chosen, packed < rows
-    logits, chosen = (t.reshape(*shape, num_experts) for t in (record.logits, record.chosen))
-    return logits, chosen, mask
+        packed = layout.packed.to(logits.device)
+        return _unpacked(logits, packed), _unpacked(chosen, packed), packed < rows
+    return logits.reshape(*shape, num_experts), chosen.reshape(*shape, num_experts), mask
 
 
-def _record_losses(record: RouterRecord, layout: BatchLayout) -> AuxLosses:
-    """Weighted sums over the sequences of one record: 0-dim tensors, None where the coefficient is 0."""
-    logits, chosen, mask = sequences_of(record, layout)
+class _RouterLosses(torch.autograd.Function):
+    """(logits, gates) -> balance and z, 0-dim, of one layer; saved for backward: the two."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, gates: Tensor, coefs: AuxLosses, lead: tuple[int, ...], layout: BatchLayout | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(logits, gates)
+        ctx.settings = (coefs, lead, layout)
+        if layout is None:
+            return logits.new_zeros(()), logits.new_zeros(())
+        return _weighted_losses(logits, gates, coefs, lead, layout)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits, gates = ctx.saved_tensors
+        with torch.enable_grad():
+            logits = logits.detach().requires_grad_()
+            losses = _weighted_losses(logits, gates, *ctx.settings)
+        kept = [(loss, grad) for loss, grad in zip(losses, grads, strict=True) if loss.requires_grad]
+        (found,) = torch.autograd.grad([loss for loss, _ in kept], logits, [grad for _, grad in kept])
+        return found, None, None, None, None
+
+
+def router_losses(
+    logits: Tensor, gates: Tensor, coefs: AuxLosses, lead: tuple[int, ...], layout: BatchLayout | None
+) -> AuxLosses:
+    """A layer's losses: weighted sums over sequences, 0-dim; 0 where the coefficient is 0.
+
+    A gradient keeps logits and gates alone, and computes what else it needs in the backward pass.
+
+    Args:
+        logits, gates: (T, E). lead: see `sequences_of`. layout: None computes nothing, but saves the same for backward.
+    """
+    return AuxLosses(*_RouterLosses.apply(logits, gates, coefs, lead, layout))
+
+
+def _weighted_losses(
+    logits: Tensor, gates: Tensor, coefs: AuxLosses, lead: tuple[int, ...], layout: BatchLayout
+) -> tuple[Tensor, Tensor]:
+    logits, chosen, mask = sequences_of(logits, gates, lead, layout)
 
     def weighted(losses: Tensor) -> Tensor:
         if layout.weights is None:
@@ -217,13 +257,14 @@ def _record_losses(record: RouterRecord, layout: BatchLayout) -> AuxLosses:
             return (weights * losses).sum()
         return weights.sum() * losses.sum() / max(len(logits), 1)
 
-    return AuxLosses(
-        balance=weighted(sequence_balance_loss(logits, chosen, mask)) if record.coefs.balance else None,
-        z=weighted(sequence_z_loss(logits, mask)) if record.coefs.z else None,
+    none = torch.zeros((), device=logits.device)
+    return (
+        weighted(sequence_balance_loss(logits, chosen, mask)) if coefs.balance else none,
+        weighted(sequence_z_loss(logits, mask)) if coefs.z else none,
     )
 
 
-def auxiliary_loss(records: list[RouterRecord], layout: BatchLayout) -> tuple[Tensor, AuxLosses]:
+def auxiliary_loss(records: list[RouterRecord]) -> tuple[Tensor, AuxLosses]:
     """Auxiliary losses of one forward pass: per sequence, averaged over sequences, then over an adapter's layers.
 
     Their gradient does not depend on how a batch is cut into micro-batches, or spread over ranks: the mean over
@@ -231,7 +272,7 @@ def auxiliary_loss(records: list[RouterRecord], layout: BatchLayout) -> tuple[Te
     no known sequence (an input of (rows, features) whose rows are not all of the batch's tokens) are one sequence each.
 
     Args:
-        records: at least one. layout: see `batch_layout`.
+        records: at least one.
 
     Returns:
         the sum of coef * L over losses and adapters, and every L without its coefficient, summed over adapters (None
@@ -240,12 +281,11 @@ def auxiliary_loss(records: list[RouterRecord], layout: BatchLayout) -> tuple[Te
     by_adapter: dict[str, list[RouterRecord]] = {}
     for record in records:
         by_adapter.setdefault(record.adapter, []).append(record)
-    scaled = torch.zeros((), device=records[0].logits.device)
+    scaled = torch.zeros((), device=records[0].losses.balance.device)
     plain: dict[int, Tensor] = {}
     for group in by_adapter.values():
-        of_layers = [_record_losses(record, layout) for record in group]
         for which, coef in enumerate(group[0].coefs):
             if coef:
-                mean = torch.stack([losses[which].to(scaled.device) for losses in of_layers]).mean()
+                mean = torch.stack([record.losses[which].to(scaled.device) for record in group]).mean()
                 scaled, plain[which] = scaled + coef * mean, plain.get(which, 0) + mean
     return scaled, AuxLosses(*(plain.get(which) for which in range(2)))

@@ -185,12 +185,12 @@ def test_checkpointed_layer_runs_the_same_operations_with_and_without_a_listener
     results = []
     for checkpointed in (False, True):
         x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        start_collecting(layer)
+        start_collecting(layer, BatchLayout())
         out = checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
         records = stop_collecting(layer)
         assert len(records) == 1
         layer.zero_grad()
-        (out.sum() + auxiliary_loss(records, BatchLayout())[0]).backward()
+        (out.sum() + auxiliary_loss(records)[0]).backward()
         results.append({"x": x.grad} | {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None})
     assert_same(results[1], results[0])
 

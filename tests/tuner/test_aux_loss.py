@@ -197,3 +197,20 @@ def test_trl_trains_the_routers_with_it(kind: str, tmp_path) -> None:
     off, on = (trained_routers(kind, coef, tmp_path / str(coef)) for coef in (0.0, 10.0))
     assert torch.isfinite(on).all()
     assert not torch.equal(off, on)
+
+
+def test_checkpointed_layers_keep_no_router_tensors() -> None:
+    """Of the losses two numbers a layer stay between forward and backward: less than one layer's (tokens, experts)."""
+    tokens, experts = 4 * 48, 64
+    inputs, kept = batch(rows=4, length=48, padded=False), {}
+    for coef in (0.0, COEF):
+        model = adapted(num_experts=experts, r=1, router_aux_loss_coef=coef).train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            outputs = model(**inputs)
+        events = profile.profiler.kineto_results.events()
+        kept[coef] = sum(event.nbytes() for event in events if event.name() == "[memory]")
+        outputs.loss.backward()
+    assert kept[COEF] - kept[0.0] < 4 * tokens * experts
