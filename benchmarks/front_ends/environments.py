@@ -43,7 +43,9 @@ ENVIRONMENTS = {
         files=("torchaudio/lib/*.so",),  # torchaudio, which LLaMA-Factory imports, does without
     ),
     "swift": Environment(("ms-swift==4.6.0", "deepspeed==0.19.8", "rich")),
-    # Its own pins, without what needs a GPU (xformers, liger-kernel, fla) or is not used here (gradio, modal).
+    # Its own pins, without what needs a GPU (xformers, liger-kernel, fla) or is not used here (gradio, modal). It asks
+    # for DeepSpeed below 0.19; but 0.18.9 gathers into a buffer with autograd's history at stages 1 and 2, for AdamW
+    # too, and gloo of torch 2.13 refuses that.
     "axolotl": Environment(
         (
             *("packaging==26.0", "huggingface_hub==1.17.0", "peft==0.20.0", "tokenizers==0.23.1"),
@@ -58,7 +60,7 @@ ENVIRONMENTS = {
                 "mistral-common==1.11.5",
                 "sentencepiece",
                 "wandb",
-                "deepspeed>=0.18.6,<0.19.0",
+                "deepspeed==0.19.8",
                 "rich",
             ),
         ),
