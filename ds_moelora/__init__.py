@@ -7,7 +7,15 @@ from .checkpoint.data_only import check_data_only, data_only
 from .checkpoint.elastic import load_elastic, save_elastic
 from .optimizer import GateRiemannianAdamW, GateRiemannianMuon, GateRiemannianSGD
 from .plugin import register
-from .tuner import MoELoRAConfig, MoELoRAModel, gather_experts, save_without_residual, tag_lora_pairs, use_lora_experts
+from .tuner import (
+    MoELoRAConfig,
+    MoELoRAModel,
+    gather_experts,
+    save_without_residual,
+    start_from_lora,
+    tag_lora_pairs,
+    use_lora_experts,
+)
 
 __version__ = "0.1.0"
 
@@ -25,6 +33,7 @@ __all__ = [
     "register",
     "save_elastic",
     "save_without_residual",
+    "start_from_lora",
     "tag_lora_pairs",
     "use_lora_experts",
 ]

@@ -25,6 +25,8 @@ if __package__ in (None, ""):
     # Started as a script: Python put this folder first on the path; the repository's root is what is needed.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from launch import quiet  # isort: skip  (before DeepSpeed is imported)
+
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
@@ -87,6 +89,7 @@ class EvaluationArguments(SourceArguments, DataArguments):
     classes: list[str] = field(
         default_factory=list, metadata={"help": "Names of the classes by id. Default: those in train_summary.json."}
     )
+    json: bool = flag(False, "Print the results as JSON, alone on stdout.")
     output: str | None = flag(None, "Results (JSON). Default: evaluation-DATA.json in the adapter's folder.")
     predictions: str | None = flag(None, "With answers: a jsonl file that gets every prompt, answer and reference.")
 
@@ -145,7 +148,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     paths = [write_results(results, wish, source)]
     if writer is not None and wish.predictions:
         paths.append(write_predictions(Path(wish.predictions), writer))
-    print_results(results, [path for path in paths if path is not None])
+    if wish.json:
+        print(json.dumps(redact(results), indent=2), file=quiet.answers(), flush=True)
+    else:
+        print_results(results, [path for path in paths if path is not None])
     return results
 
 

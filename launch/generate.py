@@ -22,6 +22,8 @@ if __package__ in (None, ""):
     # Started as a script: Python put this folder first on the path; the repository's root is what is needed.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from launch import quiet  # isort: skip  (before DeepSpeed is imported)
+
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
@@ -122,13 +124,13 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
             answers = answer(prompts, title="Answers" if len(prompts) > wish.batch_size else None)
             for text, written in zip(prompts, answers, strict=True):
                 plain = written if len(prompts) == 1 else f"> {text}\n{written}\n"
-                print(_as_json(text, written) if wish.json else plain)
+                print(_as_json(text, written) if wish.json else plain, file=quiet.answers())
             return answers
         for text in _typed_prompts():
             streamer = None if wish.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
             (written,) = answer([text], streamer=streamer)
             if wish.json:
-                print(_as_json(text, written), flush=True)
+                print(_as_json(text, written), flush=True, file=quiet.answers())
     return []
 
 

@@ -23,6 +23,8 @@ if __package__ in (None, ""):
     # Started as a script: Python put this folder first on the path; the repository's root is what is needed.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from launch import quiet  # isort: skip  (before DeepSpeed is imported)
+
 import datasets
 import deepspeed
 import torch.distributed as dist
@@ -48,7 +50,7 @@ from launch.cluster.agreement import check_same_data
 from launch.cluster.processes import find_free_port
 from launch.data import answering
 from launch.demo import defaults as demo
-from launch.training import card, modeling, report, trainers
+from launch.training import card, console, modeling, report, trainers
 from launch.training.finishing import EvaluateOnce, HubUpload, evaluated, guard_curves, not_fatal
 from launch.training.prepared import prepare
 from launch.training.remembered import Remember
@@ -97,8 +99,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         report.print_truncation(trainer.truncation)
     if answers:
         trainer.add_callback(answering.AnswerScores(trainer, evaluation, arguments.scoring))
-    if "tensorboard" in arguments.training.report_to:
-        trainer.add_callback(MoELoRACallback(trainer))
+    progress = console.Progress(trainer, arguments, optimizer)
+    trainer.add_callback(MoELoRACallback(trainer, on_report=progress.take))
+    trainer.add_callback(progress)  # the last one: its clock begins where the others are done
+    callbacks.append(progress)
     summary = run(trainer, arguments, optimizer, callbacks)
     if summary is not None:
         hub.finish()
@@ -115,9 +119,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 
 
 def quieten() -> None:
-    """One rank shows progress bars; deprecation warnings inside the libraries are left out."""
+    """Bars on a terminal, of one rank; deprecation warnings inside the libraries are left out."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|torch\.distributed)\.")
-    if process_rank()[0] > 0:
+    if process_rank()[0] > 0 or not quiet.shows_bars():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
 
@@ -233,9 +237,13 @@ def report_run(
     exact_match = next((callback for callback in callbacks if isinstance(callback, demo.ExactMatch)), None)
     if exact_match is not None:
         extra["exact_match"] = exact_match.accuracy
-    summary = report.summarize(trainer, optimizer, eval_metrics, extra)
+    progress = next(callback for callback in callbacks if isinstance(callback, console.Progress))
+    session = progress.steps, progress.tokens(), progress.seconds
+    summary = report.summarize(trainer, optimizer, eval_metrics, session, extra)
     if trainer.is_world_process_zero():
         path = report.write_summary(summary, arguments.training.output_dir)
+        with not_fatal("its loss curve", arguments.training.output_dir):
+            report.draw_curve(trainer.state.log_history, path.with_name(report.CURVE_NAME))
         if exact_match is not None:
             exact_match.print_table()
         report.print_summary(summary, path)

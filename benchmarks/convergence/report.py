@@ -21,12 +21,12 @@ from .tables import sections
 DOCUMENT = ROOT.parent / "docs" / "convergence.md"
 
 
-def origin(rows: list[Row]) -> str:
-    """Where the rows come from."""
+def origin(rows: list[Row], clock: str = "CPU time") -> str:
+    """Where the rows come from; `clock`: of their seconds."""
     values = {name: sorted({row[name] for row in rows}) for name in ("date", "hardware", "versions", "commit")}
     seconds = sum(float(row["seconds"]) for row in rows)
     return (
-        f"{len(rows)} runs, {seconds / 60:.0f} minutes of CPU time for their steps; {', '.join(values['date'])}; "
+        f"{len(rows)} runs, {seconds / 60:.0f} minutes of {clock} for their steps; {', '.join(values['date'])}; "
         f"{' / '.join(values['hardware'])}; {' / '.join(values['versions'])}; commit {', '.join(values['commit'])}."
     )
 

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from ..harness import Row
 from .runs import Run
@@ -55,16 +56,17 @@ def numbers(rows: Iterable[Row], column: str) -> list[float]:
 
 
 class Cells:
-    """Looks cells up by a run."""
+    """Looks cells up by a run; `names`: the columns that seed and learning rate leave."""
 
-    def __init__(self, rows: Iterable[Row]) -> None:
+    def __init__(self, rows: Iterable[Row], names: tuple[str, ...] = OPEN) -> None:
+        self.names = names
         self.cells: dict[tuple[str, ...], Cell] = {}
         for row in rows:
-            self.cells.setdefault(tuple(row[name] for name in OPEN), Cell()).rows.append(row)
+            self.cells.setdefault(tuple(row[name] for name in names), Cell()).rows.append(row)
 
-    def __getitem__(self, run: Run) -> Cell:
+    def __getitem__(self, run: Any) -> Cell:
         """The cell of a run; an empty one, if the file has none."""
-        return self.cells.get(tuple(str(getattr(run, name)) for name in OPEN), Cell())
+        return self.cells.get(tuple(str(getattr(run, name)) for name in self.names), Cell())
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 3) -> str:

@@ -7,7 +7,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -110,9 +110,9 @@ def adapt(run: Run, task: Task) -> tuple[nn.Module, nn.Module | None]:
     return get_peft_model(model, config), head  # type: ignore[arg-type]
 
 
-def build_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(run: Run, model: nn.Module, method: Method | None = None) -> torch.optim.Optimizer:
     """The method's optimizer. The routers' learning rate is `gate_lr_scale` times the experts', whatever the method."""
-    method = METHODS[run.method]
+    method = method or METHODS[run.method]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if method.gate_scaling is not None:
         options: dict[str, Any] = {"damping": run.damping, "gate_scaling": method.gate_scaling}
@@ -135,7 +135,7 @@ def trace_damping(relative: float) -> Iterator[None]:
         preconditioner.RELATIVE_DAMPING = before
 
 
-def batches(run: Run, size: int) -> Iterator[Tensor]:
+def batches(run: Any, size: int) -> Iterator[Tensor]:
     """`run.steps` batches: every epoch a new order, from the seed alone, so that all methods see the same ones."""
     generator = torch.Generator().manual_seed(run.seed)
     order = torch.empty(0, dtype=torch.long)
@@ -147,35 +147,50 @@ def batches(run: Run, size: int) -> Iterator[Tensor]:
 
 
 def train(run: Run, task: Task) -> dict[str, Any]:
-    """Trains once.
-
-    Returns:
-        `train_loss`: mean over the batches of the last quarter of the steps; `curve`: means over `CURVE_POINTS`
-        equal parts of the run; the task's evaluation; `seconds` of CPU time for the steps. Losses of a run that meets a
-        loss which is not finite are infinite, and it stops there.
-    """
+    """Trains once; `fit`'s outcome."""
     model, head = adapt(run, task)
     optimizers = [build_optimizer(run, model)]
     if head is not None:  # trained alike in every run, so that methods differ in the adapters alone
         optimizers.append(torch.optim.AdamW(head.parameters(), lr=HEAD_LR, weight_decay=0.0))
+    with trace_damping(run.relative_damping):
+        return fit(run, task, model, head, optimizers)
+
+
+def fit(
+    run: Any,
+    task: Task,
+    model: nn.Module,
+    head: nn.Module | None,
+    optimizers: list[torch.optim.Optimizer],
+    clock: Callable[[], float] = time.process_time,
+) -> dict[str, Any]:
+    """The loop of a run: every learning rate falls linearly to a tenth.
+
+    Args:
+        run: has `steps`, `batch` and `seed`. clock: of `seconds`, CPU time of this process.
+
+    Returns:
+        `train_loss`: mean over the batches of the last quarter of the steps; `curve`: means over `CURVE_POINTS`
+        equal parts of the run; the task's evaluation; `seconds` of the steps. Losses of a run that meets a loss which
+        is not finite are infinite, and it stops there.
+    """
     schedules = [
         torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, FINAL_LR, total_iters=max(run.steps - 1, 1))
         for optimizer in optimizers
     ]
     losses: list[float] = []
-    start = time.process_time()
-    with trace_damping(run.relative_damping):
-        for index in batches(run, task.train_size):
-            loss = task.loss(model, head, index)
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                break
-            loss.backward()
-            for optimizer, schedule in zip(optimizers, schedules, strict=True):
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-    seconds = time.process_time() - start
+    start = clock()
+    for index in batches(run, task.train_size):
+        loss = task.loss(model, head, index)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            break
+        loss.backward()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    seconds = clock() - start
     if len(losses) < run.steps or not math.isfinite(losses[-1]):
         return {"train_loss": DIVERGED, "test_loss": DIVERGED, "seconds": round(seconds, 2)}
     return {

@@ -8,55 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_moelora.tuner.layer import MoELoRALayer
 from launch.demo.base import EOS, base_model
 from launch.demo.tasks import SKILLS, split_lines
+
+from .specialisation import ExpertCounts, mutual_information
 
 HELD_OUT_LINES = 64
 IGNORED = -100
 EVALUATION_BATCH = 64
-
-
-def mutual_information(counts: Tensor) -> float:
-    """I(skill; expert) in bits of a table of counts (skills, experts): 0 if they are independent."""
-    joint = counts.double() / counts.sum()
-    independent = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
-    return (joint * (joint / independent).log2()).nan_to_num(0.0).sum().item()
-
-
-class ExpertCounts:
-    """How often each layer's router sends tokens of each skill to each expert, while the block runs.
-
-    Every chosen expert of a token counts once, whatever its gate. What routers see is taken from the layers' inputs.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.layers = [layer for layer in model.modules() if isinstance(layer, MoELoRALayer)]
-        self.tables = [torch.zeros(len(SKILLS), layer.experts("default").num_experts) for layer in self.layers]
-        self.counted = torch.empty(0, dtype=torch.bool)
-        self.skills = torch.empty(0, dtype=torch.long)
-
-    def __enter__(self) -> ExpertCounts:
-        self.handles = [
-            layer.register_forward_pre_hook(lambda module, args, i=i: self._count(i, args[0]))
-            for i, layer in enumerate(self.layers)
-        ]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def expect(self, skills: Tensor, counted: Tensor) -> None:
-        """Of the next batch: each line's skill (n,), and which of its tokens count (n, L)."""
-        self.skills, self.counted = skills[:, None].expand_as(counted)[counted], counted
-
-    def _count(self, number: int, x: Tensor) -> None:
-        experts = self.layers[number].experts("default")
-        chosen = experts.router(x[self.counted]).topk(experts.top_k).indices  # (tokens, k)
-        pairs = self.skills[:, None] * experts.num_experts + chosen
-        table = self.tables[number]
-        table += torch.bincount(pairs.flatten(), minlength=table.numel()).view_as(table)
 
 
 class Skills:
@@ -98,7 +57,7 @@ class Skills:
         them); it is the mean over the layers.
         """
         loss, right, index = 0.0, 0, torch.arange(len(self.test_skills))
-        with ExpertCounts(model) as counts:
+        with ExpertCounts(model, len(SKILLS)) as counts:
             for part in index.split(EVALUATION_BATCH):
                 batch = {name: values[part] for name, values in self.test.items()}
                 next_labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)

@@ -87,14 +87,19 @@ def cell(size: str, task: str, method: str, **options: Any) -> Run:
 Execute = Callable[[Run], dict[str, Any]]
 
 
-def tune(open_run: Run, execute: Execute) -> int:
+def tune(open_run: Any, execute: Execute, first: int | None = None) -> int:
     """The rung with the least training loss for the seed 0, both of whose neighbours were tried.
+
+    Args:
+        first: the rung to begin at; None: the task's.
 
     Raises:
         RuntimeError: the loss went on falling for `MOST_RUNGS` rungs.
     """
     losses: dict[int, float] = {}
-    best = FIRST_RUNGS[open_run.task][2 if "Adam" in open_run.method else open_run.method != "SGD"]
+    best = first
+    if best is None:
+        best = FIRST_RUNGS[open_run.task][2 if "Adam" in open_run.method else open_run.method != "SGD"]
     for stride in (2, 1):
         settled = False
         while not settled:

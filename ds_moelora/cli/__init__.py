@@ -1,9 +1,9 @@
-"""The command line: `python -m ds_moelora COMMAND ...`.
+"""The command line: `ds-moelora COMMAND ...`, or `python -m ds_moelora COMMAND ...`.
 
 A command is a module of this folder with `SUMMARY` (one line), `add_arguments(parser)` and `run(args) -> int`, listed
 in `COMMANDS`; its docstring is its help, and `parents()`, if there, are parsers whose flags it has too. It raises
 ValueError for a mistake in what was asked. A command with `TAKES_OTHER_FLAGS = True` finds unknown flags in
-`args.other_flags`.
+`args.other_flags`. The commands of `launcher.SUMMARIES` are the launcher's programs, which get their flags as they are.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from . import launcher
 from .tables import plain
 
 COMMANDS = ("plan", "preview", "inspect", "export", "init-adapter")
@@ -29,11 +30,13 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(
-        prog="python -m ds_moelora",
-        description="Tools around mixtures of LoRA experts. Training itself is deepspeed launch/train.py.",
+        prog="ds-moelora",
+        description="Mixtures of LoRA experts: training, scoring, answering, and tools around them.",
         epilog="Exit codes: 0 done, 1 an unexpected error, 2 a mistake in what was asked.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in launcher.SUMMARIES.items():
+        commands.add_parser(name, help=summary, add_help=False)
     for name in COMMANDS:
         module = importlib.import_module(f".{name.replace('-', '_')}", __name__)
         command = commands.add_parser(
@@ -59,7 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 2 for a ValueError (one line on stderr), 1 for any other error.
     """
-    args, others = build_parser().parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in launcher.SUMMARIES:
+        try:
+            return launcher.start(words[0], words[1:])
+        except ValueError as error:
+            print(f"error: {plain(str(error))}", file=sys.stderr)
+            return 2
+    args, others = build_parser().parse_known_args(words)
     args.other_flags = others
     if others and args.refuse is not None:
         args.refuse(f"unrecognized arguments: {' '.join(others)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -13,6 +14,12 @@ from ..planner.timing import transfer_seconds
 from .tables import table
 
 SHOWN_WAYS = 10
+# (optimizer, whether it is preconditioned, stage) -> the file in configs/ (tests/cli/test_cli.py: they are there).
+CONFIGS = {
+    **{("adamw", True, stage): f"zero{stage}" for stage in range(4)},
+    ("adamw", False, 2): "zero2_adamw",
+    ("sgd", True, 2): "zero2_papers_sgd",
+}
 
 
 def render(plan: Plan, style: str, every: bool = False) -> str:
@@ -35,6 +42,7 @@ def render(plan: Plan, style: str, every: bool = False) -> str:
         f"Choose {plan.best.choice}.",
         "\n".join(f"- {reason}" for reason in plan.reasons),
         _settings_line(plan),
+        _command_line(plan),
     ]
     return "\n\n".join(parts)
 
@@ -145,6 +153,42 @@ def _settings_line(plan: Plan) -> str:
     return f'Settings: "zero_optimization": {{"stage": {chosen["zero_stage"]}}}; MoELoRAConfig({fields})'
 
 
+def command(plan: Plan) -> str | None:
+    """What starts the launcher so, with DATA to be filled in; None: no shipped config has this optimizer and stage."""
+    work, choice = plan.work, plan.best.choice
+    config = CONFIGS.get((work.optimizer, work.riemannian, choice.stage))
+    if config is None:
+        return None
+    config = "zero2_ep" if config == "zero2" and choice.ep_size > 1 else config
+    model = "MODEL" if plan.model.name.endswith(".json") else plan.model.name
+    nodes = work.gpus // work.node_size
+    runner = [f"--num_nodes {nodes} --hostfile HOSTFILE" if nodes > 1 else "", f"--num_gpus {work.node_size}"]
+    spread = f"--ep_size {choice.ep_size} --ep_dispatch {choice.dispatch}" if choice.ep_size > 1 else ""
+    precision = {"bf16": "--bf16", "fp16": "--fp16"}.get(work.dtype, "")
+    four_bits = "--load_in_4bit" if work.base_bytes == 0.5 else ""
+    checkpointing = f"--gradient_checkpointing {str(work.checkpointing).lower()}"
+    words = [
+        *("deepspeed", *runner, f"launch/train.py --deepspeed configs/{config}.json"),
+        *(f"--model_name_or_path {model}", "--dataset_name DATA"),
+        f"--num_experts {work.num_experts} --top_k {work.top_k} --r {work.rank}",
+        *(spread, f"--per_device_train_batch_size {work.micro_batch} --max_length {work.sequence_length}"),
+        *(precision, four_bits, checkpointing),
+    ]
+    return " ".join(filter(None, words))
+
+
+def _command_line(plan: Plan) -> str:
+    found = command(plan)
+    if found is not None:
+        return " \\\n    ".join(textwrap.wrap(found, 110, break_long_words=False, break_on_hyphens=False))
+    stage = plan.best.choice.stage
+    kind = "" if plan.work.riemannian else "plain "
+    return (
+        f"No config comes with {kind}{plan.work.optimizer} at stage {stage}: copy configs/zero{stage}.json, and change "
+        "its optimizer's type."
+    )
+
+
 def plan_as_dict(plan: Plan) -> dict[str, Any]:
     """The whole plan as plain values: bytes and seconds."""
     return {
@@ -152,6 +196,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "hardware": plan.hardware.name,
         "workload": asdict(plan.work),
         "settings": settings(plan),
+        "command": command(plan),
         "reasons": plan.reasons,
         "best": _way_as_dict(plan, plan.best),
         "ways": [_way_as_dict(plan, way) for way in plan.candidates],

@@ -2,7 +2,7 @@
 
 Takes every flag of launch/train.py. No weights are loaded, and nothing is written. In colour, trained tokens are green
 and all others blue; with --no-color (or the environment's NO_COLOR) trained tokens stand between [[ and ]]. The
-launcher is not part of the installed package: this command hands over to launch/data/preview.py of the repository.
+work is done by the launcher's launch/data/preview.py. In a pipe trained tokens stand between [[ and ]], too.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from pathlib import Path
+
+from . import launcher
 
 SUMMARY = "one training batch with its loss mask, from the launcher's flags"
 TAKES_OTHER_FLAGS = True
-SCRIPT = Path("launch") / "data" / "preview.py"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,17 +27,11 @@ def run(args: argparse.Namespace) -> int:
     """Runs the launcher's preview in a process of its own.
 
     Raises:
-        ValueError: `--rows` below 1, or no launch/data/preview.py beside the package or in the working directory.
+        ValueError: `--rows` below 1, or there is no launcher.
     """
     if args.rows < 1:
         raise ValueError(f"--rows {args.rows} must be at least 1.")
-    folders = (Path(__file__).resolve().parents[2], Path.cwd())
-    script = next((folder / SCRIPT for folder in folders if (folder / SCRIPT).is_file()), None)
-    if script is None:
-        raise ValueError(
-            f"there is no {SCRIPT} in {' or '.join(map(str, folders))}: the launcher is not part of the installed "
-            "package. Run this command in a checkout of the repository."
-        )
+    script = launcher.script("data/preview.py")
     own = ["--rows", str(args.rows), *(["--no-color"] if args.no_color else [])]
     debug = ["--show_traceback", "true"] if args.debug else []
     return subprocess.run([sys.executable, str(script), *own, *args.other_flags, *debug], check=False).returncode

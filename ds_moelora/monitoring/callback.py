@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from .descriptions import add_scalar
 from .heat_map import heat_map
 from .meter import Report, TrainingMeter
 from .run_info import configuration, hyperparameters, write_run_info
@@ -19,29 +21,37 @@ class MoELoRACallback(TrainerCallback):
         trainer.add_callback(MoELoRACallback(trainer))
 
     Scalars (`monitoring.TAGS`; docs/tensorboard.md has the formulas) on the steps that the Trainer logs by
-    `logging_steps` and `logging_first_step`, in the first and then every `heat_map_every`-th of them a layers x experts
-    heat map of the loads; hyperparameters and configuration when training begins.
+    `logging_steps` and `logging_first_step`, and on the last one; in the first and then every `heat_map_every`-th of
+    them a layers x experts heat map of the loads; hyperparameters and configuration when training begins.
 
     Args:
         trainer: reports to TensorBoard; the callback belongs to it.
         heat_map_every: reports from one heat map to the next; 0: none.
+        on_report: gets every `monitoring.meter.Report` at the end of its step; TensorBoard is optional then.
 
     Raises:
-        ValueError: the trainer does not report to TensorBoard.
+        ValueError: the trainer does not report to TensorBoard, and nobody else is told.
     """
 
-    def __init__(self, trainer: Trainer, heat_map_every: int = 5) -> None:
-        self.trainer, self.heat_map_every = trainer, heat_map_every
+    def __init__(
+        self, trainer: Trainer, heat_map_every: int = 5, on_report: Callable[[Report], None] | None = None
+    ) -> None:
+        self.trainer, self.heat_map_every, self.on_report = trainer, heat_map_every, on_report
         if heat_map_every < 0:
             raise ValueError(f"heat_map_every={heat_map_every} must be at least 0; 0 draws no heat map.")
-        self._tensorboard()
+        if on_report is None:
+            self._tensorboard()
         self.meter: TrainingMeter | None = None
         self._reports = 0
 
-    def _tensorboard(self) -> TensorBoardCallback:
-        for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback):
-                return callback
+    def _writer(self) -> Any:
+        """TensorBoard's; None without it."""
+        found = [c for c in self.trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
+        return found[0].tb_writer if found else None
+
+    def _tensorboard(self) -> None:
+        if any(isinstance(callback, TensorBoardCallback) for callback in self.trainer.callback_handler.callbacks):
+            return
         raise ValueError(
             f"this Trainer reports to {self.trainer.args.report_to or 'nothing'}; add "
             'report_to="tensorboard" to its TrainingArguments.'
@@ -53,7 +63,7 @@ class MoELoRACallback(TrainerCallback):
         engine, model = self.trainer.deepspeed, self.trainer.model
         optimizer = engine or self.trainer.optimizer
         self.meter, self._reports = TrainingMeter(model, optimizer), 0
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero or self._writer() is None:
             return
         extra = {
             "learning_rate": args.learning_rate,
@@ -65,28 +75,30 @@ class MoELoRACallback(TrainerCallback):
             "zero_stage": None if engine is None else engine.zero_optimization_stage(),
         }
         values = hyperparameters(model, optimizer, extra)
-        write_run_info(self._tensorboard().tb_writer, values, configuration(model, engine))
+        write_run_info(self._writer(), values, configuration(model, engine))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         step = state.global_step + 1
         if self.meter is not None and (
-            step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+            step % state.logging_steps == 0 or step == state.max_steps or (step == 1 and args.logging_first_step)
         ):  # the number alone decides, on every rank alike
             self.meter.arm()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         report = self.meter.step_done() if self.meter is not None else None
         if report is not None:
-            if state.is_world_process_zero:
+            if self.on_report is not None:
+                self.on_report(report)
+            if state.is_world_process_zero and self._writer() is not None:
                 self._write(report, state.global_step)
             self._reports += 1
 
     def _write(self, report: Report, step: int) -> None:
-        writer = self._tensorboard().tb_writer
+        writer = self._writer()
         for tag, value in report.scalars.items():
-            writer.add_scalar(tag, value, step)
+            add_scalar(writer, tag, value, step)
         if self.heat_map_every and self._reports % self.heat_map_every == 0 and len(report.loads):
             writer.add_image("moe/load", heat_map(report.loads, report.layers, step), step, dataformats="HWC")
 

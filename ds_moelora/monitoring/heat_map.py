@@ -1,8 +1,10 @@
-"""The loads of a model's experts as a picture: one row per layer, one column per expert. PIL alone draws it."""
+"""The loads of a model's experts as a picture: one panel per projection, one row per layer. PIL draws it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ COLORS = np.array([[33, 102, 172], [146, 197, 222], [247, 247, 247], [244, 165, 
 DEAD, ABSENT = (0, 0, 0), (255, 255, 255)
 LEGEND = (("dead", 0.0), ("1/4", 0.25), ("1/2", 0.5), ("even", 1.0), ("2x", 2.0), ("4x", 4.0))
 MARGIN, MAX_NAME = 8, 44
+TOP, PANEL_TOP, PANEL_WIDTH, MAX_WIDTH = 30, 38, 320, 1600  # pixels
 CELL_HEIGHT = {24: 18, 64: 14, 10**9: 6}  # up to so many layers: pixels per layer
 
 
@@ -27,7 +30,7 @@ def colors_of(loads: Tensor) -> np.ndarray:
 
 
 def heat_map(loads: Tensor, names: Sequence[str], step: int) -> np.ndarray:
-    """The picture of one step.
+    """The picture of one step: a panel per kind of module (projection), in it a row per layer, a column per expert.
 
     Args:
         loads: (L, E), `monitoring.formulas.load_over_ideal`. names: of the layers. step: for the title.
@@ -35,36 +38,59 @@ def heat_map(loads: Tensor, names: Sequence[str], step: int) -> np.ndarray:
     Returns:
         (height, width, 3) uint8.
     """
-    L, E = loads.shape
+    E = loads.shape[1]
     font = ImageFont.load_default(size=12)
-    cell_h = next(height for limit, height in CELL_HEIGHT.items() if limit >= L)
-    cell_w = max(min(40, 800 // max(E, 1)), 4)
-    labels = [_short(name) for name in names]
-    left = MARGIN + int(max((font.getlength(label) for label in labels), default=0)) + MARGIN
-    width = max(left + E * cell_w + MARGIN, left + 60 * len(LEGEND))
-    top, height = 46, 46 + L * cell_h + 60
+    kinds: dict[str, list[tuple[str, int]]] = {}
+    for row, name in enumerate(names):
+        kind, number = _split(name)
+        kinds.setdefault(kind, []).append((number, row))
+    longest = max(map(len, kinds.values()), default=1)
+    cell_h = next(height for limit, height in CELL_HEIGHT.items() if limit >= longest)
+    cell_w = max(min(40, PANEL_WIDTH // max(E, 1)), 4)
+    left = MARGIN + int(max(font.getlength(number) for rows in kinds.values() for number, _ in rows)) + MARGIN
+    panel_w = left + max(E * cell_w, int(max(map(font.getlength, kinds)))) + 2 * MARGIN
+    panel_h = PANEL_TOP + longest * cell_h + 2 * MARGIN
+    across = max(min(MAX_WIDTH // panel_w, len(kinds)), 1)
+    width = max(across * panel_w, 60 * len(LEGEND) + 2 * MARGIN)
+    height = TOP + -(-len(kinds) // across) * panel_h + 50
     image = Image.new("RGB", (width, height), (255, 255, 255))
     draw = ImageDraw.Draw(image)
-    draw.text((left, 4), f"load over even share, step {step}", fill=0, font=font)
-    cells = Image.fromarray(colors_of(loads)).resize((E * cell_w, L * cell_h), Image.Resampling.NEAREST)
-    image.paste(cells, (left, top))
-    every = max(-(-14 // cell_h), 1)  # a line of text is 14 pixels high
-    for row in range(0, L, every):
-        y = top + row * cell_h + cell_h // 2
-        draw.text((left - MARGIN, y), labels[row], fill=0, font=font, anchor="rm")
-    for column in range(0, E, max(-(-26 // cell_w), 1)):
-        x = left + column * cell_w + cell_w // 2
-        draw.text((x, top - 12), str(column), fill=0, font=font, anchor="mm")
-    draw.rectangle((left - 1, top - 1, left + E * cell_w, top + L * cell_h), outline=(120, 120, 120))
+    draw.text((MARGIN, 4), f"load over even share, step {step}: rows are layers, columns experts", fill=0, font=font)
+    for place, (kind, rows) in enumerate(kinds.items()):
+        x, y = place % across * panel_w, TOP + place // across * panel_h
+        draw.text((x + left, y), kind, fill=0, font=font)
+        _draw_panel(image, draw, font, loads[[row for _, row in rows]], [n for n, _ in rows], (x + left, y + PANEL_TOP),
+                    (cell_w, cell_h))  # fmt: skip
     for i, (label, load) in enumerate(LEGEND):
-        x, y = left + 60 * i, height - 36
+        x, y = MARGIN + 60 * i, height - 36
         color = colors_of(torch.tensor([[load]]))[0, 0]
         draw.rectangle((x, y, x + 40, y + 12), fill=tuple(color.tolist()), outline=(120, 120, 120))
         draw.text((x + 20, y + 22), label, fill=0, font=font, anchor="mm")
     return np.asarray(image)
 
 
-def _short(name: str) -> str:
-    """The end of a module's name, without what all of them have in common in PEFT models."""
-    name = name.removeprefix("base_model.model.").removeprefix("model.")
-    return name if len(name) <= MAX_NAME else "..." + name[3 - MAX_NAME :]
+def _draw_panel(
+    image: Image.Image,
+    draw: Any,
+    font: Any,
+    loads: Tensor,
+    labels: list[str],
+    at: tuple[int, int],
+    cell: tuple[int, int],
+) -> None:
+    """Cells of one kind of module, with the numbers of layers and experts that there is room for."""
+    (rows, columns), (x, y), (cell_w, cell_h) = loads.shape, at, cell
+    cells = Image.fromarray(colors_of(loads)).resize((columns * cell_w, rows * cell_h), Image.Resampling.NEAREST)
+    image.paste(cells, at)
+    for row in range(0, rows, max(-(-14 // cell_h), 1)):  # a line of text is 14 pixels high
+        draw.text((x - MARGIN, y + row * cell_h + cell_h // 2), labels[row], fill=0, font=font, anchor="rm")
+    for column in range(0, columns, max(-(-26 // cell_w), 1)):
+        draw.text((x + column * cell_w + cell_w // 2, y - 10), str(column), fill=0, font=font, anchor="mm")
+    draw.rectangle((x - 1, y - 1, x + columns * cell_w, y + rows * cell_h), outline=(120, 120, 120))
+
+
+def _split(name: str) -> tuple[str, str]:
+    """("self_attn.q_proj", "3") of "model.layers.3.self_attn.q_proj"; ("lm_head", "") where there is no number."""
+    found = re.search(r"\.(\d+)\.(?!.*\.\d+\.)(.+)$", name)
+    kind, number = (found.group(2), found.group(1)) if found else (name.removeprefix("base_model.model."), "")
+    return (kind if len(kind) <= MAX_NAME else "..." + kind[3 - MAX_NAME :]), number

@@ -24,12 +24,14 @@ PAIR_FIELDS = ("damping", "gate_scaling", "scale_input_grad", "gate_lr_scale", "
 PACKAGES = ("ds_moelora", "torch", "deepspeed", "transformers", "peft", "accelerate")
 METRICS = ("train/loss", "eval/loss", "eval/accuracy", "moe/load_max_over_ideal", "perf/tokens_per_second")
 
+FIRST = ("learning_rate", "optimizer", "num_experts", "top_k", "r", "per_device_train_batch_size", "train_batch_size")
+
 Value = int | float | bool | str
 
 
 def hyperparameters(model: nn.Module, optimizer: Any, extra: dict[str, Any]) -> dict[str, Value]:
     """Name -> number, boolean or text: the active adapter's, the optimizer's, and `extra`."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict.fromkeys(FIRST)  # the table's columns are in this order
     configs = getattr(model, "peft_config", {})
     active = getattr(model, "active_adapter", None)
     config = configs.get(active) if isinstance(active, str) else None

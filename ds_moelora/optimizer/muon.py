@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .base import GateRiemannian, Update, scaled
+from .defaults import DAMPING, LEARNING_RATES
 from .factors import Factor
 from .groups import ParamGroup
 from .kernels.cpp import Extents, Kernels
@@ -62,10 +63,10 @@ class GateRiemannianMuon(GateRiemannian, torch.optim.AdamW):
     def __init__(
         self,
         params: Any,
-        lr: float,
+        lr: float = LEARNING_RATES["GateRiemannianMuon"],
         momentum: float = 0.95,
         weight_decay: float = 0.0,
-        damping: float = 1e-6,
+        damping: float = DAMPING,
         gate_scaling: str = "sqrt",
         scale_input_grad: bool = False,
         gate_lr_scale: float = 1.0,

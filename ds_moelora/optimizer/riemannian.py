@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .base import GateRiemannian, Update, scaled
+from .defaults import DAMPING, LEARNING_RATES
 from .factors import Factor
 from .groups import ParamGroup
 from .kernels.adamw import CppAdamW
@@ -75,11 +76,11 @@ class GateRiemannianAdamW(_Preconditioned, torch.optim.AdamW):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-3,
+        lr: float = LEARNING_RATES["GateRiemannianAdamW"],
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        damping: float = 1e-6,
+        damping: float = DAMPING,
         gate_scaling: str = "sqrt",
         scale_input_grad: bool = False,
         gate_lr_scale: float = 1.0,
@@ -111,10 +112,10 @@ class GateRiemannianSGD(_Preconditioned, torch.optim.SGD):
     def __init__(
         self,
         params: Any,
-        lr: float,
+        lr: float = LEARNING_RATES["GateRiemannianSGD"],
         momentum: float = 0.0,
         weight_decay: float = 0.0,
-        damping: float = 1e-6,
+        damping: float = DAMPING,
         gate_scaling: str = "sqrt",
         scale_input_grad: bool = False,
         gate_lr_scale: float = 1.0,

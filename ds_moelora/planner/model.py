@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import CONFIG_MAPPING, CONFIG_NAME, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
@@ -176,10 +177,9 @@ def _embedding(model: Any, getter: str) -> torch.Tensor | None:
 
 
 def _read_config(path: str | Path) -> Any:
-    path = Path(path)
-    file = path / CONFIG_NAME if path.is_dir() else path
+    file = Path(path) / CONFIG_NAME if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise ValueError(f"{file} is not there; pass a model's config.json, or the folder that holds it.")
+        file = _from_hub(str(path))
     try:
         values, _ = PreTrainedConfig.get_config_dict(file)
         many = [key for key, n in values.items() if "layers" in key and isinstance(n, int) and n > MOST_LAYERS]
@@ -190,6 +190,23 @@ def _read_config(path: str | Path) -> Any:
         return CONFIG_MAPPING[values["model_type"]].from_dict(values)
     except Exception as error:  # what the file holds decides which kind
         raise ValueError(f"{file} is not the config of a transformers model: {_short(error)}") from error
+
+
+def _from_hub(name: str) -> Path:
+    """The config.json of a model on the hub, from its cache or downloaded.
+
+    Raises:
+        ValueError: no hub id, or it cannot be had; says how to get the file.
+    """
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith(".json"):
+        raise ValueError(f"{name} is not there; pass a model's config.json, the folder that holds it, or a hub id.")
+    try:
+        return Path(hf_hub_download(name, CONFIG_NAME))
+    except Exception as error:  # no network, no such model, a gate
+        raise ValueError(
+            f"{name} is no folder here, and its config.json cannot be had from the hub ({_short(error)}). Get "
+            f"https://huggingface.co/{name}/resolve/main/{CONFIG_NAME} where there is a connection, and pass that file."
+        ) from error
 
 
 def _build(config: Any, name: str) -> Any:

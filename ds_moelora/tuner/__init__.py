@@ -13,6 +13,7 @@ from .files.conversion import save_without_residual
 from .files.saving import append_experts, gather_experts, sharded_experts, without_experts
 from .layer import MoELoRALayer
 from .model import PREFIX, MoELoRAModel
+from .start.from_lora import start_from_lora
 from .tags import tag_lora_pairs
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "register_with_peft",
     "save_without_residual",
     "sharded_experts",
+    "start_from_lora",
     "tag_lora_pairs",
     "use_lora_experts",
     "without_experts",

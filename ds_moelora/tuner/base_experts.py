@@ -52,6 +52,30 @@ def check_layout() -> None:
         )
 
 
+def wrap_parameter(config: Any, adapter_name: str, target: nn.Module, parameter_name: str) -> nn.Module | None:
+    """PEFT's LoRA on a stacked parameter, for `MoELoRAConfig.target_parameters`.
+
+    Args:
+        config: a `MoELoRAConfig`, whose r, lora_alpha and scaling hold. target: the module, or a wrapper around it, or
+            the wrapper that already adapts the parameter, which then takes the further adapter.
+
+    Returns:
+        The new wrapper; None if `target` took it.
+    """
+    plain = LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        use_rslora=config.scaling == "rslora",
+        init_lora_weights=config.init_lora_weights is not False,
+        inference_mode=config.inference_mode,
+    )
+    options: Any = {"r": config.r, "lora_alpha": config.lora_alpha, "config": plain}
+    if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
+        target.update_layer(adapter_name, **options)
+        return None
+    return ParamWrapper(target, adapter_name, parameter_name=parameter_name, **options)
+
+
 def check_auto_ep(engine: Any) -> None:
     """DeepSpeed's AutoEP looks for stacked parameters, does not see those that PEFT has wrapped, and goes on.
 
@@ -105,6 +129,10 @@ def use_lora_experts(model: nn.Module) -> int:
     for base in found:
         base.config._experts_implementation = NAME
         base.lora_gate = gate_of(base) or GateSettings()
+    for module in model.modules():
+        for linear in module.lora_A.values() if isinstance(module, ParamWrapper) else ():
+            if (pair := getattr(linear.weight, "lora_pair", None)) is not None:
+                pair.gate = gate_of(module.get_base_layer())
     return len(found)
 
 
@@ -167,8 +195,9 @@ def _low_rank(base: Any, name: str, weight: Tensor) -> tuple[Tensor, Tensor] | N
     if not ins:
         return None
     A, B = (factor[0] if len(factor) == 1 else torch.cat(factor, 1) for factor in (ins, outs))
-    padding = (0, 0, 0, -A.shape[1] % 8 if A.is_cuda else 0)  # for `_on_device`
-    return F.pad(A, padding).contiguous(), F.pad(B, padding).contiguous()
+    if padding := -A.shape[1] % (16 // A.element_size()):  # for `_by_torch`
+        A, B = F.pad(A, (0, 0, 0, padding)), F.pad(B, (0, 0, 0, padding))
+    return A.contiguous(), B.contiguous()
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -190,13 +219,14 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         from transformers.integrations.moe import grouped_mm_experts_forward
 
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    tokens, k = top_k_index.shape
+    k = top_k_index.shape[1]
     expert, order = top_k_index.reshape(-1).sort(stable=True)
     bounds = torch.arange(1, self.num_experts + 1, device=expert.device)
     ends = torch.searchsorted(expert, bounds).to(torch.int32)  # no wait for the device
-    settings = gate_of(self) or GateSettings()
-    gates = top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    factor = _gradient_factor(gates.detach(), settings)
+    token, back = order // k, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    settings, gates = gate_of(self) or GateSettings(), top_k_weights.detach()
+    h = _gradient_factor(gates, settings)
+    factor = h.reshape(-1)[order].unsqueeze(-1)
 
     def linear(rows: Tensor, name: str) -> Tensor:
         weight = getattr(self, name)
@@ -206,14 +236,12 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         out = _GroupedLinear.apply(rows, weight, *low_rank, ends, factor, self.is_transposed)
         return out if bias is None else out + bias
 
-    rows = _Enter.apply(hidden_states[order // k], factor if settings.scale_input_grad else gates.detach())
+    rows = _Enter.apply(hidden_states, token, back, h if settings.scale_input_grad else gates)
     rows = linear(rows, "gate_up_proj" if self.has_gate else "up_proj")
     rows = linear(self._apply_gate(rows) if self.has_gate else self.act_fn(rows), "down_proj")
     if getattr(self, "has_post_expert_norm", False):
         rows = self.post_expert_norm(rows)
-    rows = _Weigh.apply(rows, gates)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return rows[back].view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+    return _Leave.apply(rows, top_k_weights, token, back).to(hidden_states.dtype)
 
 
 def _gradient_factor(gates: Tensor, settings: GateSettings) -> Tensor:
@@ -223,34 +251,44 @@ def _gradient_factor(gates: Tensor, settings: GateSettings) -> Tensor:
     return gates.sign() * gates.abs().sqrt() if settings.gate_scaling == "sqrt" else torch.ones_like(gates)
 
 
+def _combine(rows: Tensor, weights: Tensor, back: Tensor) -> Tensor:
+    """(N, d) sorted rows, (T, k) weights -> (T, d): the weighted sum of every token's rows, which lie at `back`."""
+    rows = rows[back].view(*weights.shape, -1)
+    if weights.dtype == rows.dtype:
+        return torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
+    return (rows * weights.unsqueeze(-1)).sum(1)
+
+
 class _Enter(torch.autograd.Function):
-    """The rows as they are; their gradient times `factor`."""
+    """Every token's row for each of its experts; their gradients are summed with `weights`."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, factor: Tensor) -> Tensor:
-        ctx.save_for_backward(factor)
-        return rows.view_as(rows)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        (factor,) = ctx.saved_tensors
-        return (dy * factor).to(dy.dtype), None
-
-
-class _Weigh(torch.autograd.Function):
-    """rows * gates; the gradient into rows without the gates."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, gates: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.dtype = gates.dtype
-        return rows * gates
+    def forward(ctx: Any, x: Tensor, token: Tensor, back: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(back, weights)
+        ctx.dtype = x.dtype
+        return x[token]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (rows,) = ctx.saved_tensors
-        dgates = (dy * rows).sum(-1, keepdim=True).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        return dy.to(rows.dtype), dgates
+        back, weights = ctx.saved_tensors
+        return _combine(dy, weights, back).to(ctx.dtype), None, None, None
+
+
+class _Leave(torch.autograd.Function):
+    """The sum of every token's rows, weighted by its gates; the gradient into the rows is without the gates."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gates: Tensor, token: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, gates, token, back)
+        return _combine(rows, gates, back)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        rows, gates, token, back = ctx.saved_tensors
+        dy, dgates = dy.to(rows.dtype)[token], None
+        if ctx.needs_input_grad[1]:
+            dgates = torch.bmm(dy.unsqueeze(1), rows.unsqueeze(2)).view(-1)[back].view(gates.shape).to(gates.dtype)
+        return dy, dgates, None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -297,14 +335,32 @@ class _GroupedLinear(torch.autograd.Function):
         return dx, None, dA, dB, None, None, None
 
 
-def _on_device(x: Tensor, *widths: int) -> bool:
-    """Whether torch's grouped product takes these operands without a wait for the host (`widths`: of 16 bytes)."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm") and all(w % 8 == 0 for w in widths)
+@torch.compiler.disable
+@functools.cache
+def _has_grouped_mm(device: str, dtype: torch.dtype) -> bool:
+    """Whether torch's own grouped product knows these operands."""
+    if not hasattr(F, "grouped_mm"):
+        return False
+    x, ends = torch.ones(8, 8, device=device, dtype=dtype), torch.tensor([8], dtype=torch.int32, device=device)
+    try:
+        F.grouped_mm(x, x[None], offs=ends)
+        F.grouped_mm(x.mT, x, offs=ends)
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+def _by_torch(x: Tensor, *widths: int) -> bool:
+    """Whether torch's own grouped product takes the operands: rows of a multiple of 16 bytes, of a dtype it knows."""
+    aligned = all(width * x.element_size() % 16 == 0 for width in widths)
+    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:  # the compiler knows no other
+        return False
+    return aligned and _has_grouped_mm(x.device.type, x.dtype)
 
 
 def _grouped(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
     """(N, a), (E, a, b) -> (N, b): every row times the matrix of its expert."""
-    if _on_device(x, *W.shape[1:]):
+    if _by_torch(x, *W.shape[1:]):
         return F.grouped_mm(x, W, offs=ends)
     out, start = x.new_empty(len(x), W.shape[2]), 0
     for e, end in enumerate(ends.tolist()):
@@ -316,7 +372,7 @@ def _grouped(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
 
 def _grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     """(N, a), (N, b) -> (E, a, b): x^T y of every expert's rows."""
-    if _on_device(x, x.shape[1], y.shape[1]):
+    if _by_torch(x, x.shape[1], y.shape[1]):
         return F.grouped_mm(x.mT, y, offs=ends)
     out, start = x.new_zeros(len(ends), x.shape[1], y.shape[1]), 0
     for e, end in enumerate(ends.tolist()):

@@ -68,7 +68,8 @@ def check_complete(
     Raises:
         ValueError: naming the keys.
     """
-    mine = re.compile(rf"(.*)\.moelora_experts\.{re.escape(adapter_name)}\.")
+    name = re.escape(adapter_name)
+    mine = re.compile(rf"(.*)\.(?:moelora_experts\.{name}\.|lora_[AB]\.{name}\.weight$)")
     expected = {key for key in model_state if (m := mine.match(key)) and m.group(1) in layers}
     missing = sorted(expected - loaded.keys())
     unexpected = sorted(key for key in loaded if _OURS in key and key not in expected)

@@ -9,6 +9,7 @@ import math
 import re
 import tempfile
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from peft.utils.peft_types import PeftType
 from ..expert_parallel.spec import DISPATCHES, check_ep_size
 from ..mixture.choice import COMPUTES
 from ..mixture.goat import VARIANTS, goat_scaling
+from .older_peft import IS_OLDER
 
 PEFT_TYPE = "MOELORA"
 # What a saved configuration calls it: where PEFT does not find this package, its KeyError shows these words.
@@ -91,6 +93,8 @@ class MoELoRAConfig(PeftConfig):
         expert_compute: "dense" computes all experts in one product, "grouped" the chosen ones alone; "auto" is one of
             them, by size (`mixture.choice`).
         modules_to_save: modules to train and save whole, beside the adapter (e.g. a new classification head).
+        target_parameters: beside the mixtures, PEFT's LoRA of rank r on these stacked experts of a MoE base (names or
+            their endings, e.g. "experts.down_proj"; docs/moe_base_models.md), without dropout.
         layers_to_transform: index or indices of the layers to adapt; needs `target_modules` as a list.
         layers_pattern: name of the list of layers, e.g. "layers" or "h"; needs `layers_to_transform`.
         trained_with: what the launcher trained it with (template, length, precision, data, optimizer), as JSON has it;
@@ -130,6 +134,7 @@ class MoELoRAConfig(PeftConfig):
     ep_dispatch: str = _option("auto", "With ep_size > 1: move 'weights', 'tokens', or 'auto'. Not saved.")
     expert_compute: str = _option("auto", "'auto', 'dense' or 'grouped'. Not saved.")
     modules_to_save: list[str] | None = _option(None, "Modules to train and save whole, beside the adapter.")
+    target_parameters: list[str] | None = _option(None, "Stacked experts of a MoE base that get PEFT's LoRA.")
     layers_to_transform: list[int] | int | None = _option(None, "Indices of the layers to adapt.")
     layers_pattern: list[str] | str | None = _option(None, "Name of the list of layers, with layers_to_transform.")
     trained_with: dict[str, Any] | None = _option(None, "What it was trained with; written by the launcher.")
@@ -234,7 +239,14 @@ class MoELoRAConfig(PeftConfig):
                 )
 
     def _check_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "layers_to_transform"):
+        if self.target_parameters and (IS_OLDER or self.ep_size > 1 or self.scaling == "goat"):
+            raise ValueError(
+                f"target_parameters={_shown(self.target_parameters)} needs PEFT 0.21 or newer, ep_size=1 and "
+                f"scaling='alpha' or 'rslora'; here are PEFT {version('peft')}, ep_size={self.ep_size} and "
+                f"scaling={self.scaling!r}."
+            )
+        lists = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern")
+        for name in (*lists, "layers_to_transform"):
             self._check_entries(name, int if name == "layers_to_transform" else str)
         # Like PEFT's LoraConfig: sets make the lookup of every module's name cheap.
         if self.target_modules is not None and not isinstance(self.target_modules, str):

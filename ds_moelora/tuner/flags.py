@@ -15,7 +15,8 @@ from .config import PATTERNS, MoELoRAConfig
 
 # Fields of the configuration that are no flags: a regular expression in --target_modules says the same.
 _NO_FLAGS = {item.name for item in fields(PeftConfig)} | {
-    *("exclude_modules", "layers_to_transform", "layers_pattern", "trained_with")
+    # target_parameters is the launcher's own flag: it means PEFT's LoRA alone, too
+    *("exclude_modules", "layers_to_transform", "layers_pattern", "trained_with", "target_parameters")
 }
 # What a command line must write otherwise than Python: type, default, and what is said of it.
 _FORMS: dict[str, tuple[Any, Any, str]] = {

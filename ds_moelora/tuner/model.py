@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from ..expert_parallel.spec import FACTORS, INITIAL_FACTORS
+from .base_experts import wrap_parameter
 from .checks import check_adapter_name, check_complete, check_finite, check_not_partitioned
 from .config import PATTERNS, MoELoRAConfig
 from .files.saving import cut_for_loading, sharded_experts, with_whole_experts
@@ -24,6 +26,7 @@ from .patterns import check_patterns, layer_config
 from .start.base_weight import shared_weights
 from .start.residual import unfold
 from .start.svd_init import check_base_weights, check_svd_targets, start_from_singular_values, take_over_start
+from .tags import tag_model
 from .targets import check_targets, expand, target_names
 
 PREFIX = "moelora_"
@@ -44,7 +47,7 @@ class MoELoRAModel(_Base):
     """
 
     prefix: str = PREFIX
-    tuner_layer_cls = MoELoRALayer
+    tuner_layer_cls: Any = (MoELoRALayer, ParamWrapper)  # for isinstance
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     last_aux_loss: Tensor | None = None
@@ -99,21 +102,28 @@ class MoELoRAModel(_Base):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        peft_config = layer_config(peft_config, current_key)
-        if isinstance(target, MoELoRALayer):
-            target.update_layer(adapter_name, peft_config, current_key)
+        if parameter_name is not None:
+            layer: nn.Module | None = wrap_parameter(peft_config, adapter_name, target, parameter_name)
+        else:
+            layer = self._mixture(layer_config(peft_config, current_key), adapter_name, target, current_key)
+        if layer is None:
             return
-        layer = MoELoRALayer(target, adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter trains only once it is made the active one
         self._replace_module(parent, target_name, layer, target)
 
+    def _mixture(
+        self, peft_config: MoELoRAConfig, adapter_name: str, target: nn.Module, current_key: str
+    ) -> MoELoRALayer | None:
+        """A new layer; None where `target` is one, which takes the adapter."""
+        if isinstance(target, MoELoRALayer):
+            target.update_layer(adapter_name, peft_config, current_key)
+            return None
+        return MoELoRALayer(target, adapter_name, peft_config, current_key)
+
     def tag(self) -> None:
         """Puts the pairs' tags on the parameters (again)."""
-        for name, module in self.model.named_modules():
-            if isinstance(module, MoELoRALayer):
-                for adapter in module.moelora_experts:
-                    module.experts(adapter).tag(name)
+        tag_model(self.model)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT's last word in get_peft_model, add_adapter and load_adapter; it makes new Parameters.
@@ -187,6 +197,7 @@ class MoELoRAModel(_Base):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # "...moelora_experts.default.router.weight": the name is not where PEFT's own rule looks for it.
+        key = re.sub(rf"(\.lora_[AB])\.{re.escape(adapter_name)}(?=\.weight$)", r"\1", key)  # of `target_parameters`
         return re.sub(rf"\.moelora_experts\.{re.escape(adapter_name)}\.(?=[^.]+(\.[^.]+)?$)", ".moelora_experts.", key)
 
     @classmethod

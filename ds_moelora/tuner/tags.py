@@ -35,7 +35,7 @@ def tag_lora_pairs(model: nn.Module) -> int:
     Raises:
         ValueError: there is none, or this PEFT keeps the experts' factors in another layout.
     """
-    num_pairs = _tag(model)
+    num_pairs = tag_model(model)
     if not num_pairs:
         raise ValueError(
             f"{type(model).__name__} has no LoRA pair to tag. Call get_peft_model(model, MoELoRAConfig(...)), or "
@@ -50,13 +50,14 @@ def tag_before_building(original: Callable[..., Any]) -> Callable[..., Any]:
     def configure(engine: Any, *args: Any, **kwargs: Any) -> Any:
         if configured_optimizer(engine) in OURS:
             check_auto_ep(engine)
-            _tag(engine.module)  # none: the optimizer says so, unless its pairs are tagged by somebody else
+            tag_model(engine.module)  # none: the optimizer says so, unless its pairs are tagged by somebody else
         return original(engine, *args, **kwargs)
 
     return configure
 
 
-def _tag(model: nn.Module) -> int:
+def tag_model(model: nn.Module) -> int:
+    """`tag_lora_pairs` that may find none."""
     num_pairs, left_alone = 0, []
     for name, module in model.named_modules():
         if isinstance(module, MoELoRALayer):

@@ -74,11 +74,12 @@ def expand(config: MoELoRAConfig, model: nn.Module) -> Any:
             "and does not call them, so that a mixture there would never run.",
             stacklevel=2,
         )
-    _warn_of_stacked(model)
+    if not config.target_parameters:
+        _warn_of_stacked(model, len(found - idle.keys()))
     return found - idle.keys()
 
 
-def _warn_of_stacked(model: nn.Module) -> None:
+def _warn_of_stacked(model: nn.Module, num_adapted: int) -> None:
     """Says which parameters hold several matrices each (transformers 5: a mixture's experts), and who adapts them."""
     stacked = {}
     for name, module in candidates(model).items():
@@ -90,10 +91,12 @@ def _warn_of_stacked(model: nn.Module) -> None:
     if stacked:
         total = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in model.parameters())
         endings = sorted({".".join(name.split(".")[-2:]) for name in stacked})
+        left = sum(stacked.values())
         warnings.warn(
-            f"target_modules='all-linear' leaves out {_some_names(stacked)}: matrices stacked in one parameter, "
-            f"{sum(stacked.values()) / total:.0%} of the base model, which MoE-LoRA, made for modules, cannot adapt. "
-            f"PEFT's LoRA can: LoraConfig(target_parameters={endings}).",
+            f"target_modules='all-linear' adapts {num_adapted} modules and leaves out {_some_names(stacked)}: matrices "
+            f"stacked in one parameter, {left:,} of the base model's {total:,} weights ({left / total:.0%}). PEFT's "
+            f"LoRA adapts them, beside the mixtures: target_parameters={endings} in the configuration, "
+            "--target_parameters experts for launch/train.py.",
             stacklevel=3,
         )
 

@@ -21,7 +21,7 @@ from launch.cluster.agreement import fingerprint
 IGNORED = (
     # places, names, reports
     *("model_name_or_path", "revision", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "deepspeed"),
-    *("run_name", "report_to", "project", "trackio_*", "logging_*", "log_*", "disable_tqdm", "status_file"),
+    *("run_name", "report_to", "project", "trackio_*", "logging_*", "log_*", "disable_tqdm", "status_file", "verbose"),
     *("push_to_hub", "push_to_hub_*", "hub_*", "show_traceback", "include_num_input_tokens_seen"),
     # saving and evaluating
     *("save_*", "eval_*", "per_device_eval_batch_size", "per_gpu_*", "load_best_model_at_end", "batch_eval_metrics"),

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
+from ds_moelora.optimizer.defaults import default_learning_rate
 from ds_moelora.redaction import redact_words, remember
 from launch.checks.errors import UsageError, UserError
 from launch.checks.flags import (
@@ -32,6 +33,13 @@ from launch.checks.flags import (
     ImageConfig,
     RunArguments,
     ScoringArguments,
+)
+
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout, or of ds_moelora/_launcher
+MOST_USED = (
+    *("output_dir", "deepspeed", "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "eval_strategy", "eval_steps"),
+    *("logging_steps", "save_steps", "save_total_limit", "resume_from_checkpoint", "report_to", "seed"),
 )
 
 
@@ -62,12 +70,24 @@ class _Parser(TrlParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._show_first(MOST_USED)
         for action in self._actions:
             if getattr(action.type, "__name__", None) == "string_to_bool" and action.nargs is None:
                 action.nargs, action.const = "?", True
 
     def error(self, message: str) -> None:
         raise UsageError(message)
+
+    def _show_first(self, names: tuple[str, ...]) -> None:
+        """Moves flags of the trainers into a group of their own, in front of the others in `--help`."""
+        chosen = [action for name in names for action in self._actions if action.dest == name]
+        if len(chosen) < len(names):
+            return  # another program's flags
+        for group in self._action_groups:
+            group._group_actions[:] = [action for action in group._group_actions if action not in chosen]
+        shown = self.add_argument_group("training, most used")
+        shown._group_actions.extend(chosen)
+        self._action_groups.insert(-2, self._action_groups.pop())
 
 
 def parse_arguments(argv: Sequence[str], demo_defaults: dict[str, Any]) -> Arguments:
@@ -87,7 +107,23 @@ def parse_arguments(argv: Sequence[str], demo_defaults: dict[str, Any]) -> Argum
         raise UsageError(f"--task {task} is unknown; choose one of: {', '.join(TASKS)}.")
     demo = _wants_demo(task, chosen)
     classes = (RunArguments, AdapterArguments, ScoringArguments, TRAINING_CLASSES[task])
-    return Arguments(*_parse(classes, words, recipe, "launch/train.py", demo_defaults if demo else {}), demo=demo)
+    asks = bool({"-h", "--help"} & {*words})
+    defaults = demo_defaults if demo else {}
+    if asks:  # about runs, not about the demo
+        defaults = {"learning_rate": _rate_at_hand(words, recipe)}
+    arguments = Arguments(*_parse(classes, words, recipe, "launch/train.py", defaults), demo=demo)
+    arguments.training.deepspeed = shipped(arguments.training.deepspeed, ".json")
+    return arguments
+
+
+def shipped(name: Any, suffix: str) -> Any:
+    """A file as named; where there is none, the one that comes with the launcher: "configs/zero2.json", or "zero2"."""
+    if not isinstance(name, str) or os.path.exists(name):
+        return name
+    for place in (ROOT / name, ROOT / "configs" / f"{name}{suffix}", ROOT / "configs" / "recipes" / f"{name}{suffix}"):
+        if len(name) < 200 and place.is_file():
+            return str(place)
+    return name
 
 
 def read_flags(
@@ -116,8 +152,11 @@ def read_flags(
 def _parse(
     classes: tuple[type, ...], words: list[str], recipe: dict[str, Any], program: str, defaults: dict[str, Any]
 ) -> tuple[Any, ...]:
-    parser = _Parser(classes, prog=program, allow_abbrev=False)
-    known = {action.dest for action in parser._actions} - {"help"} | {"config"}
+    parser = _Parser(
+        classes, prog=program, allow_abbrev=False, usage=f"{program} [flags]; --config recipe.yaml sets any"
+    )
+    spelled = {option.lstrip("-").replace("-", "_") for action in parser._actions for option in action.option_strings}
+    known = spelled - {"h", "help"} | {"config"}
     _refuse_unknown(recipe, known, "recipe key")
     if defaults:
         parser.set_defaults_with_config(**defaults)
@@ -155,6 +194,17 @@ def _wants_demo(task: str, chosen: dict[str, str | None]) -> bool:
     return not model
 
 
+def _rate_at_hand(words: Sequence[str], recipe: dict[str, Any]) -> float | None:
+    """The learning rate that a run with this DeepSpeed config has by default; None: no config that tells."""
+    path = Path(shipped(_peek(words, recipe, "deepspeed") or "", ".json"))
+    try:
+        block = json.loads(path.read_text())["optimizer"]
+        rate = block.get("params", {}).get("lr")
+        return rate if isinstance(rate, float) else default_learning_rate(block["type"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
 def _peek(argv: Sequence[str], recipe: dict[str, Any], name: str) -> str | None:
     """Value of one flag before the real parser exists, which depends on it."""
     for position, word in reversed(list(enumerate(argv))):
@@ -174,7 +224,7 @@ def _read_recipe(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     position = words.index("--config")
     if position + 1 == len(words):
         raise UsageError("--config needs the path of a YAML file.")
-    path = Path(words[position + 1])
+    path = Path(shipped(words[position + 1], ".yaml"))
     if not os.path.isfile(path):  # not path.is_file(), which raises for a name that is too long for a path
         raise UserError(f"--config {path}: there is no such file (working directory: {Path.cwd()}).")
     try:

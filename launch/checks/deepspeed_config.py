@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
+from ds_moelora.optimizer.defaults import OTHERS, default_learning_rate
 from ds_moelora.optimizer.guard import OURS
 from ds_moelora.pairs import LoraPair, tag_pair
 from launch.checks.arguments import Arguments, non_defaults
@@ -99,7 +100,9 @@ def check_optimizer(arguments: Arguments) -> str:
                 "no --deepspeed config was given, so transformers would train with its own AdamW. Pass --deepspeed "
                 "configs/zero2.json for GateRiemannianAdamW, or choose an optimizer yourself with --optim."
             )
+        settle_rate(arguments.training, optim, {})
         return optim
+    given = non_defaults(arguments.training)
     config = read_deepspeed_config(path)
     _check_shapes(path, config)
     block = config.get("optimizer")
@@ -110,6 +113,7 @@ def check_optimizer(arguments: Arguments) -> str:
                 '"optimizer": {"type": "GateRiemannianAdamW", "params": {"lr": "auto"}}, or pass --optim to accept '
                 "another one."
             )
+        settle_rate(arguments.training, optim, {})
         _check_config(path, config, arguments)
         return optim
     if optim is not None:
@@ -117,12 +121,24 @@ def check_optimizer(arguments: Arguments) -> str:
     if not isinstance(block, dict) or not isinstance(block.get("type"), str):
         raise UserError(f'{path}: "optimizer" must be an object with a "type", such as "GateRiemannianAdamW".')
     _check_block(path, block["type"], block.get("params", {}))
+    settle_rate(arguments.training, block["type"], block.get("params", {}))
     _check_config(path, config, arguments)
-    _name_idle_flags(path, config, arguments.training)
+    _name_idle_flags(path, config, given)
     return block["type"]
 
 
-def _name_idle_flags(path: str, config: dict[str, Any], training: Any) -> None:
+def settle_rate(training: Any, optimizer: str, params: dict[str, Any]) -> None:
+    """Where no flag gives the learning rate: the config's own, or the optimizer's default."""
+    if training.learning_rate is not None:
+        return
+    rate = params.get("lr", "auto")
+    is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+    training.learning_rate = rate if is_number else default_learning_rate(optimizer)
+    if default_learning_rate(optimizer) == OTHERS and not is_number:
+        say(f"--learning_rate is {OTHERS:g}: no rate of {optimizer} has been tried here; give yours.")
+
+
+def _name_idle_flags(path: str, config: dict[str, Any], given: dict[str, Any]) -> None:
     """Flags whose place in the DeepSpeed config is missing, or taken by something else, do nothing."""
     params = config["optimizer"].get("params", {})
     idle = {flag: f'has no optimizer.params "{key}"' for flag, key in FILLED_IN.items() if key not in params}
@@ -130,7 +146,6 @@ def _name_idle_flags(path: str, config: dict[str, Any], training: Any) -> None:
         idle["max_grad_norm"] = 'has no "gradient_clipping"'
     if "scheduler" in config:
         idle |= dict.fromkeys(("lr_scheduler_type", "lr_scheduler_kwargs"), "has a scheduler of its own")
-    given = non_defaults(training)
     for flag in idle.keys() & given.keys():
         say(f"--{flag} {given[flag]} is not used: {path} {idle[flag]}.")
 

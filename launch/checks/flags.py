@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, make_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from ds_moelora.optimizer.defaults import LEARNING_RATES, default_learning_rate
 from ds_moelora.redaction import redact
 from ds_moelora.tuner.flags import adapter_flags
 
@@ -20,6 +21,8 @@ LANGUAGE = ("causal-lm", "image-text-to-text")  # what SFTTrainer trains
 DEFAULT_OPTIM = "adamw_torch"
 TEMPLATES = ("alpaca", "plain", "chat")  # of instruction rows
 NO_TEMPLATE = "none"
+LOGGING_STEPS = 10
+_RATES = ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
 FORMATS = ("prompt_format", "completion_format")
 
 
@@ -31,6 +34,8 @@ def flag(default: Any, help_text: str) -> Any:
 @dataclass
 class DataArguments:
     """Which model reads which data for which task."""
+
+    _argument_group_name: ClassVar = "model, data and run"
 
     task: str = field(
         default="causal-lm",
@@ -97,18 +102,20 @@ class RunArguments(DataArguments):
     eval_dataset_split: str | None = flag(None, "Its split. Default: the first of validation, test, train it has.")
     eval_fraction: float = flag(0.0, "Share of the training data set aside for evaluation (instead of a dataset).")
     max_train_samples: int | None = flag(None, "Use the first N training rows of each data set only.")
+    init_from_lora: str | None = flag(None, "Folder of a PEFT LoRA: all experts start as it, so that the mixture does.")
     load_in_4bit: bool = flag(False, "Keep the frozen base in 4 bits (NF4), by bitsandbytes. ZeRO 0 to 2.")
     target_parameters: list[str] = field(
         default_factory=list,
         metadata={
             "help": "MoE bases: the adapter is PEFT's LoRA, on these stacked parameters (experts: all of them) and on "
-            "--target_modules (none: no modules)."
+            "--target_modules (none: no modules); with flags of mixtures, mixtures on modules beside it."
         },
     )
     regression: bool = flag(False, "Classification: labels are numbers (STS-B), learnt by least squares.")
     overwrite_output_dir: bool = flag(False, "Accept a non-empty output_dir; its old checkpoints are removed.")
     lost_rank_seconds: float = flag(30.0, "Seconds without a sign of a rank's host until all ranks end.")
     stop_after_nan_steps: int = flag(3, "End after so many steps in a row with a loss not finite; 0: never.")
+    verbose: bool = flag(False, "Show progress bars in files, too, and what DeepSpeed and torch repeat.")
     status_file: str | None = flag(None, "launch/supervise.sh reads here how far the run has come.")
 
     # The adapter that training goes on with (`launch.training.modeling.start_adapter`).
@@ -128,12 +135,15 @@ if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
 else:
-    AdapterArguments = make_dataclass("AdapterArguments", adapter_flags(), namespace={"__module__": __name__})
+    _SPACE = {"__module__": __name__, "_argument_group_name": "the mixture of LoRA experts"}
+    AdapterArguments = make_dataclass("AdapterArguments", adapter_flags(), namespace=_SPACE)
 
 
 @dataclass
 class ScoringArguments:
     """How a model is scored on evaluation data: while it trains (`launch/train.py`) and afterwards (`evaluate.py`)."""
+
+    _argument_group_name: ClassVar = "scoring"
 
     score: str = field(
         default="auto",
@@ -161,14 +171,25 @@ class _Deferred:
     `start()`, so that everything that can be wrong is found before any rank waits for another.
     """
 
+    _argument_group_name: ClassVar = "all other flags of TRL's and transformers' trainers"
+
     output_dir: str = flag("outputs/run", "Folder for the adapter, checkpoints, TensorBoard logs and the summary.")
     optim: str | None = flag(None, "Only without an optimizer block in the DeepSpeed config: a transformers name.")
     report_to: str = flag("tensorboard", "Where metrics go: tensorboard, none, or another integration's name.")
+    learning_rate: float | None = field(
+        default=None, metadata={"help": f"Peak rate. Default: the optimizer's ({_RATES}).", "aliases": ["--lr"]}
+    )
     logging_first_step: bool = flag(True, "Log the first step.")
+    logging_steps: float | None = flag(
+        None, f"Report every so many steps. Default: {LOGGING_STEPS}, in short runs so often that there are 20 reports."
+    )
+    save_total_limit: int | None = flag(2, "Keep the newest N checkpoints, and the best; None: all.")
     include_num_input_tokens_seen: str = flag("non_padding", "Count tokens: no, all or non_padding.")
 
     def __post_init__(self) -> None:
         """Left to `start()`."""
+
+    reports_often = False  # no field: `logging_steps` was left to the run's length (`launch.training.console`)
 
     def wants_bf16(self) -> bool:
         """`--bf16`, or what it is by default.
@@ -186,6 +207,10 @@ class _Deferred:
             # Without it accelerate sees no backend for a CPU, and every rank would take itself for the only one.
             self.use_cpu = True
         self.optim = self.optim or DEFAULT_OPTIM
+        if self.learning_rate is None:  # without `launch.checks.deepspeed_config`, which has settled it: nothing trains
+            self.learning_rate = default_learning_rate(self.optim)
+        if self.logging_steps is None:
+            self.logging_steps, self.reports_often = LOGGING_STEPS, True
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:
@@ -221,7 +246,6 @@ class CausalConfig(_Deferred, SFTConfig):
 class HeadConfig(_Deferred, TrainingArguments):
     """transformers' `TrainingArguments`, for models with a classification head."""
 
-    logging_steps: float = flag(10, "Log every so many steps.")
     bf16: bool | None = flag(None, "bf16 training. Default: where an accelerator supports it.")
     trust_remote_code: bool = flag(False, "Run code that a model's repository brings. Off unless you trust it.")
     model_init_kwargs: dict[str, Any] | str | None = field(

@@ -38,6 +38,8 @@ from launch.training.prepared import prepare
 from launch.training.processors import tokenizer_of
 
 TRAINED, READ = "bold green", "blue"
+LEGEND = "[[...]]: trained, the rest is read only."
+LEGEND_IN_COLOR = "Green: trained; blue: read only."
 BOUNDARY = "\n--- next row of the pack ---\n"
 
 
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, flags = own.parse_known_args(sys.argv[1:] if argv is None else argv)
     quieten()
     datasets.disable_progress_bars()
-    color = not options.no_color and not os.environ.get("NO_COLOR")
+    color = not options.no_color and not os.environ.get("NO_COLOR") and sys.stdout.isatty()
     console = Console(no_color=not color, highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as folder:
         arguments = parse_arguments(flags, demo.DEFAULTS)
@@ -61,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.training.output_dir, arguments.training.report_to = folder, "none"
         check_flags(arguments)
         show(arguments, console, options.rows, color)
+        console.print(Text(LEGEND_IN_COLOR if color else LEGEND))
 
 
 def show(arguments: Arguments, console: Console, rows: int, color: bool) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
 from ds_moelora import use_lora_experts
-from ds_moelora.tuner.flags import is_pattern
+from ds_moelora.tuner.flags import config_from_flags, is_pattern
+from ds_moelora.tuner.layer import MoELoRALayer
 from launch.checks.arguments import Arguments, non_defaults
 from launch.checks.errors import UserError, say
 
@@ -16,26 +18,31 @@ ALL = "experts"
 OF_LORA = ("r", "lora_alpha", "target_modules", "modules_to_save")
 
 
-def lora_config(arguments: Arguments, task_type: Any) -> LoraConfig | None:
+def lora_config(arguments: Arguments, task_type: Any) -> PeftConfig | None:
     """The adapter that the flags describe; None without --target_parameters.
 
+    PEFT's LoRA; with flags of mixtures, such as --num_experts, mixtures on the modules beside LoRA on the experts.
+
     Raises:
-        UserError: a flag of mixtures of this package's own, or 4 bits.
+        UserError: flags that do not go together, or 4 bits.
     """
     targets, adapter = arguments.run.target_parameters, arguments.adapter
     if not targets:
         return None
-    if others := sorted(non_defaults(adapter).keys() - {*OF_LORA}):
-        raise UserError(
-            f"--{others[0]}: with --target_parameters the adapter is PEFT's LoRA, and the mixture is the base's own; "
-            f"leave it out ({', '.join(OF_LORA)} can be set), or leave out --target_parameters."
-        )
     if arguments.run.load_in_4bit:
         raise UserError("--load_in_4bit leaves stacked experts as they are; leave it out with --target_parameters.")
+    others = sorted(non_defaults(adapter).keys() - {*OF_LORA})
+    if others and (adapter.target_modules == ["none"] or others == ["lora_dropout"]):
+        raise UserError(
+            f"--{others[0]} is of mixtures on modules, and PEFT's LoRA on stacked experts has none; leave it out, or "
+            "name --target_modules and --num_experts."
+        )
     modules: Any = [] if adapter.target_modules == ["none"] else adapter.target_modules
     if modules == ["all-linear"] or is_pattern(modules):
         modules = modules[0]
     try:
+        if others:
+            return config_from_flags(vars(adapter), task_type=task_type, target_parameters=targets)
         return LoraConfig(
             r=adapter.r,
             lora_alpha=adapter.lora_alpha,
@@ -70,13 +77,22 @@ def name_experts(config: Any, skeleton: nn.Module) -> None:
 
 def settle(model: PeftModel) -> None:
     """Has the experts computed by grouped products where that is possible, and says what is adapted."""
-    pairs = {}
+    adapted, counts = {}, {"experts": 0, "modules": 0}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and ".lora_" in name:
-            pairs.setdefault("experts" if ".experts." in name else "modules", []).append(parameter)
-    counts = [f"{sum(getattr(p, 'ds_numel', p.numel()) for p in ps):,} on {kind}" for kind, ps in sorted(pairs.items())]
+        of_experts = ".experts." in name
+        if parameter.requires_grad:
+            counts["experts" if of_experts else "modules"] += getattr(parameter, "ds_numel", parameter.numel())
+    for module in model.modules():
+        if isinstance(module, (LoraLayer, MoELoRALayer)):
+            kind = "stacked parameters" if isinstance(module, ParamWrapper) else "modules"
+            kind = "mixtures on modules" if isinstance(module, MoELoRALayer) else kind
+            adapted[kind] = adapted.get(kind, 0) + 1
     try:
         how = f"{use_lora_experts(model)} experts modules are computed by grouped products, gates scale their gradients"
     except ValueError as error:
         how = f"PEFT's own function computes the experts ({error}), and gate_scaling has no effect on them"
-    say(f"LoRA: trained parameters {', '.join(counts)}; {how}.")
+    what = ", ".join(f"{count} {kind}" for kind, count in sorted(adapted.items()))
+    say(
+        f"The adapter is on {what}; it trains {counts['experts']:,} parameters on experts and {counts['modules']:,} on "
+        f"modules; {how}."
+    )

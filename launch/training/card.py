@@ -11,14 +11,13 @@ from transformers import Trainer
 from ds_moelora.redaction import redact_text
 from ds_moelora.tuner import TrainingRecord
 from launch.checks.arguments import Arguments
-from launch.training.report import parameter_counts
+from launch.training.report import NOT_SCORES, parameter_counts
 
 HUB_TASKS = {
     "causal-lm": "text-generation",
     "sequence-classification": "text-classification",
     "image-classification": "image-classification",
 }
-NOT_SCORES = ("_runtime", "_per_second", "_model_preparation_time", "epoch", "num_input_tokens_seen", "_tokens")
 
 
 def training_record(

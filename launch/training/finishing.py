@@ -12,7 +12,9 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from ds_moelora.monitoring.descriptions import add_scalar
 from ds_moelora.redaction import redact_text
+from launch.checkpoint.resume import step_of
 from launch.checks.errors import UserError
 
 # Folders and files of a run that are nobody else's: checkpoints, half-written files, pickled arguments.
@@ -75,6 +77,10 @@ class Curves:
         """Writes a protobuf summary."""
         self._call(lambda writer: writer.file_writer.add_summary(*args, **kwargs))
 
+    def add_scalar(self, tag: str, value: float, step: int | None = None, **_: Any) -> None:
+        """With what TensorBoard says about the curve."""
+        self._call(lambda writer: add_scalar(writer, tag, value, step))
+
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: self._call(lambda writer: getattr(writer, name)(*args, **kwargs))
 
@@ -90,12 +96,28 @@ class Curves:
 
 
 def guard_curves(trainer: Trainer) -> None:
-    """Makes transformers' TensorBoard callback write through `Curves`, after training, too."""
+    """Makes transformers' TensorBoard callback write through `Curves`, after training, too.
+
+    A resumed run goes on in the newest folder of the run, behind the step of its checkpoint: what the interrupted
+    session wrote beyond that step is hidden.
+    """
+    resumed, used = trainer.args.resume_from_checkpoint, []
+
+    def make(log_dir: str | None = None, **options: Any) -> Curves:
+        earlier = sorted(Path(log_dir).parent.glob("*/events.out.tfevents*")) if log_dir and resumed else []
+        if used:
+            log_dir = used[0]
+        elif earlier:
+            log_dir = str(max(earlier, key=lambda file: file.stat().st_mtime).parent)
+            options["purge_step"] = step_of(Path(resumed)) + 1
+        used.append(log_dir)
+        return Curves(log_dir=log_dir, **options)
+
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
             if not hasattr(callback, "_SummaryWriter"):
                 raise RuntimeError("transformers' TensorBoardCallback has no _SummaryWriter; version 5 has.")
-            callback._SummaryWriter = Curves
+            callback._SummaryWriter = make
 
 
 class HubUpload(TrainerCallback):

@@ -142,10 +142,31 @@ def check_model(arguments: Arguments, config: Any, skeleton: PreTrainedModel) ->
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
             raise UserError(f"--modules_to_save {wish}: the model has no such module.{hint}")
     try:
-        return get_peft_model(skeleton, config)
+        adapted = get_peft_model(skeleton, config)
     except Exception as error:  # of whatever class: it is about this model and these targets
         targets = run.start_adapter or f"--target_modules {' '.join(arguments.adapter.target_modules)}"
         raise UserError(f"{targets}: {error}") from error
+    _start_from_lora(run, adapted)
+    return adapted
+
+
+def _start_from_lora(run: Any, model: PeftModel) -> None:
+    """Does what `--init_from_lora` asks; on a model without weights it only checks.
+
+    Raises:
+        UserError: the folder is no LoRA for this mixture, or another flag says how experts start.
+    """
+    if run.init_from_lora is None:
+        return
+    if run.start_adapter or run.target_parameters:
+        other = "an adapter as --model_name_or_path" if run.start_adapter else "--target_parameters"
+        raise UserError(f"--init_from_lora {run.init_from_lora} has no effect with {other}; leave one of them out.")
+    try:
+        layers = ds_moelora.start_from_lora(model, run.init_from_lora)
+    except ValueError as error:
+        raise UserError(f"--init_from_lora: {error}") from error
+    if not next(model.parameters()).is_meta:
+        say(f"Every expert of {layers} layers starts as the LoRA in {run.init_from_lora}.")
 
 
 def loading_options(arguments: Arguments) -> dict[str, Any]:
@@ -250,6 +271,7 @@ def load_model(arguments: Arguments, config: Any, model_options: dict[str, Any],
     except Exception as error:
         which = run.start_adapter or "a new adapter"
         raise UserError(f"{which} does not fit {run.model_name_or_path}: {_first_lines(error)}") from error
+    _start_from_lora(run, model)
     if run.load_in_4bit:
         quantization.settle(model)
     if getattr(config, "target_parameters", None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,11 @@ from ds_moelora.redaction import redact
 from launch.checks.arguments import command_line
 from launch.training.preparation import Truncation
 
-SUMMARY_NAME = "train_summary.json"
+SUMMARY_NAME, CURVE_NAME = "train_summary.json", "loss.png"
+WIDTH = 116  # of tables that go to a file or a pipe
+LOSSES = {"loss": "training", "eval_loss": "evaluation"}
+# What the trainer says about its own work.
+NOT_SCORES = ("_runtime", "_per_second", "_model_preparation_time", "epoch", "num_input_tokens_seen", "_tokens")
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
@@ -39,7 +44,11 @@ def print_truncation(truncation: Mapping[str, Truncation]) -> None:
 
 
 def summarize(
-    trainer: Trainer, optimizer: str, eval_metrics: dict[str, float], extra: dict[str, Any]
+    trainer: Trainer,
+    optimizer: str,
+    eval_metrics: dict[str, float],
+    session: tuple[int, int, float],
+    extra: dict[str, Any],
 ) -> dict[str, Any]:
     """What the run did, as plain values.
 
@@ -47,14 +56,13 @@ def summarize(
         trainer: after `train()`.
         optimizer: the optimizer's name.
         eval_metrics: what `evaluate()` returned; empty without an evaluation set.
+        session: steps and tokens since the start or the resume, and the seconds that these steps took.
         extra: further entries, e.g. the demo's accuracies.
     """
     trainable, total = parameter_counts(trainer.model)
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    closing = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
-    seconds = closing.get("train_runtime")
-    tokens = trainer.state.num_input_tokens_seen
+    steps, tokens, seconds = session
     output_dir = Path(trainer.args.output_dir)
     return {
         "command": command_line(),
@@ -63,9 +71,10 @@ def summarize(
         "trainable_parameters": trainable,
         "all_parameters": total,
         "steps": trainer.state.global_step,
+        "resumed_after_step": trainer.state.global_step - steps,
         "seconds": seconds,
         "tokens": tokens,
-        "tokens_per_second": closing.get("train_tokens_per_second") or (tokens / seconds if seconds else None),
+        "tokens_per_second": tokens / seconds if tokens and seconds else None,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "eval": {key: value for key, value in eval_metrics.items() if isinstance(value, int | float)},
@@ -91,6 +100,11 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
+def terminal() -> Console:
+    """For tables: paths may hold square brackets, and a file has no width of its own."""
+    return Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+
+
 def print_summary(summary: dict[str, Any], path: Path) -> None:
     """The summary as a table."""
     table = Table(title="Training summary", show_header=False, title_justify="left")
@@ -100,17 +114,41 @@ def print_summary(summary: dict[str, Any], path: Path) -> None:
         "trainable parameters",
         f"{summary['trainable_parameters']:,} of {summary['all_parameters']:,} ({share:.2f} %)",
     )
-    table.add_row("steps", f"{summary['steps']} on {summary['world_size']} process(es)")
+    before = summary.get("resumed_after_step")
+    resumed = f", {summary['steps'] - before} of them since the resume" if before else ""
+    table.add_row("steps", f"{summary['steps']} on {summary['world_size']} process(es){resumed}")
     if summary["seconds"]:
-        table.add_row("time", f"{summary['seconds']:.1f} s, {summary['tokens_per_second'] or 0:,.0f} tokens/s")
+        rate = f", {summary['tokens_per_second']:,.0f} tokens/s" if summary["tokens_per_second"] else ""
+        table.add_row("time of these steps", f"{summary['seconds']:.1f} s{rate}")
     if summary["first_loss"] is not None:
         table.add_row("loss, first -> last", f"{summary['first_loss']:.4f} -> {summary['last_loss']:.4f}")
     for key, value in summary["eval"].items():
-        if not key.endswith(("runtime", "per_second", "epoch", "num_input_tokens_seen")):
+        if not key.endswith(NOT_SCORES):
             table.add_row(key.replace("_", " "), f"{value:.4f}")
     table.add_row("adapter", summary["adapter"])
     table.add_row("checkpoints", "\n".join(summary["checkpoints"]) or "none")
     if summary["tensorboard"]:
-        table.add_row("loss curves", summary["tensorboard"])
+        table.add_row("curves", summary["tensorboard"])
+    if (curve := path.with_name(CURVE_NAME)).exists():
+        table.add_row("loss curve", str(curve))
     table.add_row("this summary", str(path))
-    Console(markup=False, emoji=False).print(table)  # paths may hold square brackets
+    terminal().print(table)
+
+
+def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
+    """A PNG of the training loss, and of the evaluations' losses, over steps; nothing without two points."""
+    series = {name: [(e["step"], e[key]) for e in history if key in e] for key, name in LOSSES.items()}
+    if len(series["training"]) < 2:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # seconds to import, and needed here alone
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="loss", title=path.parent.name)
+    for (name, points), style in zip(series.items(), ("-", "o-"), strict=True):
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

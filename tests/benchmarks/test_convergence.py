@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import bench_convergence
-from benchmarks.convergence import report, runs, skills, studies, tables
+from benchmarks.convergence import report, runs, skills, specialisation, studies, tables
 from benchmarks.convergence.encoder import SCORE_SCALE, BoolQ, OpenBookQA, encoder_folder
 from benchmarks.convergence.results import Cells, Difference
 from benchmarks.convergence.runs import Run
@@ -180,7 +180,7 @@ def test_routers_learn_at_their_share_of_the_rate(sources: bench_convergence.Sou
         assert rates[id(p)] == (1.0 if ".router." in name else 2.0)
     assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
     expected = runs.METHODS[method].gate_scaling or "none"
-    (first, *_) = (m for m in model.modules() if isinstance(m, skills.MoELoRALayer))
+    (first, *_) = (m for m in model.modules() if isinstance(m, specialisation.MoELoRALayer))
     assert first.experts("default").pair.gate.gate_scaling == expected
 
 
@@ -198,9 +198,9 @@ def test_damping_relative_to_the_trace() -> None:
 
 
 def test_mutual_information() -> None:
-    assert skills.mutual_information(torch.eye(4)) == pytest.approx(2.0)
-    assert skills.mutual_information(torch.ones(4, 6)) == pytest.approx(0.0, abs=1e-12)
-    assert skills.mutual_information(torch.tensor([[2.0, 0.0], [1.0, 1.0]])) == pytest.approx(0.3112781)
+    assert specialisation.mutual_information(torch.eye(4)) == pytest.approx(2.0)
+    assert specialisation.mutual_information(torch.ones(4, 6)) == pytest.approx(0.0, abs=1e-12)
+    assert specialisation.mutual_information(torch.tensor([[2.0, 0.0], [1.0, 1.0]])) == pytest.approx(0.3112781)
 
 
 @pytest.fixture
@@ -230,14 +230,16 @@ def test_skills(tiny_base: None, sources: bench_convergence.Sources) -> None:
     assert outcome["test_accuracy"] == 0
     task = skills.Skills(48)
     model, _ = runs.adapt(Run(**{**vars(run), "seed": 1, "num_experts": 6, "top_k": 1}), task)
-    layers = [m for m in model.modules() if isinstance(m, skills.MoELoRALayer)]
-    with skills.ExpertCounts(model) as counts, torch.no_grad():
+    layers = [m for m in model.modules() if isinstance(m, specialisation.MoELoRALayer)]
+    with specialisation.ExpertCounts(model, 6) as counts, torch.no_grad():
         per_skill = torch.arange(6)
         counts.expect(per_skill, torch.ones(6, 2, dtype=torch.bool))
         for layer in layers:
             layer.experts("default").router.weight.copy_(torch.eye(6, layer.in_features))
             layer(torch.eye(6, layer.in_features)[:, None].repeat(1, 2, 1))
-    assert [skills.mutual_information(table) for table in counts.tables] == pytest.approx([math.log2(6)] * len(layers))
+    assert [specialisation.mutual_information(table) for table in counts.tables] == pytest.approx(
+        [math.log2(6)] * len(layers)
+    )
 
 
 def made_up_rows(spoiled: float) -> list[dict[str, str]]:

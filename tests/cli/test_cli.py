@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import ds_moelora
-from ds_moelora.cli import COMMANDS, main
+from ds_moelora.cli import COMMANDS, launcher, main
+from ds_moelora.cli.plan_report import CONFIGS
 
 ROOT = Path(ds_moelora.__file__).parent.parent
 SCALING = ROOT / "docs/scaling.md"
@@ -30,6 +31,7 @@ def test_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(changed("--json")) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["settings"]["adapter"]["num_experts"] == 64
+    assert re.match(r"deepspeed --num_nodes 8 --hostfile HOSTFILE --num_gpus 8 launch/train.py", plan["command"])
     assert plan["best"] in plan["ways"]
     assert plan["best"]["fits"]
     assert plan["best"]["memory_bytes"] <= 72e9
@@ -42,6 +44,20 @@ def test_plan_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("40 fit; shown 40", "optimizer states", "all_reduce", "Choose stage", "MoELoRAConfig(num_experts=64"):
         assert part in text
     assert max(map(len, text.splitlines())) < 180
+
+
+def test_every_config_that_a_plan_names_is_there_and_is_what_it_says() -> None:
+    types = {("adamw", True): "GateRiemannianAdamW", ("adamw", False): "AdamW", ("sgd", True): "GateRiemannianSGD"}
+    for (*kind, stage), name in CONFIGS.items():
+        for file in [name, *(["zero2_ep"] if name == "zero2" else [])]:
+            config = json.loads((ROOT / "configs" / f"{file}.json").read_text())
+            assert config["zero_optimization"]["stage"] == stage
+            assert config["optimizer"]["type"] == types[tuple(kind)]
+
+
+def test_a_plan_without_a_config_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(changed("--plain-optimizer", "--optimizer", "sgd")) == 0
+    assert "No config comes with plain sgd at stage" in capsys.readouterr().out
 
 
 def test_sweep(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +80,8 @@ def test_sweep(capsys: pytest.CaptureFixture[str]) -> None:
         (["--num-experts", "256", "--gpus", "8"], "nothing fits on 8 GPUs"),
         (["--target-modules", "q_prj"], "Did you mean"),
         (["--target-modules", "x.*y"], "not found in the base model"),
-        (["--model-config", "nowhere"], "nowhere is not there"),
+        (["--model-config", "no/where/at/all"], "no/where/at/all is not there"),
+        (["--model-config", "no/where"], "Get https://huggingface.co/no/where/resolve/main/config.json where"),
         (["--calibration", "nowhere"], "calibration nowhere cannot be read"),
         (["--gpus", "12"], "not a multiple of gpus_per_node=8"),
         (["--inter-bandwidth", "-3"], "must be > 0 bytes per second"),
@@ -105,7 +122,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     assert end.value.code == 0
-    assert f"python -m ds_moelora {command}" in capsys.readouterr().out
+    assert f"ds-moelora {command}" in capsys.readouterr().out
 
 
 def test_as_a_program_without_deepspeed(tmp_path: Path) -> None:
@@ -131,3 +148,23 @@ def test_documented_output_is_what_the_command_prints(
     monkeypatch.chdir(ROOT)
     assert main(shlex.split(command)) == 0
     assert capsys.readouterr().out.strip() == shown.strip()
+
+
+def test_the_launchers_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One device: the program itself. Several, or a flag of DeepSpeed's launcher: that one, without its lines."""
+    import torch
+
+    file = launcher.script("train.py")
+    assert file == ROOT / "launch" / "train.py"
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert launcher.command_line("train", file, ["--r", "4"]) == [sys.executable, str(file), "--r", "4"]
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning"]
+    found = launcher.command_line(
+        "train", file, ["--num_gpus", "2", "--r", "4", "--include_num_input_tokens_seen", "no"]
+    )
+    assert found == [*runner, "--num_gpus=2", str(file), "--r", "4", "--include_num_input_tokens_seen", "no"]
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
+    assert launcher.command_line("train", file, []) == [*runner, str(file)]
+    assert launcher.command_line("train", file, ["--help"]) == [sys.executable, str(file), "--help"]
+    assert launcher.command_line("evaluate", file, []) == [sys.executable, str(file)]

@@ -111,6 +111,16 @@ def test_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     base_experts.check_layout()
 
 
+def most_bytes(kind: str, world: int) -> float:
+    """What one step may reduce: Gram matrices of all experts, and what a boundary between processes cuts, with its
+    gradient: of each lora_A one expert, of each lora_B one row.
+    """
+    r, pairs = 2, ((3, 7), (3, 5), (1, 3))  # experts, inputs
+    grams = sum(2 * E * r * r for E, _ in pairs) * (1.5 if kind == "GateRiemannianMuon" else 1)
+    cut = sum(2 * (r * inputs + r * E) for E, inputs in pairs)
+    return 8 * (grams + (world - 1) * cut)
+
+
 @pytest.mark.parametrize(
     ("kind", "stage", "world", "adapters"),
     [
@@ -134,3 +144,4 @@ def test_equals_the_reference(
     report("LoRA on stacked experts", f"{name}: {found:.1e}; bytes sent {traffic[-1]}")
     assert found < 2e-5
     assert all(len(calls) <= 2 for calls in traffic)
+    assert all(sum(numel * size for numel, size in calls) <= most_bytes(kind, world) for calls in traffic)

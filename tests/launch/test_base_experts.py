@@ -18,7 +18,7 @@ from launch.checks.errors import UserError
 from launch.demo.base import byte_tokenizer
 from launch.training import base_experts
 
-from ..support.base_experts import base_model
+from ..support.base_experts import ARCHITECTURES, base_model
 from ..support.launch_support import launch, write_jsonl
 
 
@@ -28,28 +28,33 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", rows)
 
 
+# Processes and ZeRO stage: one of each kind of run, as few processes as tell them apart.
+RUNS = {"mixtral": (2, 2), "qwen3_moe": (2, 3), "gpt_oss": (1, 2), "deepseek_v3": (1, 2), "olmoe": (1, 2)}
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("architecture", ["mixtral"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_train_save_resume_evaluate_merge(
     architecture: str, data: Path, tmp_path: Path, report: Callable[[str, str], None]
 ) -> None:
+    ranks, stage = RUNS[architecture]
     tokenizer = byte_tokenizer()
     base_model(architecture, vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    flags = ["--deepspeed", "configs/zero2.json", "--model_name_or_path", str(tmp_path / "base")]
+    flags = ["--deepspeed", f"configs/zero{stage}.json", "--model_name_or_path", str(tmp_path / "base")]
     flags += ["--dataset_name", str(data), "--eval_dataset_name", str(data), "--output_dir", str(tmp_path / "run")]
     flags += ["--target_parameters", "experts", "--target_modules", "q_proj", "--max_length", "64", "--save_steps", "2"]
     flags += ["--per_device_train_batch_size", "2", "--report_to", "none", "--learning_rate", "1e-2"]
-    finished = launch([*flags, "--max_steps", "2"])
+    finished = launch([*flags, "--max_steps", "2"], ranks)
     assert finished.code == 0, finished.output[-4000:]
     assert "computed by grouped products" in finished.output
-    finished = launch([*flags, "--max_steps", "4", "--resume_from_checkpoint", "true"])
+    finished = launch([*flags, "--max_steps", "4", "--resume_from_checkpoint", "true"], ranks)
     assert finished.code == 0, finished.output[-4000:]
     summary = json.loads((tmp_path / "run" / "train_summary.json").read_text())
     assert summary["steps"] == 4
 
     scores = evaluate.main(["--adapter", str(tmp_path / "run"), "--dataset_name", str(data), "--dtype", "float32"])
-    assert scores["metrics"]["loss"] == pytest.approx(summary["eval"]["eval_loss"], rel=1e-2)
+    assert scores["metrics"]["loss"] == pytest.approx(summary["eval"]["eval_loss"], rel=1e-4)
     report("LoRA on base experts by the launcher", f"{architecture}: {summary['eval']} {scores['metrics']}")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     model: Any = PeftModel.from_pretrained(base, tmp_path / "run").eval()
@@ -63,10 +68,28 @@ def test_train_save_resume_evaluate_merge(
         assert torch.allclose(loaded(input_ids=ids).logits, trained, atol=1e-4)
 
 
+@pytest.mark.dist
+def test_mixtures_on_attention_beside_lora_on_experts(data: Path, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    base_model("mixtral", vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    flags = ["--deepspeed", "configs/zero2.json", "--model_name_or_path", str(tmp_path / "base"), "--max_steps", "2"]
+    flags += ["--dataset_name", str(data), "--eval_dataset_name", str(data), "--output_dir", str(tmp_path / "run")]
+    flags += ["--target_parameters", "experts", "--num_experts", "4", "--target_modules", "q_proj", "v_proj"]
+    finished = launch([*flags, "--max_length", "64", "--report_to", "none", "--learning_rate", "1e-2"], ranks=1)
+    assert finished.code == 0, finished.output[-4000:]
+    said = " ".join(finished.output.split())
+    assert "The adapter is on 4 mixtures on modules, 4 stacked parameters" in said
+    summary = json.loads((tmp_path / "run" / "train_summary.json").read_text())
+    scores = evaluate.main(["--adapter", str(tmp_path / "run"), "--dataset_name", str(data), "--dtype", "float32"])
+    assert scores["metrics"]["loss"] == pytest.approx(summary["eval"]["eval_loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num_experts", "4"], "the mixture is the base's own"),
+        (["--num_experts", "4", "--target_modules", "none"], "of mixtures on modules"),
+        (["--lora_dropout", "0.1"], "LoRA on stacked experts has none"),
         (["--load_in_4bit"], "leaves stacked experts as they are"),
     ],
 )

@@ -54,7 +54,7 @@ prompt_template instruction_column input_column output_column prompt_column comp
 prompt_format completion_format text_column text_pair_column text_pattern image_column label_column show_traceback
 dataset_weights dataset_stopping streaming eval_dataset_name eval_dataset_split eval_fraction max_train_samples
 load_in_4bit target_parameters regression overwrite_output_dir lost_rank_seconds stop_after_nan_steps status_file
-score answer_pattern answer_ignore max_new_tokens
+verbose init_from_lora score answer_pattern answer_ignore max_new_tokens
 """
 OWN = frozenset(_OWN.split())
 

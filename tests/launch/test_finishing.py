@@ -58,7 +58,8 @@ def test_curves_end_at_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_curves_that_cannot_begin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     callback = TensorBoardCallback()
-    guard_curves(SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[callback])))
+    handler, args = SimpleNamespace(callbacks=[callback]), SimpleNamespace(resume_from_checkpoint=None)
+    guard_curves(SimpleNamespace(callback_handler=handler, args=args))
     args = TrainingArguments(output_dir=str(tmp_path / "file"), report_to=[])
     state = SimpleNamespace(is_world_process_zero=True, is_hyper_param_search=False, global_step=1)
     callback.on_train_begin(args, state, TrainerControl())

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from peft import PeftConfig
 
+import ds_moelora
 from ds_moelora import MoELoRAConfig
+from ds_moelora.optimizer.defaults import DAMPING, LEARNING_RATES, OTHERS
 from ds_moelora.tuner.config import PATTERNS
 from launch.checks.arguments import parse_arguments
+from launch.checks.deepspeed_config import check_optimizer
 from launch.checks.errors import UsageError, UserError
 from launch.checks.flags import AdapterArguments, CausalConfig, ClassificationConfig
 from launch.training.modeling import adapter_config
@@ -48,6 +53,45 @@ def test_tensorboard_is_on_by_default_and_remote_code_off():
 @pytest.mark.parametrize(("words", "value"), [([], None), (["--bf16"], True), (["--bf16", "false"], False)])
 def test_a_flag_of_three_values_may_stand_alone(words: list[str], value: bool | None):
     assert parse_arguments([*NAMED, *words, "--seed", "3"], {}).training.bf16 is value
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "rate"),
+    [
+        ("zero2", [], LEARNING_RATES["GateRiemannianAdamW"]),
+        ("zero2_papers_sgd", [], LEARNING_RATES["GateRiemannianSGD"]),
+        ("zero2_adamw", [], LEARNING_RATES["AdamW"]),
+        ("zero2", ["--lr", "3e-4"], 3e-4),
+        (None, ["--optim", "adamw_torch"], LEARNING_RATES["AdamW"]),
+        (None, ["--optim", "adafactor"], OTHERS),
+    ],
+)
+def test_the_learning_rate_is_the_optimizers_own(config: str | None, words: list[str], rate: float):
+    words = [*words, *(["--deepspeed", f"configs/{config}.json"] if config else [])]
+    arguments = parse_arguments([*NAMED, *words], {})
+    check_optimizer(arguments)
+    assert arguments.training.learning_rate == rate
+
+
+def test_library_and_launcher_have_the_same_defaults():
+    for name, rate in LEARNING_RATES.items():
+        if hasattr(ds_moelora, name):
+            known = inspect.signature(getattr(ds_moelora, name)).parameters
+            assert (known["lr"].default, known["damping"].default) == (rate, DAMPING)
+    for path in (ROOT / "configs").glob("*.json"):
+        params = json.loads(path.read_text())["optimizer"]["params"]
+        assert params.get("damping", DAMPING) == DAMPING, path.name
+
+
+def test_help_is_about_the_command_at_hand(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--deepspeed", "configs/zero2_papers_sgd.json", "--help"], {"learning_rate": 7.0, "r": 99})
+    text = capsys.readouterr().out
+    titles = ("model, data and run:", "the mixture of", "training, most used:", "scoring:", "all other flags")
+    places = [text.index(title) for title in titles]
+    assert places == sorted(places)
+    assert re.search(r"--lr LEARNING_RATE\s+Peak rate.*?\(default: 0\.5\)", text, re.DOTALL)
+    assert "99" not in text[places[1] : places[2]], "the demo's"
 
 
 def test_parsing_opens_nothing():

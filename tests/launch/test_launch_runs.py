@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,9 @@ def test_causal_lm_and_resume(model: Path, alpaca: Path, tmp_path: Path):
     assert 0 <= summary["eval"]["eval_mean_token_accuracy"] <= 1
     assert [Path(path).name for path in summary["checkpoints"]] == ["checkpoint-2", "checkpoint-4"]
     assert "Training summary" in finished.output
+    check_console(finished.output, 1, 4)
+    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "accelerator to CPU" not in finished.output.partition("Training ──")[0].partition("spawned")[2]
 
     # The saved adapter loads in a process without DeepSpeed.
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), whole)
@@ -92,12 +96,27 @@ def test_causal_lm_and_resume(model: Path, alpaca: Path, tmp_path: Path):
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
     finished = launch(arguments(model, alpaca, "zero2", resumed, *more, "--resume_from_checkpoint", "true"))
     assert finished.code == 0, finished.output[-4000:]
-    assert summary_of(resumed)["steps"] == 4
+    check_console(finished.output, 3, 4)
+    assert "2 of them since the resume" in finished.output
+    continued = summary_of(resumed)
+    assert len({path.parent for path in resumed.glob("runs/*/events*")}) == 1
+    assert (continued["steps"], continued["resumed_after_step"]) == (4, 2)
+    assert continued["tokens"] < summary["tokens"], "those of the steps that this session has done"
+    assert continued["tokens_per_second"] == pytest.approx(continued["tokens"] / continued["seconds"])
+    assert (continued["first_loss"], continued["last_loss"]) == (summary["first_loss"], summary["last_loss"])
     expected, got = adapter_of(whole), adapter_of(resumed)
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, got[name]), name
     resume_at_another_rate(model, alpaca, whole, tmp_path / "faster", *more)
+
+
+def check_console(output: str, first: int, last: int) -> None:
+    """The panel, and one line per step with loss, rate, pace, tokens and the routers' health."""
+    assert re.search(r"optimizer +GateRiemannianAdamW, learning rate 0.01 \(linear, .*ZeRO stage 2", output)
+    assert re.search(r"adapter +14 layers, 2 experts of rank 2, 1 per token; .* trainable", output)
+    line = r"step (\d)/4  loss \d+\.\d{4}  lr \S+  \S+ s/step  ETA 0:\d\d  \S+ tokens/s  load \S+  dead \S+  balance"
+    assert [int(step) for step in re.findall(line, output)] == list(range(first, last + 1))
 
 
 def resume_at_another_rate(model: Path, alpaca: Path, trained: Path, resumed: Path, *more: str):

@@ -66,12 +66,13 @@ def test_colours_and_brackets_mark_the_same() -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     examples.write_examples(tmp_path)
-    command = [sys.executable, "-m", "ds_moelora", "preview", "--no-color", "--model_name_or_path"]
+    command = [sys.executable, "-m", "ds_moelora", "preview", "--model_name_or_path"]  # in a pipe
     done = subprocess.run(
         [*command, str(tmp_path / "model"), "--dataset_name", str(tmp_path / "pairs.csv"), "--rows", "2"],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert preview.LEGEND in done.stdout
     assert "Three primes: [[2, 3, 5<eos>]]" in done.stdout
     assert "2 + 3 = [[5<eos>]]" in done.stdout
 

@@ -71,6 +71,9 @@ def arguments_of(run: tuple[Path, list[str]], folder: Path) -> list[str]:
     path, more = run
     recipe = yaml.safe_load(path.read_text())
     model, data = stand_ins(recipe, path.stem, folder / name_of(run))
+    if recipe.get("prompt_template") == "chat":
+        turn = "{{ message.role + ':' + message.content + eos_token }}"
+        (model / "chat_template.jinja").write_text(f"{{% for message in messages %}}{turn}{{% endfor %}}")
     own = folder / path.name
     own.write_text(yaml.safe_dump({name: value for name, value in recipe.items() if name != "dataset_config"}))
     arguments = ["--config", str(own), "--model_name_or_path", str(model), "--dataset_name", str(data),
@@ -133,5 +136,5 @@ def check_papers(run: tuple[Path, list[str]], recipe: dict[str, Any], summary: d
 
 def test_there_are_recipes() -> None:
     names = {path.stem for path in RECIPES}
-    assert {"goat_vit", "goat_glue", "goat_commonsense", "goat_math"} <= names
+    assert {"recommended", "goat_vit", "goat_glue", "goat_commonsense", "goat_math"} <= names
     assert {"papers_scienceqa", "papers_commonsenseqa", "papers_glue", "papers_vqa"} <= names

@@ -16,7 +16,8 @@ from transformers import Trainer, TrainingArguments
 
 from ds_moelora import GateRiemannianSGD
 from ds_moelora.monitoring import TAGS, EngineMonitor, MoELoRACallback
-from ds_moelora.monitoring.heat_map import colors_of, heat_map
+from ds_moelora.monitoring.descriptions import DESCRIPTIONS
+from ds_moelora.monitoring.heat_map import _split, colors_of, heat_map
 from ds_moelora.monitoring.meter import TrainingMeter
 from ds_moelora.optimizer.preconditioner import condition_numbers, damped_inverse
 from ds_moelora.tuner import MoELoRAExperts
@@ -220,6 +221,14 @@ def test_callback(tmp_path: Path) -> None:
     assert set(own) == {tag for tag in TAGS if not tag.startswith("riemannian/")}
     assert [event.step for event in found.Scalars("moe/router_entropy")] == [2, 4]
     assert [event.step for event in found.Images("moe/load")] == [2]
+    for tag in found.Tags()["scalars"]:
+        if tag in TAGS:
+            assert found.summary_metadata[tag].summary_description == DESCRIPTIONS[tag]
+    assert DESCRIPTIONS.keys() >= {*TAGS}
+    experiment = found.summary_metadata["_hparams_/experiment"].plugin_data.content
+    first = ("learning_rate", "optimizer", "num_experts", "top_k", "per_device_train_batch_size", "lora_alpha")
+    places = [experiment.index(name.encode()) for name in first]
+    assert places == sorted(places)
     assert {"_hparams_/session_start_info", "_hparams_/experiment"} <= set(found.summary_metadata)
 
 
@@ -233,3 +242,10 @@ def test_heat_map() -> None:
     pixels = {tuple(pixel) for pixel in image.reshape(-1, 3).tolist()}
     assert {(33, 102, 172), (178, 24, 43), (247, 247, 247), (0, 0, 0)} <= pixels
     assert heat_map(torch.ones(500, 256), ["x"] * 500, step=1).shape[0] < 3200
+    kinds = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+    names = [f"base_model.model.model.layers.{layer}.{kind}" for layer in range(30) for kind in kinds]
+    height, width, _ = heat_map(torch.ones(210, 8), names, step=1).shape
+    assert height < 1200
+    assert width <= 1600, "seven panels of 30 rows, on one screen"
+    assert _split(names[-1]) == ("mlp.down_proj", "29")
+    assert _split("base_model.model.lm_head") == ("lm_head", "")

@@ -41,8 +41,8 @@ LIBRARIES = {
     "tuner": {"torch", "peft", "transformers", "huggingface_hub", "safetensors", "deepspeed"},
     "integrations": {"torch", "peft", "transformers", "deepspeed", "axolotl", "swift", "pydantic"},
     "monitoring": {"torch", "transformers", "numpy", "PIL"},
-    "planner": {"torch", "transformers"},
-    "cli": {"transformers", "rich"},
+    "planner": {"torch", "transformers", "huggingface_hub"},
+    "cli": {"torch", "transformers", "rich"},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,17 +13,19 @@ from pathlib import Path
 from .test_autoload import ENTRY_POINT
 
 ROOT = Path(__file__).resolve().parents[2]
+COMMAND = "[console_scripts]\nds-moelora = ds_moelora.cli:main\n"
 BUILD = "from setuptools.build_meta import build_wheel; build_wheel({!r})"
 
 
 def test_wheel(tmp_path: Path) -> None:
-    """Every module of the package and nothing else; the extras that the documentation names."""
+    """Every module of the package, the launcher and its configs inside it, and nothing else; it starts elsewhere."""
     source, target = tmp_path / "source", tmp_path / "wheel"
     target.mkdir()
     shutil.copytree(ROOT / "ds_moelora", source / "ds_moelora", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("launch", "benchmarks"):  # would be in the way if they were found
-        (source / name).mkdir()
-        (source / name / "__init__.py").touch()
+    for name in ("launch", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (source / "benchmarks").mkdir()  # would be in the way if it were found
+    (source / "benchmarks" / "__init__.py").touch()
     for name in ("ds_moelora_autoload.py", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
     subprocess.run([sys.executable, "-c", BUILD.format(str(target))], cwd=source, check=True, capture_output=True)
@@ -35,8 +38,28 @@ def test_wheel(tmp_path: Path) -> None:
     modules = {
         str(p.relative_to(source)) for p in (source / "ds_moelora").rglob("*") if p.suffix in (".py", ".typed", ".cpp")
     }
-    assert set(names) == {*modules, "ds_moelora_autoload.py"}
-    assert entry_points == [ENTRY_POINT]
+    launcher = {f"ds_moelora/_launcher/{p.relative_to(source)}" for n in ("launch", "configs")
+                for p in (source / n).rglob("*") if p.is_file()}  # fmt: skip
+    assert set(names) == {*modules, *launcher, "ds_moelora_autoload.py"}
+    assert "".join(entry_points).split() == f"{COMMAND}{ENTRY_POINT}".split()
     assert licences
     assert set(metadata.get_all("Provides-Extra")) == {"train", "mpi", "bench", "docs", "dev"}
     assert metadata["Description-Content-Type"] == "text/markdown"
+    with zipfile.ZipFile(path) as wheel:
+        wheel.extractall(tmp_path / "site")
+    check_launcher(tmp_path / "site", tmp_path)
+
+
+def check_launcher(site: Path, folder: Path) -> None:
+    """Started from another folder, it finds its own configs, and says what is not there."""
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    command = [sys.executable, "-m", "ds_moelora", "train", "--deepspeed", "zero2", "--config", "nothing"]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+    assert run.returncode == 1
+    assert f"--config nothing: there is no such file (working directory: {folder})" in run.stderr
+    inside = site / "ds_moelora" / "_launcher"
+    ask = "from launch.checks.arguments import shipped; print(shipped('zero2', '.json'), shipped('goat_math', '.yaml'))"
+    environment["PYTHONPATH"] = f"{inside}{os.pathsep}{site}"
+    run = subprocess.run([sys.executable, "-c", ask], cwd=folder, capture_output=True, text=True, env=environment)
+    found = run.stdout.split()[-2:]
+    assert found == [f"{inside}/configs/zero2.json", f"{inside}/configs/recipes/goat_math.yaml"], run.stderr

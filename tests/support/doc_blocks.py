@@ -170,6 +170,25 @@ def _check_cli(words: list[str]) -> None:
         assert not others, f"unknown: {others}"
 
 
+def _check_command(words: list[str]) -> None:
+    """`ds-moelora COMMAND ...`; of the launcher's programs the flags."""
+    from launch import evaluate, generate
+    from launch.checks.arguments import read_flags
+
+    command, *flags = words[1:]
+    with chdir(ROOT):
+        if "|" in command:  # several at once, in prose
+            return
+        if command == "train":
+            _check_flags(flags)
+        elif command == "evaluate":
+            evaluate.read_arguments(flags)
+        elif command == "generate":
+            read_flags((generate.GenerationArguments,), flags, command)
+        else:
+            _check_cli(["ds_moelora", *words[1:]])
+
+
 def _check_flags(words: list[str]) -> None:
     """Flags of the launcher by themselves."""
     parse_launcher(words if "--model_name_or_path" in words else ["--model_name_or_path", "base", *words], {})
@@ -211,6 +230,8 @@ def _check_program(words: list[str]) -> None:
 
 
 PROGRAMS = (
+    ".",
+    "python3",
     "pip",
     "pytest",
     "tensorboard",
@@ -225,6 +246,7 @@ PROGRAMS = (
 )
 RULES: list[tuple[Callable[[list[str]], bool], Callable[[list[str]], None]]] = [
     (lambda words: any(word.endswith("launch/train.py") for word in words), _check_training),
+    (lambda words: words[0] == "ds-moelora", _check_command),
     (lambda words: words[0].startswith("--"), _check_flags),
     (lambda words: "ds_moelora" in words and "-m" in words, _check_cli),
     (lambda words: words[0] == "make", _check_make),

@@ -237,5 +237,5 @@ def check_end(setting: Setting, output_dir: Path) -> None:
 
 
 def wait_for_step(run: Run, step: int) -> None:
-    """Until the progress bar shows that a step is done."""
-    run.wait_for(rf"\b{step}/{STEPS} \[")
+    """Until the line of a step is there."""
+    run.wait_for(rf"step +{step}/{STEPS} ")

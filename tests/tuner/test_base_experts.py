@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ds_moelora import GateRiemannianAdamW, tag_lora_pairs, use_lora_experts
+from ds_moelora import GateRiemannianAdamW, MoELoRAConfig, tag_lora_pairs, use_lora_experts
 from ds_moelora.tuner.base_experts import NAME, check_auto_ep, factors, gate_of
+from ds_moelora.tuner.files.export import export_adapter
 
 from ..support.base_experts import ARCHITECTURES, TARGETS, base_model, lora_model, tokens
 
@@ -187,6 +190,50 @@ def test_files_are_pefts(tmp_path: Path) -> None:
         [sys.executable, "-c", LOAD, *places], check=True, env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     )
     assert torch.allclose(torch.load(places[3]), model(input_ids=tokens()).logits, atol=1e-5)
+
+
+def mixed_config(**more: Any) -> MoELoRAConfig:
+    options = {"r": 2, "num_experts": 3, "target_modules": ["q_proj"], "target_parameters": TARGETS}
+    return MoELoRAConfig(**{**options, "init_lora_weights": False, **more})
+
+
+def test_mixtures_on_attention_beside_lora_on_the_base_s_experts(tmp_path: Path) -> None:
+    model = get_peft_model(base_model("mixtral"), mixed_config())
+    assert use_lora_experts(model) == 2
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    pairs = {p.lora_pair for name, p in trained.items() if "router" not in name}
+    assert sorted(pair.num_experts for pair in pairs) == [3, 3, 4, 4, 4, 4]  # tagged, without a call
+    assert all(pair.gate is not None for pair in pairs)
+    optimizer = GateRiemannianAdamW(list(trained.values()), lr=1e-2)
+    before = {name: p.clone() for name, p in trained.items()}
+    for _ in range(2):
+        run(model)
+        optimizer.step()
+    assert not [name for name, p in trained.items() if torch.equal(p, before[name])]
+    logits = model.eval()(input_ids=tokens()).logits.detach()
+    assert not torch.allclose(run_without_adapter(model), logits)
+
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base_model("mixtral"), tmp_path).eval()
+    assert torch.allclose(loaded(input_ids=tokens()).logits, logits, atol=1e-5)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    loaded.add_adapter("other", mixed_config())
+    loaded.set_adapter("other")
+    assert not torch.allclose(loaded(input_ids=tokens()).logits, logits, atol=1e-3)
+    assert all(".other." in name for name, p in loaded.named_parameters() if p.requires_grad)
+    loaded.delete_adapter("other")
+    loaded.set_adapter("default")
+    assert torch.allclose(loaded(input_ids=tokens()).logits, logits, atol=1e-5)
+
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    del weights[next(name for name in weights if name.endswith("lora_B.weight"))]
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="Missing"):
+        PeftModel.from_pretrained(base_model("mixtral"), tmp_path)
+    with pytest.raises(ValueError, match="stacked experts"):
+        export_adapter(tmp_path, tmp_path / "plain")
+    with pytest.raises(ValueError, match="ep_size=3"):
+        mixed_config(ep_size=3)
 
 
 def test_gate_scaling_without_effect_is_named() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import (
     JambaConfig,
@@ -121,8 +124,15 @@ def test_stacked_experts_are_named_with_who_adapts_them() -> None:
     assert "model.layers.*.mlp.experts.down_proj, model.layers.*.mlp.experts.gate_up_proj" in said
     base = [p for n, p in model.named_parameters() if "moelora" not in n]
     stacked = sum(p.numel() for p in base if p.dim() == 3)
-    assert f"{stacked / sum(p.numel() for p in base):.0%} of the base model" in said
-    assert "LoraConfig(target_parameters=['experts.down_proj', 'experts.gate_up_proj'])" in said
+    total = sum(p.numel() for p in base)
+    assert f"{stacked:,} of the base model's {total:,} weights ({stacked / total:.0%})" in said
+    assert "adapts 8 modules" in said  # 4 of attention in each layer; routers are no nn.Linear
+    config = all_linear(target_parameters=["experts.down_proj", "experts.gate_up_proj"])
+    assert f"target_parameters={config.target_parameters}" in said
+    with warnings.catch_warnings():  # does what was said, and has nothing more to say
+        warnings.simplefilter("error", UserWarning)
+        model = get_peft_model(mixtral(), config)
+    assert sum(isinstance(module, ParamWrapper) for module in model.modules()) == 4
 
 
 def adapted_names(model, adapter: str) -> set[str]:

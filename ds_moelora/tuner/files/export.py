@@ -46,12 +46,17 @@ def export_adapter(folder: str | os.PathLike[str], output: str | os.PathLike[str
         the PEFT folders, relative to `output`; "." for `output` itself.
 
     Raises:
-        ValueError: the adapter cannot be read, or `output` has something in it.
+        ValueError: the adapter cannot be read or has LoRA on stacked experts, or `output` has something in it.
     """
     target = Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; name another folder, or remove it.")
     adapter = read_adapter(folder)
+    if adapter.config.target_parameters:
+        raise ValueError(
+            f"{folder} adapts stacked experts, too (target_parameters={adapter.config.target_parameters}), which no "
+            "folder of single experts could hold. Train them in an adapter of their own: PEFT's LoraConfig."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

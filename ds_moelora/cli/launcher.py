@@ -1,0 +1,66 @@
+"""Where the launcher is, and the commands that start it: `train`, `evaluate`, `generate` (and `preview`).
+
+It is no part of the package's code: nothing imports it. A checkout has it in `launch/`; an installed package in
+`ds_moelora/_launcher/launch/`, with `configs/` beside it (setup.py puts both there).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Started with their flags as they are; their --help is the program's own.
+SUMMARIES = {
+    "train": "fine-tunes a model: launch/train.py, under DeepSpeed's launcher where there is more than one device",
+    "evaluate": "scores an adapter on evaluation data: launch/evaluate.py",
+    "generate": "lets an adapter answer prompts: launch/generate.py",
+}
+# Of DeepSpeed's own launcher.
+RUNNER_FLAGS = ("num_gpus", "num_nodes", "hostfile", "include", "exclude", "master_addr", "master_port")
+
+
+def script(name: str) -> Path:
+    """The file of a program of the launcher, e.g. "train.py".
+
+    Raises:
+        ValueError: neither beside the package nor in it.
+    """
+    package = Path(__file__).resolve().parents[1]
+    places = [folder / "launch" / name for folder in (package.parent, package / "_launcher", Path.cwd())]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"there is no {' or '.join(map(str, places))}. Install the package with its launcher (pip install "
+            "'ds_moelora[train]'), or run this command in a checkout of the repository."
+        )
+    return found
+
+
+def start(command: str, words: Sequence[str]) -> int:
+    """Runs one of `SUMMARIES` in a process of its own; returns its exit code."""
+    file = script(f"{command}.py")
+    return subprocess.run(command_line(command, file, words), check=False).returncode
+
+
+def command_line(command: str, file: Path, words: Sequence[str]) -> list[str]:
+    """The program itself, or DeepSpeed's launcher: if a flag of it is given, or there are several devices."""
+    alone = [sys.executable, str(file), *words]
+    if command != "train" or {"-h", "--help"} & {*words} or "RANK" in os.environ:
+        return alone
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in RUNNER_FLAGS:
+        parser.add_argument(f"--{flag}")
+    own, rest = parser.parse_known_args(words)
+    given = {flag: value for flag, value in vars(own).items() if value is not None}
+    if not given:
+        import torch
+
+        if torch.accelerator.device_count() <= 1:
+            return alone
+    level = [] if "--verbose" in words else ["--log_level", "warning"]
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", *level]
+    return [*runner, *(f"--{flag}={value}" for flag, value in given.items()), str(file), *rest]

@@ -1,0 +1,207 @@
+"""What a run says while it trains: a panel before the first step, then one line per report.
+
+    step    40/100  loss 0.8127  lr 7.1e-04  1.31 s/step  ETA 1:18  1,402 tokens/s  load 1.62  dead 0 %  balance 1.04
+
+load: tokens of a layer's most used expert over an even share, mean over layers (1 is even, E / k is all of it). dead:
+share of experts that no token chose. balance: the load-balancing loss (1 at perfect balance). docs/routers.md says what
+to do about them. Seconds and tokens are those of training steps since the start or the resume; what evaluations and
+saves take is left out.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from rich.panel import Panel
+from rich.table import Table
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from ds_moelora.monitoring.meter import Report
+from ds_moelora.tuner.layer import MoELoRALayer
+from launch.checks.arguments import Arguments
+from launch.checks.flags import LOGGING_STEPS
+from launch.training.report import NOT_SCORES, parameter_counts, terminal
+
+REPORTS = 20  # at least so many lines, where there are as many steps
+HEALTH = {
+    "moe/load_max_over_ideal": "load {:.2f}",
+    "moe/dead_expert_fraction": "dead {:.0%}",
+    "moe/aux_loss": "balance {:.2f}",
+}
+
+
+class Progress(TrainerCallback):
+    """Prints, on the main process, and counts what this session has trained, on every process.
+
+    Args:
+        trainer: whose bars and dicts on the screen it replaces. optimizer: its name in config or flags.
+    """
+
+    def __init__(self, trainer: Trainer, arguments: Arguments, optimizer: str) -> None:
+        self.trainer, self.arguments, self.optimizer = trainer, arguments, optimizer
+        self.first_step = self.first_tokens = 0
+        self.seconds, self.steps = 0.0, 0  # of this session
+        self._mark, self._since = 0.0, (0.0, 0)
+        self._health = ""
+        for kind in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(kind)
+        if sys.stderr.isatty() and not trainer.args.disable_tqdm:
+            trainer.add_callback(_Bars())
+
+    def tokens(self) -> int:
+        """Read in this session."""
+        return self.trainer.state.num_input_tokens_seen - self.first_tokens
+
+    def take(self, report: Report) -> None:
+        """What the meter found in the step that has just ended."""
+        found = [text.format(report.scalars[tag]) for tag, text in HEALTH.items() if tag in report.scalars]
+        self._health = "  ".join(found)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.reports_often:
+            state.logging_steps = max(1, min(LOGGING_STEPS, state.max_steps // REPORTS))
+        self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
+        if state.is_world_process_zero:
+            panel = describe(self.trainer, self.arguments, self.optimizer)
+            terminal().print(Panel(panel, title="Training", title_align="left", expand=False))
+        self._leave_out(args, state, control)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self.seconds, self.steps, self._mark = self.seconds + now - self._mark, self.steps + 1, now
+        if state.global_step >= state.max_steps and getattr(args.logging_strategy, "value", "") != "no":
+            control.should_log = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs or not self.steps:
+            return
+        before, self._since = self._since, (self.seconds, self.steps)
+        pace = (self.seconds - before[0]) / max(self.steps - before[1], 1)
+        left = (state.max_steps - state.global_step) * self.seconds / self.steps
+        width = len(str(state.max_steps))
+        parts = [
+            f"step {state.global_step:>{width}}/{state.max_steps}",
+            f"loss {logs['loss']:.4f}",
+            f"lr {logs['learning_rate']:.1e}",
+            f"{pace:.2f} s/step",
+            f"ETA {clock(left)}",
+        ]
+        if self.tokens():
+            parts.append(f"{self.tokens() / self.seconds:,.0f} tokens/s")
+        self._say(state, "  ".join([*parts, self._health] if self._health else parts))
+        self._health = ""
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        scores = {k: v for k, v in (metrics or {}).items() if not k.endswith(NOT_SCORES)}
+        shown = "  ".join(f"{k.removeprefix('eval_').replace('_', ' ')} {v:.4f}" for k, v in scores.items())
+        self._say(state, f"step {state.global_step}/{state.max_steps}  evaluation: {shown}")
+        self._leave_out(args, state, control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._leave_out(args, state, control)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._leave_out(args, state, control)
+
+    def _leave_out(self, *_: Any) -> None:
+        """What has passed since the last step is not training."""
+        self._mark = time.perf_counter()
+
+    def _say(self, state: TrainerState, line: str) -> None:
+        if state.is_world_process_zero:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(line, flush=True)
+
+
+class _Bars(ProgressCallback):
+    """transformers' bars, for a terminal; the lines are `Progress`'s."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def clock(seconds: float) -> str:
+    """1:02:03, or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def describe(trainer: Trainer, arguments: Arguments, optimizer: str) -> Table:
+    """What is about to be trained, with what, and where it goes."""
+    run, args, state, engine = arguments.run, trainer.args, trainer.state, trainer.deepspeed
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    trainable, total = parameter_counts(model)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    table = Table.grid(padding=(0, 2))
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    stage = "no DeepSpeed" if engine is None else f"ZeRO stage {engine.zero_optimization_stage()}"
+    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    resumed = f"; resumed after step {state.global_step}" if state.global_step else ""
+    table.add_row("model", "the demo's" if arguments.demo else f"{run.model_name_or_path}, {total:,} parameters")
+    table.add_row("adapter", f"{adapted(model)}; {trainable:,} trainable ({100 * trainable / total:.2f} %)")
+    warmup = args.get_warmup_steps(state.max_steps)
+    rate = f"learning rate {args.learning_rate:g} ({schedule}, {warmup} steps of warm-up)"
+    table.add_row("optimizer", f"{optimizer}, {rate}, {stage}")
+    rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else 0  # of a stream: not known
+    epochs = f", {state.max_steps * batch / rows:.3g} epoch(s) of {rows:,} rows" if rows else ""
+    parts = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size} process(es)"
+    table.add_row("steps", f"{state.max_steps:,} of {batch} rows ({parts}){epochs}{resumed}")
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else str(args.device)
+    table.add_row("precision", f"{precision}{', base in 4 bits' if run.load_in_4bit else ''}, on {device}")
+    if run.template_used:
+        length = getattr(args, "max_length", None)
+        cut = f"at most {length} tokens" if length else "uncut"
+        table.add_row("prompts", f"template {run.template_used}, {cut}")
+    saves = getattr(args.save_strategy, "value", "") == "steps"
+    table.add_row("output", str(args.output_dir) + (f", a checkpoint every {state.save_steps} steps" if saves else ""))
+    if "tensorboard" in args.report_to:
+        table.add_row("curves", f"tensorboard --logdir {Path(args.output_dir)}")
+    return table
+
+
+def adapted(model: nn.Module) -> str:
+    """Layers, experts and rank; ranges where layers differ."""
+    mixtures = [m for m in model.modules() if isinstance(m, MoELoRALayer)]
+    if not mixtures:
+        return f"LoRA on {sum(isinstance(m, BaseTunerLayer) for m in model.modules())} modules"
+    experts = [e for layer in mixtures for e in layer.moelora_experts.values()]
+
+    def span(name: str) -> str:
+        values = sorted({getattr(e, name) for e in experts})
+        return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+    return f"{len(mixtures)} layers, {span('num_experts')} experts of rank {span('rank')}, {span('top_k')} per token"
