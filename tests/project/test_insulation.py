@@ -44,6 +44,7 @@ ALLOWED = {
     ("tuner/base_experts.py", "_experts_implementation"): EXPERTS,
     ("tuner/base_experts.py", "_is_expert_parallel"): EXPERTS,
     ("tuner/base_experts.py", "ds_id"): "a mark of ZeRO-3's; without it factors are whole",
+    ("tuner/start/from_lora.py", "ds_shape"): "a mark of ZeRO-3's; without it factors are whole",
     ("tuner/base_experts.py", "_did_swap_in_out_features"): "PEFT's; check_layout compares the layout with PEFT's own",
     ("tuner/older_peft.py", "_remap_adapter_state_dict_for_load"): HOOK,
     ("tuner/older_peft.py", "_remove_adapter_name_from_key"): HOOK,

@@ -46,7 +46,7 @@ def start_from_lora(model: PeftModel, folder: str | os.PathLike[str], adapter_na
         ValueError: no plain LoRA; a module of it that the mixture leaves out, or of another shape; a rank above r; an
             adapter that starts from singular values.
     """
-    scaling, factors = _read(folder)
+    scaling, factors = _read_file(folder)
     layers = {
         name.removeprefix(PREFIX): module
         for name, module in model.named_modules()
@@ -87,7 +87,7 @@ def _whole(params: list[Any]) -> Any:
     return GatheredParameters(params, modifier_rank=0)
 
 
-def _read(folder: str | os.PathLike[str]) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
+def _read_file(folder: str | os.PathLike[str]) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
     """s_0, and {module: (A_0, B_0)}: (r, in) and (out, r)."""
     fields = saved_fields(folder)
     where = f"{folder} is no LoRA to start from"
