@@ -129,8 +129,9 @@ def use_lora_experts(model: nn.Module) -> int:
     for base in found:
         base.config._experts_implementation = NAME
         base.lora_gate = gate_of(base) or GateSettings()
-    for module in model.modules():
-        for linear in module.lora_A.values() if isinstance(module, ParamWrapper) else ():
+    wrappers: list[Any] = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    for module in wrappers:
+        for linear in module.lora_A.values():
             if (pair := getattr(linear.weight, "lora_pair", None)) is not None:
                 pair.gate = gate_of(module.get_base_layer())
     return len(found)
