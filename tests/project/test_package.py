@@ -150,6 +150,7 @@ def test_public_names() -> None:
         "save_elastic",
         "register",
         "save_without_residual",
+        "start_from_lora",
         "tag_lora_pairs",
         "use_lora_experts",
     }
