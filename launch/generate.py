@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
             answers = answer(prompts, title="Answers" if len(prompts) > wish.batch_size else None)
             for text, written in zip(prompts, answers, strict=True):
                 plain = written if len(prompts) == 1 else f"> {text}\n{written}\n"
-                print(_as_json(text, written) if wish.json else plain, file=quiet.answers())
+                print(_as_json(text, written) if wish.json else plain, file=quiet.answers(), flush=True)
             return answers
         for text in _typed_prompts():
             streamer = None if wish.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
