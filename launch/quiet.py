@@ -45,7 +45,7 @@ if not is_verbose():
 
 _stdout: TextIO | None = None
 if "--json" in sys.argv:
-    _stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    _stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")  # line by line, into a pipe too
     os.dup2(2, 1)
 
 
