@@ -13,8 +13,6 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 
 import ds_moelora
-from ds_moelora.mixture.routing import chosen_by
-from ds_moelora.tuner.losses import BatchLayout, RouterRecord
 
 from ..convergence import runs
 from ..convergence.runs import Method
@@ -83,18 +81,19 @@ class GateSpread:
     def saw_experts(self, experts: Any) -> None:
         """Nothing of interest."""
 
-    def saw_batch(self, records: list[RouterRecord], layout: BatchLayout) -> None:
-        assert layout.mask is not None
-        real = layout.mask.flatten().bool()
-        g_LTE = torch.stack([record.gates.detach() for record in records])[:, real]
-        chosen = chosen_by(g_LTE)
-        count_LE, sum_LE = chosen.sum(1).float(), g_LTE.sum(1)
-        number, mean = count_LE.sum(1), sum_LE.sum(1) / count_LE.sum(1)
-        deviation = (g_LTE.square().sum((1, 2)) / number - mean.square()).clamp_min(0).sqrt()
-        means_LE = torch.where(count_LE > 0, sum_LE / count_LE.clamp_min(1), mean[:, None])
-        between = ((means_LE - mean[:, None]).square() * count_LE).sum(1).div(number).sqrt()
-        load = count_LE.std(1, correction=0) / count_LE.mean(1)
-        self.found.append(torch.stack([deviation / mean, between / mean, load]).mean(1))
+    def saw_router(self, experts: Any, logits: Tensor, chosen: Tensor, mask: Tensor | None) -> None:
+        """Logits and chosen are (S, N, E), the mask of real tokens is (S, N)."""
+        assert mask is not None
+        chosen_TE = chosen[mask.bool()]
+        logits_TE = logits[mask.bool()].detach().float()
+        g_TE = logits_TE.masked_fill(~chosen_TE, -torch.inf).softmax(-1)
+        count_E, sum_E = chosen_TE.sum(0).float(), g_TE.sum(0)
+        number, mean = count_E.sum(), sum_E.sum() / count_E.sum()
+        deviation = (g_TE.square().sum() / number - mean.square()).clamp_min(0).sqrt()
+        means_E = torch.where(count_E > 0, sum_E / count_E.clamp_min(1), mean)
+        between = ((means_E - mean).square() * count_E).sum().div(number).sqrt()
+        load = count_E.std(correction=0) / count_E.mean()
+        self.found.append(torch.stack([deviation / mean, between / mean, load]))
 
     def outcome(self) -> dict[str, float]:
         """The columns; none before a step was seen."""

@@ -157,16 +157,16 @@ def _activations(model: ModelShape, work: Workload, choice: Choice) -> list[Item
 def block_activations(model: ModelShape, work: Workload, choice: Choice) -> float:
     """Bytes that autograd keeps of one block: T (b sum(I + O) + 8 H), and of every adapted module
 
-        dense     T E (r b + 8)        p, the gates, the softmax of the loss; 9 with ep_size > 1: chosen experts
-        grouped   T (k r b + 8 E)
-        tokens    M (I b + (E / n) (r b + 5)) + 9 T E for the M rows that arrive
+        dense     T E (r b + 4 + b)    p, the gates in fp32, the logits; with ep_size > 1 one byte more: chosen experts
+        grouped   T (k r b + (4 + b) E)
+        tokens    M (I b + (E / n) (r b + 5)) + (5 + b) T E for the M rows that arrive
 
     sum(I + O) over the block's linear modules: what is kept of attention and of the MLP is the inputs and outputs of
     these; 8 H: two norms keep an fp32 copy of their input each.
     """
     T, b, E, r = work.tokens, work.size, work.num_experts, work.rank
     own = T * (b * model.block_width + 8 * model.hidden_size)
-    gates = (8 if choice.ep_size == 1 else 9) * T * E
+    gates = (4 + b + (choice.ep_size > 1)) * T * E
     if choice.dispatch == "tokens":
         rows, local = received_rows(work, choice), E / choice.ep_size
         columns = local * r if work.expert_compute == "dense" else min(work.top_k, local) * r

@@ -82,7 +82,8 @@ def test_what_scaling_measures(ep_size: int) -> None:
     for found in (first, second):
         assert all(found[name]["sent"] > 0 and found[name]["memory"] > 0 for name in ("lora", "adamw", "ours"))
         more = found["ours"]["sent"] - found["adamw"]["sent"]
-        assert more > 0 if ep_size == 1 else more == 0  # the Gram matrices; with one owner per expert nobody needs any
+        # The Gram matrices of experts that both processes have a part of; with one owner per expert, none.
+        assert 0 <= more <= (0.01 * found["adamw"]["sent"] if ep_size == 1 else 0)
     assert [first[name]["cpu"] for name in first] == [second[name]["cpu"] for name in second]
 
 

@@ -82,13 +82,10 @@ def test_goat_several_skills_and_upper_layers(sources: bench.Sources) -> None:
 
 def test_gate_spread() -> None:
     """Two experts with gates 3/4 and 1/4 for every token: deviation 1/4 of mean 1/2, and no difference in load."""
-    from ds_moelora.tuner.losses import AuxLosses, BatchLayout, RouterRecord
-
     spread = runs.GateSpread()
     assert spread.outcome() == {}
-    gates = torch.tensor([[0.75, 0.25]]).repeat(4, 1)
-    record = RouterRecord("default", AuxLosses(0.0, 0.0), "layer", (2, 2), gates.log(), gates, True)
-    spread.saw_batch([record], BatchLayout(mask=torch.tensor([[1, 1], [0, 1]])))
+    logits = torch.tensor([0.75, 0.25]).log().repeat(2, 2, 1)
+    spread.saw_router(None, logits, torch.ones_like(logits).bool(), torch.tensor([[1, 1], [0, 1]]))
     assert spread.outcome() == {"gate_cv": 0.5, "expert_gate_cv": 0.5, "load_cv": 0.0}
 
 

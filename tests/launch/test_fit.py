@@ -210,11 +210,13 @@ def test_a_model_of_pictures_and_text_is_no_causal_lm(tmp_path: Path, parse: Any
         prepare(parse(model=on_disk(config, tmp_path / "model", "LlavaForConditionalGeneration")))
 
 
-def test_targets_are_looked_for_before_the_demos_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_targets_are_looked_for_before_the_demos_model_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(demo, "base_model", lambda: pytest.fail("built"))
     monkeypatch.setattr(demo_base, "_pretrain", lambda _: pytest.fail("built"))
     with pytest.raises(UserError, match=r"--target_modules q_porj: .* 'k_proj', .*'q_proj'"):
-        train.main(["--deepspeed", "configs/zero2.json", "--target_modules", "q_porj"])
+        train.main(["--deepspeed", "configs/zero2.json", "--target_modules", "q_porj", "--output_dir", str(tmp_path)])
 
 
 def test_what_loading_is_told_reaches_the_model(parse: Any) -> None:

@@ -213,7 +213,8 @@ def undisturbed_run(root: Path) -> Setting:
     data = write_jsonl(folder / "rows.jsonl", alpaca_rows(36))
     arguments = [*SETTINGS, "--model_name_or_path", str(model), "--dataset_name", str(data)]
     reference = folder / "reference"
-    run = ForkedRun([*arguments, *BATCH, "--output_dir", str(reference)], folder / "reference.log")
+    keep_all = ["--save_total_limit", str(STEPS)]
+    run = ForkedRun([*arguments, *BATCH, *keep_all, "--output_dir", str(reference)], folder / "reference.log")
     assert run.finish() == 0, run.output[-4000:]
     return Setting(arguments, reference)
 
