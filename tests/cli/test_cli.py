@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 
 import ds_moelora
@@ -87,7 +88,10 @@ def test_sweep(capsys: pytest.CaptureFixture[str]) -> None:
         (["--inter-bandwidth", "-3"], "must be > 0 bytes per second"),
     ],
 )
-def test_errors_are_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_line(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # or the hub is asked many times
     assert main(changed(*flags)) == 2
     out, err = capsys.readouterr()
     assert out == ""
