@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -43,11 +44,23 @@ class Base(nn.Module):
         return (self.head(self.experts(x, self.router(x).softmax(-1))) - target).square().mean()
 
 
-def stacked_lora(adapters: int = 1, tagged: bool = True, r: int = 2) -> nn.Module:
-    """Rank-2 LoRA on both stacks and the head. Several adapters: the last one is active."""
+def stacked_lora(
+    adapters: int = 1, tagged: bool = True, r: int = 2, partitioned: dict[str, Any] | None = None
+) -> nn.Module:
+    """Rank-2 LoRA on both stacks and the head. Several adapters: the last one is active.
+
+    `partitioned`: a DeepSpeed config; the base's weights are then cut up over the ranks as they are made (`zero.Init`).
+    """
     torch.manual_seed(0)
     config = LoraConfig(r=r, lora_alpha=4, target_modules=["head"], target_parameters=TARGETS, init_lora_weights=False)
-    model = get_peft_model(Base(), config)
+    if partitioned is None:
+        base = Base()
+    else:
+        import deepspeed
+
+        with deepspeed.zero.Init(config_dict_or_path=partitioned, dtype=torch.float32):
+            base = Base()
+    model = get_peft_model(base, config)
     for i in range(1, adapters):
         model.add_adapter(f"other{i}", config)
         model.set_adapter(f"other{i}")
@@ -145,3 +158,15 @@ def test_equals_the_reference(
     assert found < 2e-5
     assert all(len(calls) <= 2 for calls in traffic)
     assert all(sum(calls) <= most_bytes(kind, world) for calls in traffic)
+
+
+@pytest.mark.dist
+def test_a_base_that_is_cut_up_as_it_is_made(report: Callable[[str, str], None]) -> None:
+    kind = "GateRiemannianAdamW"
+    config = engine_config(3, kind)
+    model = functools.partial(stacked_lora, tagged=False, partitioned=config)
+    results = run_on_ranks(2, run_engine, config=config, model=model)
+    reference = run_reference(kind, 2, model=stacked_lora)["weights"]
+    found = max(deviation(result["weights"], reference) for result in results)
+    report("LoRA on stacked experts", f"{kind:20s} stage 3 world 2, zero.Init: {found:.1e}")
+    assert found < 2e-5
