@@ -95,6 +95,11 @@ def run_script(script: str, arguments: list[str], environment: dict[str, str], o
     os.chdir(ROOT)
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
+    # After a fork torch makes its thread pool anew at the next call: here, since of two threads at once (transformers
+    # loads weights with several) one would meet no pool.
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
     try:
         runpy.run_path(script, run_name="__main__")
     finally:
