@@ -78,7 +78,7 @@ setup(
         # Ranks that nothing but MPI tells. Not in [train]: where there is no MPI library, Lightning's Trainer and
         # DeepSpeed in one process import it and fail.
         "mpi": MPI,
-        # The kernels of `expert_compute="fused"` and of the optimizers' step on a GPU. CUDA builds of torch bring it along.
+        # The kernels for GPUs; CUDA builds of torch bring it along.
         "triton": TRITON,
         # The tables and plots of benchmarks/.
         "bench": [*TRAIN, "matplotlib>=3.8"],
