@@ -259,7 +259,7 @@ def test_accumulation_does_not_change_the_gradient(model: Path, alpaca: Path, tm
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
-# What a launcher tells its ranks, beside where rank 0 is; with DeepSpeed's, a flag too. `make test-multinode` starts them.
+# What a launcher tells its ranks (`make test-multinode` has the launchers themselves).
 STARTERS: dict[str, list[dict[str, str]]] = {
     "python": [{}],
     "torchrun": [{"RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} for r in "01"],
