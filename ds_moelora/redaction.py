@@ -9,9 +9,9 @@ Three nets, from the exact to the coarse:
 
 A name is split into words (`hub_token`, `WANDB_API_KEY`, `apiKey`). It names a secret if a word says password, secret,
 credential or authorization; if token or key, also in the plural, follows an owner (`api`, `hub`, `access`); or if it
-ends with token, key or pass, but for those of a vocabulary (`pad_token`). Other tokens and keys are counted (`max_new_tokens`), numbered
-(`eos_token_id`) or attention's (`num_key_value_heads`). Numbers under a secret name are hidden as well; True, False and
-None never are.
+ends with token, key or pass, but for those of a vocabulary (`pad_token`). Other tokens and keys are counted
+(`max_new_tokens`), numbered (`eos_token_id`) or attention's (`num_key_value_heads`). Numbers under a secret name are
+hidden as well; True, False and None never are.
 """
 
 from __future__ import annotations
