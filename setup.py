@@ -80,7 +80,8 @@ setup(
         # The tables and plots of benchmarks/.
         "bench": [*TRAIN, "matplotlib>=3.8"],
         # The site, and benchmarks/screenshots.py.
-        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "playwright>=1.45"],
+        # ruff: breaks the lines of signatures.
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "playwright>=1.45", "ruff"],
         "dev": [
             *TRAIN,
             *MPI,
