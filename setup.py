@@ -19,6 +19,7 @@ TRAIN = [
     "scikit-learn>=1.4",
 ]
 MPI = ["mpi4py>=4.0"]
+TRITON = ["triton>=3.2; platform_system == 'Linux'"]
 
 
 class BuildWithLauncher(build_py):
@@ -77,6 +78,8 @@ setup(
         # Ranks that nothing but MPI tells. Not in [train]: where there is no MPI library, Lightning's Trainer and
         # DeepSpeed in one process import it and fail.
         "mpi": MPI,
+        # The kernels for GPUs; CUDA builds of torch bring it along.
+        "triton": TRITON,
         # The tables and plots of benchmarks/.
         "bench": [*TRAIN, "matplotlib>=3.8"],
         # The site, and benchmarks/screenshots.py.
@@ -85,6 +88,7 @@ setup(
         "dev": [
             *TRAIN,
             *MPI,
+            *TRITON,
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.7",
