@@ -114,7 +114,8 @@ def both(
 def drift(case: dict[str, Any], kind: str) -> float:
     """Median over data of the distance to the reference, relative to the distance that training went."""
     found = []
-    steps = 10 if case["accumulate"] == 1 else 6  # as many micro-batches or more
+    # In fp16 the first steps are skipped, and the few that remain of six are noisier: SGD came up to its bound.
+    steps = 6 if case["accumulate"] == 4 and case["precision"] == "bf16" else 10
     for seed in (1, 2, 3):
         results, reference = both(case, kind, seed, steps)
         weights, end, start = results[0]["weights"], reference["weights"], reference["start"]
