@@ -35,10 +35,11 @@ from .language_model.runs import Run, train
 from .language_model.tasks import load
 
 INPUTS = tuple(field.name for field in fields(Run))
+KEY = tuple(name for name in INPUTS if name != "device")  # what tells runs apart; where one was done is recorded
 SPREAD = ("gate_cv", "expert_gate_cv", "load_cv")
 OUTCOMES = ("train_loss", "test_loss", "test_accuracy", "value_accuracy", "mutual_information", *SPREAD)
 COLUMNS = ("study", *INPUTS, *OUTCOMES, "seconds", "curve", *ENVIRONMENT)
-SAMPLE_STEPS = 3
+SAMPLE_STEPS = 6
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,15 @@ def execute(run: Run, sources: Sources) -> dict[str, Any]:
     return train(run, language, with_answers=run.seed != TUNING_SEED)
 
 
+def key_of(run: Run, own_device: bool) -> tuple[str, ...]:
+    """What a run is looked up by."""
+    return tuple(str(getattr(run, name)) for name in KEY) + ((run.device,) if own_device else ())
+
+
 class RunsFile:
     """The CSV file: calling it with a run gives the run's outcome, from the file or by running it.
+
+    A run that any device did is not done again, unless it is asked for on its own device.
 
     Args:
         path: the file; rows that it has stay. work: does a run.
@@ -73,10 +81,11 @@ class RunsFile:
         for row in self.rows:
             future: Future = Future()
             future.set_result({"train_loss": float(row["train_loss"])})
-            self.runs[tuple(row[name] for name in INPUTS)] = future
+            key = tuple(row[name] for name in KEY)
+            self.runs[key] = self.runs[*key, row["device"]] = future
 
-    def __call__(self, run: Run, study: str = "") -> dict[str, Any]:
-        key = tuple(str(getattr(run, name)) for name in INPUTS)
+    def __call__(self, run: Run, study: str = "", own_device: bool = False) -> dict[str, Any]:
+        key = key_of(run, own_device)
         with self.lock:
             known = self.runs.get(key)
             future = known or self.runs.setdefault(key, Future())
@@ -96,6 +105,11 @@ class RunsFile:
               f"seed={run.seed}: {outcome['train_loss']:.4f}, {outcome.get('test_accuracy', '')}, "
               f"{outcome['seconds']} s", flush=True)  # fmt: skip
         return outcome
+
+    def known(self, run: Run, own_device: bool = False) -> dict[str, Any] | None:
+        """The outcome of a run that the file has."""
+        future = self.runs.get(key_of(run, own_device))
+        return None if future is None else future.result()
 
     def write(self) -> None:
         """Replaces the file."""
@@ -117,10 +131,10 @@ def run_all(studies: list[tuple[str, list[plans.Job]]], file: RunsFile, workers:
     start = time.monotonic()
 
     def do(study: str, procedure: Callable[..., None], cell: Run) -> None:
-        def run(run: Run) -> dict[str, Any]:
+        def run(run: Run, own_device: bool = False) -> dict[str, Any]:
             if time.monotonic() - start > seconds:
                 raise OutOfTime
-            return file(run, study)
+            return file(run, study, own_device)
 
         with contextlib.suppress(OutOfTime):  # what is missing is run the next time
             procedure(cell, run)
@@ -131,22 +145,29 @@ def run_all(studies: list[tuple[str, list[plans.Job]]], file: RunsFile, workers:
             job.result()
 
 
-def estimate(studies: list[tuple[str, list[plans.Job]]], sources: Sources) -> float:
-    """Prints, and returns, the hours that all studies take one process here, from short samples of each task."""
-    per_step: dict[str, float] = {}
-    total = 0.0
+def estimate(studies: list[tuple[str, list[plans.Job]]], sources: Sources, file: RunsFile) -> float:
+    """Prints, and returns, the hours that what is missing takes one core, from a short sample of each task."""
+    costs: dict[str, tuple[float, float]] = {}
+    total, sketch = 0.0, plans.Sketch(file.known)
     for name, jobs in studies:
         seconds, number = 0.0, 0
         for procedure, run in jobs:
-            if run.task not in per_step:
-                outcome = execute(replace(run, steps=SAMPLE_STEPS, lr=1e-3, seed=TUNING_SEED), sources)
-                per_step[run.task] = float(outcome["seconds"]) / SAMPLE_STEPS
-                print(f"{run.task}: {per_step[run.task]:.2f} s per step of {run.batch}", flush=True)
-            number += plans.expected_runs(procedure)
-            seconds += plans.expected_runs(procedure) * run.steps * per_step[run.task]
+            before = len(sketch.missing)
+            procedure(run, sketch)
+            missing = len(sketch.missing) - before
+            if missing and run.task not in costs:
+                start = time.process_time()
+                sample = execute(replace(run, steps=SAMPLE_STEPS, lr=1e-3, seed=1), sources)
+                steps = float(sample["seconds"])
+                costs[run.task] = steps / SAMPLE_STEPS, time.process_time() - start - steps
+                print(f"{run.task}: {costs[run.task][0]:.2f} s per step of {run.batch}, "
+                      f"{costs[run.task][1]:.0f} s for the model and its evaluation", flush=True)  # fmt: skip
+            number += missing
+            if missing:
+                seconds += missing * (run.steps * costs[run.task][0] + costs[run.task][1])
         total += seconds
-        print(f"{name}: about {number} runs, {seconds / 3600:.2f} hours", flush=True)
-    print(f"together: {total / 3600:.1f} hours of one core, without evaluation")
+        print(f"{name}: at least {number} runs, {seconds / 3600:.2f} hours", flush=True)
+    print(f"together: {total / 3600:.1f} hours of one core")
     return total / 3600
 
 
@@ -159,11 +180,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes, one thread each (%(default)s)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after that long")
     parser.add_argument("--only", nargs="+", help="names of studies")
-    parser.add_argument("--short", action="store_true", help="AdamW and Muon on MAWPS, for `make reproduce`")
+    parser.add_argument("--short", action="store_true", help="three methods on MAWPS, for `make reproduce`")
     parser.add_argument("--tiny", action="store_true", help="two steps per run, for tests")
     parser.add_argument("--estimate", action="store_true", help="print how long it would take, and stop")
     args = parser.parse_args(argv)
-    sources, size = Sources(args.model, args.data), "tiny" if args.tiny else "full"
+    sources, size = Sources(args.model, args.data), "tiny" if args.tiny else "short" if args.short else "full"
     studies = list((plans.short if args.short else plans.plan)(size, args.device))
     unknown = set(args.only or ()) - {name for name, _ in studies}
     if unknown:
@@ -172,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     if not (args.model / "config.json").is_file():
         parser.error(f"--model {args.model}: no model there; python -m benchmarks.smollm2 {args.model} makes it.")
     if args.estimate:
-        estimate(studies, sources)
+        estimate(studies, sources, RunsFile(args.output, lambda run: execute(run, sources), args.device))
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(args.workers, mp_context=context) if args.workers > 1 else None

@@ -87,11 +87,11 @@ def cell(size: str, task: str, method: str, **options: Any) -> Run:
 Execute = Callable[[Run], dict[str, Any]]
 
 
-def tune(open_run: Any, execute: Execute, first: int | None = None) -> int:
+def tune(open_run: Any, execute: Execute, first: int | None = None, strides: tuple[int, ...] = (2, 1)) -> int:
     """The rung with the least training loss for the seed 0, both of whose neighbours were tried.
 
     Args:
-        first: the rung to begin at; None: the task's.
+        first: the rung to begin at; None: the task's. strides: of the searches, one after the other.
 
     Raises:
         RuntimeError: the loss went on falling for `MOST_RUNGS` rungs.
@@ -100,7 +100,7 @@ def tune(open_run: Any, execute: Execute, first: int | None = None) -> int:
     best = first
     if best is None:
         best = FIRST_RUNGS[open_run.task][2 if "Adam" in open_run.method else open_run.method != "SGD"]
-    for stride in (2, 1):
+    for stride in strides:
         settled = False
         while not settled:
             near = (best, best - stride, best + stride)  # the first wins a tie
