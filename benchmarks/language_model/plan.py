@@ -1,8 +1,7 @@
 """Which runs the study consists of, the most telling first, so that it may be cut off anywhere.
 
-Learning rates lie on one ladder, 10^(n/4), and are tuned by `convergence.studies.tune`: every optimum has a rung on
-both sides that is no better, by the training loss of seed 0. The seeds 1, 2, 3 at that rate are reported. Where a
-method's rate is known from MAWPS, the search begins there, rung by rung: three runs if the rate stays.
+How rates are tuned: `benchmarks.study`. Where a method's rate is known from MAWPS, the search begins there, rung by
+rung: three runs if the rate stays.
 """
 
 from __future__ import annotations
@@ -12,12 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from ..convergence.studies import MOST_RUNGS, SEEDS, TUNING_SEED, Execute, rung, rung_number, tune
-from .runs import FAILED_LOSS, METHODS, Run
+from ..study import SEEDS, TUNING_SEED, Execute, Job, reported, rung, tune
+from .runs import FAILED_LOSS, Run
 
 SIZES = {  # (steps, batch)
     "full": {"mawps": (48, 8), "gsm8k": (48, 4), "skills": (64, 8)},
-    "short": {"mawps": (12, 8)},
     "tiny": {"mawps": (4, 2), "gsm8k": (2, 2), "skills": (2, 4)},
 }
 # Rungs at which the search begins: the best ones on MAWPS (SGD's is not known). They affect how many runs it takes.
@@ -36,12 +34,11 @@ TRANSFERS: tuple[dict[str, int], ...] = (
 )
 TRANSFER_METHODS = ("AdamW", "gRAdamW (sqrt)", "Muon")
 NEAR = (0, -1, 1)  # rungs beside the source's best
-Job = tuple[Callable[[Run, Execute], None], Run]
 
 
-def first_rung(method: str) -> int:
-    """Where the search for a method's rate begins."""
-    return next(number for part, number in FIRST_RUNGS.items() if part in method)
+def first_rung(cell: Run) -> int:
+    """Where the search for a rate begins."""
+    return next(number for part, number in FIRST_RUNGS.items() if part in cell.method)
 
 
 def best_rung(cell: Run, execute: Execute, strides: tuple[int, ...] = (2, 1)) -> int:
@@ -51,33 +48,27 @@ def best_rung(cell: Run, execute: Execute, strides: tuple[int, ...] = (2, 1)) ->
         outcome = execute(run)
         return {"train_loss": math.inf if outcome["train_loss"] > FAILED_LOSS else outcome["train_loss"]}
 
-    return tune(cell, finite, first_rung(cell.method), strides)
+    return tune(cell, finite, first_rung(cell), strides)
 
 
 def tuned(cell: Run, execute: Execute) -> None:
     """The search, then the reported seeds."""
-    report(cell, execute, best_rung(cell, execute))
+    reported(cell, execute, rung(best_rung(cell, execute)))
 
 
 def tuned_near(cell: Run, execute: Execute) -> None:
     """The same, with a search that begins at MAWPS's rate."""
-    report(cell, execute, best_rung(cell, execute, (1,)))
-
-
-def report(cell: Run, execute: Execute, best: int) -> None:
-    """The reported seeds."""
-    for seed in SEEDS:
-        execute(replace(cell, lr=rung(best), seed=seed))
+    reported(cell, execute, rung(best_rung(cell, execute, (1,))))
 
 
 def known(cell: Run, execute: Execute) -> None:
     """One seed at MAWPS's rate."""
-    execute(replace(cell, lr=rung(first_rung(cell.method)), seed=SEEDS[0]))
+    execute(replace(cell, lr=rung(first_rung(cell)), seed=SEEDS[0]))
 
 
 def on_this_device(cell: Run, execute: Execute) -> None:
     """One seed at MAWPS's rate, whether or not another device did it."""
-    execute(replace(cell, lr=rung(first_rung(cell.method)), seed=SEEDS[0]), own_device=True)  # type: ignore[call-arg]
+    execute(replace(cell, lr=rung(first_rung(cell)), seed=SEEDS[0]), own_device=True)
 
 
 def transfer(cell: Run, execute: Execute) -> None:
@@ -119,27 +110,6 @@ def plan(size: str = "full", device: str = "cpu") -> Iterator[tuple[str, list[Jo
     yield "routers at a thousandth", jobs(tuned_near, "mawps", ("AdamW", "Muon"), gate_lr_scale=1e-3)
 
 
-def short(size: str = "short", device: str = "cpu") -> Iterator[tuple[str, list[Job]]]:
-    """`make reproduce`: AdamW, LoRA and Muon on MAWPS, one seed at the rates that the study found."""
+def short(size: str = "full", device: str = "cpu") -> Iterator[tuple[str, list[Job]]]:
+    """`make reproduce`: AdamW, LoRA and Muon on MAWPS, one seed at the rates that the study found: rows that it has."""
     yield "MAWPS, in short", [(known, cell(size, device, "mawps", method)) for method in SEVERAL]
-
-
-class Sketch:
-    """Stands in for `execute`: counts what is still to be run, if every search ends where it begins.
-
-    Args:
-        known: the outcome of a run, or None.
-    """
-
-    def __init__(self, known: Callable[..., dict[str, Any] | None]) -> None:
-        self.known, self.missing = known, set[tuple[Run, bool]]()
-
-    def __call__(self, run: Run, own_device: bool = False) -> dict[str, Any]:
-        found = self.known(run, own_device)
-        if found is None:
-            self.missing.add((run, own_device))
-            found = {"train_loss": 1 + abs(rung_number(run.lr) - first_rung(run.method)) / MOST_RUNGS}
-        return found
-
-
-__all__ = ["METHODS", "plan", "rung_number", "short"]
