@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..study import SEEDS, Execute, Job, reported, rung, tune
+from ..study import Execute, Job, reported, rung, tune
 from .runs import METHODS, Run
 
 # Where the search begins: (plain SGD, preconditioned SGD, AdamW). It affects how many runs it takes.
