@@ -193,12 +193,11 @@ def test_checkpointed_layer_runs_the_same_operations_with_and_without_a_listener
     assert_same(results[1], results[0])
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_model_has_equal_loss_and_gradients(backend):
+def test_compiled_model_has_equal_loss_and_gradients():
     model, inputs = adapted(router_aux_loss_coef=0.5), batch()
     loss, grads = train_step(model, inputs)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=backend)
+    compiled = torch.compile(model, backend="aot_eager")
     compiled_loss, _ = train_step(compiled, inputs)
     torch.testing.assert_close(compiled_loss, loss)
     # float32; the compiled parts of the base model round differently
