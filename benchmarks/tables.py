@@ -172,8 +172,8 @@ def _verdict(figure: float, met: bool) -> str:
 def optimizer_table(cases: list[dict[str, Row]]) -> Iterator[str]:
     """One row for each case of bench_optimizer.py."""
     yield (
-        '| part, optimizer | modules | E, r | features | ranks | torch\'s, ms | default | `kernels="torch"` | pair by pair |'
-        + (" torch's, flat | rows, MFLOPs of a rank |")
+        '| part, optimizer | modules | E, r | features | ranks | torch\'s, ms | default | `kernels="torch"` |'
+        " pair by pair | torch's, flat | rows, MFLOPs of a rank |"
     )
     yield "|---" * 11 + "|"
     for rows in cases:

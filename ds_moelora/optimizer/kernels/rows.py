@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+CHUNK = 1 << 14  # elements that one program of a GPU steps
 Extents = dict[Hashable, list[tuple[int, int]]]  # unit -> (start, end) of elements in its flat tensor
 
 
@@ -22,14 +23,15 @@ class AdamWState:
     """A weight and what AdamW keeps of it; all float32 and contiguous.
 
     Args:
-        step: the number of steps done. settings: lr, beta1, beta2, eps, weight_decay.
+        step: the number of steps done. settings: lr (a number, or a tensor), beta1, beta2, eps,
+            weight_decay.
     """
 
     weight: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
-    settings: tuple[float, ...]
+    settings: tuple[Any, ...]
 
 
 class Block(NamedTuple):
@@ -58,6 +60,7 @@ class RowLayout:
         assert sum(block.experts for block in blocks) == len(matrix)
         self.units, self.blocks, self.rank = list(units), list(blocks), rank
         self.matrix = torch.tensor(list(matrix), dtype=torch.long)
+        self._experts: Tensor | None = None
 
     @cached_property
     def table(self) -> Tensor:
@@ -68,6 +71,16 @@ class RowLayout:
             first += block.experts
         return torch.tensor(found, dtype=torch.long).view(-1, 6)
 
+    def experts_on(self, device: torch.device) -> Tensor:
+        """(experts, 6) on a device: unit, offset, rows, stride of rows, stride of a row's elements, matrix."""
+        if self._experts is None or self._experts.device != device:
+            lines, matrices = [], iter(self.matrix.tolist())
+            for unit, offset, experts, rows, (between, row_stride, stride) in self.blocks:
+                for e in range(experts):
+                    lines.append([unit, offset + e * between, rows, row_stride, stride, next(matrices)])
+            self._experts = torch.tensor(lines, dtype=torch.long).view(-1, 6).to(device)
+        return self._experts
+
     @cached_property
     def extents(self) -> Extents:
         """The elements of each unit in the layout; blocks without gaps alone."""
@@ -76,6 +89,17 @@ class RowLayout:
             end = block.offset + block.experts * block.rows * self.rank
             found.setdefault(self.units[block.unit], []).append((block.offset, end))
         return found
+
+
+def extent_table(extents: Sequence[list[tuple[int, int]]], device: torch.device) -> Tensor:
+    """As `RowLayout.experts_on`, of elements in no row: a list of (start, end) for each unit; rows of one element."""
+    chunks = [
+        [unit, start, min(CHUNK, end - start), 1, 1, 0]
+        for unit, parts in enumerate(extents)
+        for begin, end in parts
+        for start in range(begin, end, CHUNK)
+    ]
+    return torch.tensor(chunks, dtype=torch.long).view(-1, 6).to(device)
 
 
 class Kernels(Protocol):
