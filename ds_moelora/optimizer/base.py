@@ -28,7 +28,7 @@ from .gates import GateHold
 from .groups import ParamGroup, as_groups, as_tensor, check_options, expert_group_name, scaled_learning_rates
 from .guard import await_step, stepped
 from .kernels import choose, load
-from .kernels.rows import AdamWState, Extents, Kernels
+from .kernels.rows import AdamWState, Extents, Kernels, capturing
 from .sharding.exchange import Matrices, ShardedPreconditioner
 from .sharding.zero import GROUP_KEY, Storage, find_storage, is_stage_3
 from .step_statistics import StepStatistics
@@ -110,6 +110,8 @@ class GateRiemannian(torch.optim.Optimizer):
         self._use_kernels(kernels)
         tensors = [as_tensor(p) for group in groups for p in group["params"]]
         fused = all(p.device.type in ("cpu", "cuda") and p.dtype in self._fused_dtypes for p in tensors) or None
+        if "capturable" in known and isinstance(given["lr"], Tensor) and given["lr"].is_cuda:
+            given["capturable"] = True  # what torch wants for a step in a CUDA graph
         super().__init__(groups, **{name: given[name] for name in given.keys() & known}, fused=fused)  # type: ignore[call-arg]
         self.defaults.update(options)
         self._collect()
@@ -187,11 +189,14 @@ class GateRiemannian(torch.optim.Optimizer):
         A parameter without a gradient is left alone, as in torch; the other factor of its pair is stepped all the same.
 
         Raises:
-            ValueError: a closure under ZeRO, a sparse gradient, half a pair, `kernels` without effect.
+            ValueError: a closure under ZeRO, a sparse gradient, half a pair, `kernels` without effect, a CUDA graph
+                that cannot capture the step.
         """
         taken_over = self._located is not None and self._located.storage.sharded
         if self._factors is None or (not taken_over and self._trained != self._requires_grad()):
             self._collect()  # groups were added, or parameters frozen or thawed (which ZeRO does not follow)
+        if capturing():
+            self._refuse_capture()
         located = self._locate()
         loss = None
         if closure is not None:
@@ -209,6 +214,24 @@ class GateRiemannian(torch.optim.Optimizer):
         if located is not None and self.statistics is not None:
             self.statistics.end()
         return loss
+
+    def _refuse_capture(self) -> None:
+        """Refuses to be recorded by a CUDA graph where its replay would do something else.
+
+        Raises:
+            ValueError: the reason, and the remedy.
+        """
+        reason = None
+        if self._needs_gradient_grams:
+            reason = "its eigendecomposition waits for the device; capture the rest of the step without the optimizer"
+        elif self._located is None:
+            reason = "nothing is planned yet; take one step before the capture"
+        elif not all(isinstance(group["lr"], Tensor) and group["lr"].is_cuda for group in self.param_groups):
+            reason = 'a number lr would stay what it is now; build with lr=torch.tensor(lr, device="cuda")'
+        elif self.statistics is not None:
+            reason = "its statistics allocate; take reported steps outside the graph"
+        if reason:
+            raise ValueError(f"a CUDA graph cannot capture a step of {type(self).__name__}: {reason}.")
 
     def _step_pairs(self, located: _Located, until_stepped: ExitStack) -> None:
         """Does all that torch's step, which must run before `until_stepped` closes, does not do."""

@@ -96,7 +96,7 @@ class GateRiemannianAdamW(_Preconditioned, torch.optim.AdamW):
 
     @classmethod
     def _update(cls, storage: Storage, factor_units: set[Hashable], kernels: Kernels | None) -> Update | None:
-        return FusedAdamW(storage.held) if kernels else None
+        return FusedAdamW(storage.held, kernels) if kernels else None
 
 
 class GateRiemannianSGD(_Preconditioned, torch.optim.SGD):

@@ -8,6 +8,7 @@ adamw   AdamW's step in the same pass as the preconditioner
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
 
@@ -28,6 +29,13 @@ def load(choice: str) -> Kernels | None:
     """
     if choice == "cpp":
         return load_kernels()
+    if choice == "triton":
+        if importlib.util.find_spec("triton") is None:
+            remedy = 'pip install "ds_moelora[triton]", or set "kernels": "torch"'
+            raise ValueError(f'kernels "triton" need Triton: {remedy}.')
+        from .gpu import TritonKernels
+
+        return TritonKernels()
     if choice not in CHOICES:
         raise ValueError(f"kernels={choice!r} is unknown; choose one of {', '.join(map(repr, CHOICES))}.")
     return None
@@ -66,10 +74,10 @@ def _refusal(kernels: Kernels, weights: list[Tensor], ranks: set[int]) -> str | 
 @functools.cache
 def _automatic(device: str) -> Kernels | None:
     """The kernels that "auto" takes for weights on a kind of device; None: there are none."""
-    if device != "cpu":
+    if device not in ("cpu", "cuda") or (device == "cuda" and importlib.util.find_spec("triton") is None):
         return None
     try:
-        return load_kernels()
+        return load("cpp" if device == "cpu" else "triton")
     except ValueError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of each machine
             logger.warning("The optimizer's step is torch's, about half as fast: %s", error)

@@ -4,9 +4,9 @@
     damped_inverse     a program inverts one matrix, with the checks of `preconditioner.damped_inverse`
     step_rows          a program multiplies one expert's rows by its matrix, and takes AdamW's step with them
 
-Each launch is one operator of torch's dispatcher, so that FakeTensors and counters see it. Units are found by a table of
-their addresses on the device, copied there when they have changed: with flat partitions, never. TRITON_INTERPRET=1 runs
-the kernels on CPU tensors.
+Each launch is one operator of torch's dispatcher, so that FakeTensors and counters see it. Units are found by a table
+of their addresses on the device, copied there when they have changed: with flat partitions, never. TRITON_INTERPRET=1
+runs the kernels on CPU tensors.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..preconditioner import RELATIVE_DAMPING
-from .rows import AdamWState, RowLayout
+from .rows import AdamWState, RowLayout, capturing
 from .triton_kernels import add_grams, damped_inverse, step_rows, tile_of
 
 MAX_RANK = 64
@@ -34,10 +35,6 @@ _library.define(
     "Tensor[] steps, Tensor? matrices, Tensor table, int rank, Tensor? lr, float[] settings) -> ()"
 )
 _tables: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
-
-
-def capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _addresses(device: torch.device, *lists: Sequence[Tensor]) -> Tensor:
@@ -61,10 +58,10 @@ def _add_grams(grams: Tensor, flats: list[Tensor], table: Tensor, rank: int) -> 
 
 
 def _damped_inverse(out: Tensor, grams: Tensor, damping: Tensor | None, d: float) -> None:
-    rank, tile = grams.shape[-1], tile_of(grams.shape[-1])
-    damped_inverse[(len(grams),)](
-        out, grams, damping, d, RELATIVE_DAMPING, rank, tile["R_PAD"], num_warps=tile["num_warps"]
-    )
+    rank = grams.shape[-1]
+    tile = tile_of(rank)
+    padded, warps = tile["R_PAD"], tile["num_warps"]
+    damped_inverse[(len(grams),)](out, grams, damping, d, RELATIVE_DAMPING, rank, padded, num_warps=warps)
 
 
 def _step_rows(
@@ -135,22 +132,22 @@ class TritonKernels:
         gradients: Sequence[Tensor | None],
         states: Sequence[AdamWState | None],
     ) -> None:
-        """One launch for the units that share settings: as many as the optimizer has groups."""
+        """One launch for the units of a group."""
         states = states or [None] * len(gradients)
-        for settings in dict.fromkeys(state and state.settings for state in states):
-            mine = [state if state and state.settings == settings else None for state in states]
-            own = [
-                g if (state and state.settings) == settings else None
-                for g, state in zip(gradients, states, strict=True)
-            ]
-            flats = _present(own, table)
+        all_settings = [None if state is None else state.settings for state in states]
+        for settings in {
+            id(own): own for own in all_settings
+        }.values():  # by identity: the host knows no tensor's value
+            here = [own is settings for own in all_settings]
+            mine = [state if own else None for state, own in zip(states, here, strict=True)]
+            flats = _present([g if own else None for g, own in zip(gradients, here, strict=True)], table)
             if all(flat.numel() == 0 for flat in flats):
                 continue
             kept: list[list[Tensor]] = [[], [], [], []]
             lr, numbers = None, [0.0] * 9
             if settings is not None:
                 names = ("weight", "exp_avg", "exp_avg_sq", "step")
-                kept = [_present([state and getattr(state, name) for state in mine], table) for name in names]
+                kept = [_present([None if s is None else getattr(s, name) for s in mine], table) for name in names]
                 lr, numbers = _numbers(settings)
             torch.ops.ds_moelora.step_rows(flats, *kept, matrices, table, rank, lr, numbers)
 
@@ -160,7 +157,7 @@ def _present(flats: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
     return [absent if flat is None else flat for flat in flats]
 
 
-def _numbers(settings: tuple[Tensor | float, ...]) -> tuple[Tensor | None, list[float]]:
+def _numbers(settings: tuple[Any, ...]) -> tuple[Tensor | None, list[float]]:
     """lr if it is a tensor, and what `step_rows` takes: kernels get float32, and log(beta) needs more."""
     lr, beta1, beta2, eps, weight_decay = settings
     numbers = [0.0 if isinstance(lr, Tensor) else lr, beta1, beta2, eps, weight_decay]

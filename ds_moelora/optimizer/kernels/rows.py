@@ -91,6 +91,11 @@ class RowLayout:
         return found
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph records what is launched now."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def extent_table(extents: Sequence[list[tuple[int, int]]], device: torch.device) -> Tensor:
     """As `RowLayout.experts_on`, of elements in no row: a list of (start, end) for each unit; rows of one element."""
     chunks = [

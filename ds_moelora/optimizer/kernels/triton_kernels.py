@@ -13,8 +13,8 @@ def tile_of(rank: int, cubic: bool = False) -> dict[str, int]:
     """R_PAD, BLOCK and num_warps; `cubic`: small rows are multiplied with each other element by element."""
     padded = triton.next_power_of_2(rank)
     if padded >= 16:
-        return {"R_PAD": padded, "BLOCK": 32, "num_warps": 4}
-    return {"R_PAD": padded, "BLOCK": 2048 // (padded * padded if cubic else padded), "num_warps": 4}
+        return {"R_PAD": padded, "BLOCK": 32, "num_warps": 8 if padded > 32 else 4}
+    return {"R_PAD": padded, "BLOCK": (2048 // padded if cubic else 1024) // padded, "num_warps": 4}
 
 
 @triton.jit
@@ -55,11 +55,11 @@ def add_grams(addresses, table, grams, R: tl.constexpr, R_PAD: tl.constexpr, BLO
 
 @triton.jit
 def _attempt(G, d, R: tl.constexpr, R_PAD: tl.constexpr):
-    """(G + d I)^-1 and whether it can be used: see `preconditioner._attempt`. By sweeps, whose pivots are Cholesky's."""
+    """(G + d I)^-1 and whether it can be used: see `preconditioner._attempt`. Sweeps have Cholesky's pivots."""
     i, j = tl.arange(0, R_PAD)[:, None], tl.arange(0, R_PAD)[None, :]
     S = G + tl.where(i == j, tl.where(i < R, d, 1.0), 0.0)
     usable = d == d
-    for k in range(R):
+    for k in tl.range(0, R, loop_unroll_factor=1):
         row = tl.sum(tl.where(i == k, S, 0.0), 0)[None, :]
         column = tl.sum(tl.where(j == k, S, 0.0), 1)[:, None]
         pivot = tl.sum(tl.sum(tl.where((i == k) & (j == k), S, 0.0), 1), 0)
@@ -117,15 +117,15 @@ def step_rows(
             if lr_ptr is not None:
                 lr = tl.load(lr_ptr)
             # In double precision: 1 - beta2 is 0.001 at the first step.
-            first = 1.0 - tl.exp(step * (log_beta1.to(tl.float64) + log_beta1_rest.to(tl.float64)))
-            second = 1.0 - tl.exp(step * (log_beta2.to(tl.float64) + log_beta2_rest.to(tl.float64)))
+            first = 1.0 - tl.exp(step * log_beta1 + step * log_beta1_rest)
+            second = 1.0 - tl.exp(step * log_beta2 + step * log_beta2_rest)
             rate = lr / first.to(tl.float32)
             correction = tl.sqrt(second.to(tl.float32))
         if matrices is not None:
             M = matrices + matrix * R * R
             if R_PAD >= 16:
-                at = column[:, None] * R + column[None, :]
-                whole = tl.load(M + at, (column[:, None] < R) & (column[None, :] < R), 0.0)
+                of_M = column[:, None] * R + column[None, :]
+                whole = tl.load(M + of_M, (column[:, None] < R) & (column[None, :] < R), 0.0)
         for start in range(0, rows, BLOCK):
             row = (start + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
             at = row * row_stride + column[None, :] * stride
