@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from .dense import DENSE
+from .fused import FUSED
 from .grouped import GROUPED
 from .operands import Products
 
-BY_NAME = {products.name: products for products in (DENSE, GROUPED)}
+BY_NAME = {products.name: products for products in (DENSE, GROUPED, FUSED)}
 COMPUTES = ("auto", *BY_NAME)
 
 # Dense costs E*r columns whether chosen or not; grouped gathers and scatters k rows per token, a cost that hardly

@@ -82,13 +82,16 @@ def _forward(operands: Operands, base_out: Tensor, inplace: bool, products: Prod
     logits, dtype = None, base_out.dtype
     with no_autocast(base_out):
         x, gates = operands.x.to(dtype), operands.gates
-        if operands.router is not None:
+        if operands.router is not None and not products.routes:
             assert operands.rule is not None
             top_k, top_p, temperature = operands.rule
             logits = F.linear(x, operands.router.to(dtype))
             logits = logits if temperature == 1 else logits / temperature
             gates = route(logits, top_k, top_p)
         y, kept, p = products.forward(operands._replace(x=x, gates=gates), base_out, inplace)
+        if operands.router is not None and products.routes:
+            gates, kept = kept.gates, kept._replace(gates=None)
+            logits = p[:, p.shape[1] - len(operands.router) :]
     return Mixed(y, logits, None if logits is None else gates), kept, p
 
 
@@ -112,6 +115,7 @@ class _Mixture(torch.autograd.Function):
             ctx.mark_dirty(base_out)
         if mixed.gates is not None:
             ctx.mark_non_differentiable(mixed.gates)
+        ctx.set_materialize_grads(False)  # zeros for logits without a loss would be two launches
         ctx.products, ctx.x_dtype = products, x.dtype
         ctx.plain = {"scaling": operands.scaling, "rule": operands.rule, "settings": operands.settings}
         # x is needed for the gradients of A and the router alone: where both are frozen no activation is kept alive.
@@ -120,7 +124,7 @@ class _Mixture(torch.autograd.Function):
         return mixed
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dlogits: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dlogits: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # torch's once_differentiable would let a constant dy pass
             raise RuntimeError(
                 "MoE-LoRA has no second derivative (gate-scaled gradients are not the gradient of any function); call "
@@ -133,7 +137,10 @@ class _Mixture(torch.autograd.Function):
         else:  # one product gives dA and drouter, and dx takes what the router sends
             factors = needs_A or needs_router
             needs = Needs(needs_x, needs_x or factors, factors, needs_B)
-            dlogits = dlogits if needs.gates else None
+        if dy is None:  # a loss of the logits alone
+            if dlogits is None:
+                return (None,) * 10
+            dy = dlogits.new_zeros(len(dlogits), lora_B.shape[1])
         operands = Operands(x=x, gates=gates, router=router, lora_A=lora_A, lora_B=lora_B, **ctx.plain)
         with no_autocast(dy):
             onto = dy @ base_weight.to(dy.dtype) if needs_x and base_weight is not None else None

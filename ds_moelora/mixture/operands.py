@@ -58,10 +58,11 @@ class Operands(NamedTuple):
         """(T, E), h of `gate_factor`."""
         return gate_factor(self.settings.gate_scaling, self.token_gates())
 
-    def logits_gradient(self, dgates: Tensor, dlogits: Tensor) -> Tensor:
+    def logits_gradient(self, dgates: Tensor, dlogits: Tensor | None) -> Tensor:
         """(T, E): the gradient of the router's product W x, from those of the gates and of the logits."""
         assert self.rule is not None
-        total = dlogits + gates_backward(self.token_gates(), dgates)
+        total = gates_backward(self.token_gates(), dgates)
+        total = total if dlogits is None else total + dlogits
         return total if self.rule.temperature == 1 else total / self.rule.temperature
 
 
@@ -90,15 +91,20 @@ class Grads(NamedTuple):
 
 
 class Products:
-    """One way to compute a mixture's products, without autograd: `dense`, `grouped`, or either over processes."""
+    """One way to compute a mixture's products, without autograd: `dense`, `grouped`, `fused`, or one over processes.
+
+    With `routes` it takes a router, too: the operands come without gates, p's last E columns are the logits, the
+    operands that `forward` returns have the gates, and `backward` does without them.
+    """
 
     name: str
+    routes = False
 
     def forward(self, operands: Operands, base_out: Tensor, inplace: bool) -> tuple[Tensor, Operands, Tensor]:
         """y (T, O); the operands to be saved; and p, one tensor: `backward` gets both back.
 
         Args:
-            operands: with gates, and x in the dtype of base_out. inplace: y may overwrite base_out.
+            operands: with gates (`routes`: or a router), and x in the dtype of base_out. inplace: y may overwrite base_out.
         """
         raise NotImplementedError
 
@@ -116,8 +122,8 @@ class Products:
         Args:
             operands: as saved; x is read for dA (and drouter) alone.
             onto: dx is added onto it in place.
-            dlogits: (T, E), what auxiliary losses send into the logits; None without a router. With it the router does
-                its part: `needs.gates` is set, dx has the router's share, and `needs.A` covers its weight.
+            dlogits: (T, E), what auxiliary losses send into the logits; None: nothing. With a router among the operands
+                dx has its share, and `needs.A` covers its weight.
         """
         raise NotImplementedError
 

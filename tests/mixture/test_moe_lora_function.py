@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_moelora.mixture.dense import DENSE
+from ds_moelora.mixture.fused import FUSED
 from ds_moelora.mixture.grouped import GROUPED
 from ds_moelora.mixture.mixture import mix
 from ds_moelora.mixture.operands import Operands, gate_factor
@@ -73,9 +74,9 @@ def compare(shape, gate_scaling, scale_input_grad, dtype=torch.float64, inplace=
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("gate_scaling", "scale_input_grad"), list(itertools.product(GATE_SCALINGS, (False, True))))
 def test_gradients_are_those_of_the_per_expert_formula(shape, gate_scaling, scale_input_grad):
-    for dtype, inplace in itertools.product((torch.float64, torch.float32), (False, True)):
-        errors = compare(shape, gate_scaling, scale_input_grad, dtype, inplace)
-        assert max(errors.values()) < TOLERANCE[dtype], (dtype, inplace, errors)
+    for dtype, inplace, products in itertools.product((torch.float64, torch.float32), (False, True), (DENSE, FUSED)):
+        errors = compare(shape, gate_scaling, scale_input_grad, dtype, inplace, products=products)
+        assert max(errors.values()) < TOLERANCE[dtype], (dtype, inplace, products.name, errors)
 
 
 @given(
@@ -85,7 +86,7 @@ def test_gradients_are_those_of_the_per_expert_formula(shape, gate_scaling, scal
     dtype=st.sampled_from([torch.float64, torch.float32]),
     inplace=st.booleans(),
     seed=st.integers(0, 1000),
-    products=st.sampled_from([DENSE, GROUPED]),
+    products=st.sampled_from([DENSE, GROUPED, FUSED]),
 )
 @settings(max_examples=100, deadline=None)
 def test_gradients_for_any_sizes(shape, gate_scaling, scale_input_grad, dtype, inplace, seed, products):
@@ -98,9 +99,10 @@ def test_gradients_for_any_sizes(shape, gate_scaling, scale_input_grad, dtype, i
     assert E == 1 or router < 50 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("products", [DENSE, FUSED])
 @pytest.mark.parametrize("gate_scaling", GATE_SCALINGS)
-def test_bfloat16(gate_scaling):
-    errors = compare((64, 32, 24, 8, 2, 4), gate_scaling, False, torch.bfloat16)
+def test_bfloat16(gate_scaling, products):
+    errors = compare((64, 32, 24, 8, 2, 4), gate_scaling, False, torch.bfloat16, products=products)
     assert max(errors.values()) < TOLERANCE[torch.bfloat16], errors
 
 

@@ -9,6 +9,7 @@ import torch
 
 from ds_moelora.mixture import dense
 from ds_moelora.mixture.dense import DENSE
+from ds_moelora.mixture.fused import FUSED
 from ds_moelora.mixture.grouped import GROUPED
 from ds_moelora.mixture.mixture import Mixed, mix
 from ds_moelora.mixture.operands import Operands, RoutingRule
@@ -41,7 +42,7 @@ def routed(
     )
 
 
-@pytest.mark.parametrize("products", [DENSE, GROUPED])
+@pytest.mark.parametrize("products", [DENSE, GROUPED, FUSED])
 @pytest.mark.parametrize("num_A", [1, E])
 def test_gradients_of_everything_that_sees_x(products, num_A: int) -> None:
     """Every gate scaling, with and without the frozen layer's share, and an auxiliary loss on the logits."""
@@ -79,7 +80,7 @@ def test_products_in_parts_are_those_at_once(monkeypatch: pytest.MonkeyPatch, nu
         assert all(torch.equal(a, b) for a, b in zip(grads(), whole, strict=True))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("products", [DENSE, GROUPED])
+@pytest.mark.parametrize("products", [DENSE, GROUPED, FUSED])
 @pytest.mark.parametrize("wanted", range(4))
 def test_only_the_wanted_gradient(products, wanted: int) -> None:
     def grads(which: list[int]) -> list[torch.Tensor | None]:
