@@ -8,7 +8,7 @@ backward, 2 of which copy the experts into rows and their gradients back (docs/a
 Saved for backward, beside x: [p z]; the gates are computed again.
 
 Tensors of rank level are (T, E*R), experts first. Each kernel is one operator of torch's dispatcher, so that compilers,
-FakeTensors and counters see it; on a CPU the operator is written in torch, or with TRITON_INTERPRET=1 the kernel itself.
+FakeTensors and counters see it. On a CPU the operator is written in torch, or is the kernel with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operands import Grads, Needs, Operands, Products, gate_factor
+from .operands import Grads, Needs, Operands, Products, check_gate_scaling, gate_factor
 from .routing import gates_backward, route
 
 MAX_EXPERTS, MAX_RANK = 256, 64
@@ -68,7 +68,7 @@ class _Fused(Products):
         dlogits: Tensor | None = None,
     ) -> Grads:
         o, T, routed = operands, len(dy), operands.router is not None
-        (E, O, R), (num_A, I, _) = o.lora_B.shape, o.lora_A.shape
+        (E, _, R), num_A = o.lora_B.shape, len(o.lora_A)
         send = needs.x or needs.gates or needs.A
         down, up = _stacked(o, p.dtype, needs.x, send)
         q = torch.mm(dy, up.t(), out=_rows(dy, T, E * R)) if send else None
@@ -79,7 +79,7 @@ class _Fused(Products):
         weighted = _rows(dy, T, E * R) if needs.B else None
         wide = torch.promote_types(p.dtype, torch.float32)
         dgates = dy.new_empty(T, E, dtype=wide) if needs.gates and not routed else None
-        gate_factor(o.settings.gate_scaling, p.new_empty(0, E, dtype=wide))  # refuses an unknown one
+        check_gate_scaling(o.settings.gate_scaling)
         torch.ops.ds_moelora.gate_backward(
             p, q, o.gates, None if dlogits is None else dlogits.contiguous(), rows_x, rows_A, weighted, dgates,
             o.scaling, *_routing(o), o.settings.gate_scaling, o.settings.scale_input_grad, E, R,
@@ -97,6 +97,13 @@ class _Fused(Products):
 FUSED = _Fused()
 
 
+def route_at_once(logits: Tensor, top_k: int, top_p: float | None = None) -> Tensor:
+    """`mixture.routing.route`, without autograd, in one launch."""
+    gates = logits.new_empty(logits.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+    torch.ops.ds_moelora.gate_forward(logits, gates, None, 1.0, top_k, top_p)
+    return gates
+
+
 def _rows(like: Tensor, rows: int, columns: int) -> Tensor:
     """(rows, columns), uninitialised; rows begin at multiples of 16 bytes, which matrix products on GPUs want."""
     aligned = -(-columns * like.itemsize // 16) * 16 // like.itemsize
@@ -112,7 +119,7 @@ def _routing(o: Operands) -> tuple[int, float | None]:
 
 
 def _router_factor(o: Operands) -> float:
-    # The temperature goes into the router's copy: its logits, and what goes back through it, are then right as they are.
+    # The temperature goes into the router's copy: its logits, and what goes back through it, are right as they are.
     return 1 / o.rule.temperature if o.router is not None and o.rule is not None else 1.0
 
 
@@ -303,6 +310,21 @@ def _launch_restack(
         A, to_A, B, to_B, router, to_router, of_A, of_B, I, O, factor,
         R=rank, R_PAD=padded, BLOCK_F=block_f, BLOCK_W=block_w, STACK=stack,
     )  # fmt: skip
+
+
+@_operator("combine(Tensor(a!) y, Tensor rows, Tensor order) -> ()")
+def _combine(y: Tensor, rows: Tensor, order: Tensor) -> None:
+    """y_t += sum_j rows[order_tj]: y (T, F), rows (N, F), order (T, k)."""
+    y.copy_(y + rows[order].to(torch.promote_types(y.dtype, torch.float32)).sum(1))
+
+
+def _launch_combine(y: Tensor, rows: Tensor, order: Tensor) -> None:
+    (T, F), kernels = y.shape, _kernels()
+    if y.numel():
+        block = min(kernels.triton.next_power_of_2(F), kernels.TILE)
+        kernels.combine[(T, -(-F // block))](
+            y, rows, order, F, y.stride(0), rows.stride(0), K=order.shape[1], BLOCK=block
+        )
 
 
 def _by_expert(p: Tensor, E: int, R: int, top_k: int) -> Tensor:

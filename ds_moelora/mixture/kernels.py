@@ -16,10 +16,11 @@ COPIED_AT_ONCE = 2048
 
 
 def tile_of(num_experts: int, rank: int) -> dict[str, int]:
-    """BLOCK_T, E_PAD and BLOCK_R."""
+    """BLOCK_T, E_PAD, BLOCK_R and num_warps."""
     padded = triton.next_power_of_2(num_experts)
     block_r = min(triton.next_power_of_2(rank), max(TILE // padded, SECTOR))
-    return {"BLOCK_T": max(TILE // (padded * block_r), 1), "E_PAD": padded, "BLOCK_R": block_r}
+    num_warps = max(padded * block_r, TILE) // 512
+    return {"BLOCK_T": max(TILE // (padded * block_r), 1), "E_PAD": padded, "BLOCK_R": block_r, "num_warps": num_warps}
 
 
 @triton.jit
@@ -164,7 +165,7 @@ def _copy(
 
 @triton.jit
 def restack(
-    source_A, target_A, source_B, target_B, source_W, target_W, programs_A, programs_B, I, O, factor,  # noqa: E741
+    source_A, target_A, source_B, target_B, source_W, target_W, programs_A, programs_B, I, O, factor,
     R: tl.constexpr, R_PAD: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_W: tl.constexpr, STACK: tl.constexpr,
 ):  # fmt: skip
     """Experts (E, F, R) -> rows (E R, F) of A and B, or back; and the router (E, I) times `factor`: one launch.
@@ -181,3 +182,16 @@ def restack(
     else:
         if source_W is not None:
             _copy(source_W, target_W, program - programs_A - programs_B, I, factor, 1, 1, BLOCK_W, STACK)
+
+
+@triton.jit
+def combine(y_ptr, rows_ptr, order_ptr, F, y_row, rows_row, K: tl.constexpr, BLOCK: tl.constexpr):
+    """y_t += sum_j rows[order_tj], in this order; a program takes BLOCK columns of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < F
+    y = y_ptr + token * y_row + column
+    total = tl.load(y, mask, 0.0).to(tl.float32)
+    for j in range(K):
+        total += tl.load(rows_ptr + tl.load(order_ptr + token * K + j) * rows_row + column, mask, 0.0).to(tl.float32)
+    tl.store(y, total, mask)
