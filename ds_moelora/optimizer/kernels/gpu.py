@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ..preconditioner import RELATIVE_DAMPING
 from .rows import AdamWState, RowLayout, capturing
-from .triton_kernels import add_grams, damped_inverse, step_rows, tile_of
+from .triton_kernels import add_grams, damped_inverse, square_of, step_rows, tile_of
 
 MAX_RANK = 64
 ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
@@ -59,9 +60,7 @@ def _add_grams(grams: Tensor, flats: list[Tensor], table: Tensor, rank: int) -> 
 
 def _damped_inverse(out: Tensor, grams: Tensor, damping: Tensor | None, d: float) -> None:
     rank = grams.shape[-1]
-    tile = tile_of(rank)
-    padded, warps = tile["R_PAD"], tile["num_warps"]
-    damped_inverse[(len(grams),)](out, grams, damping, d, RELATIVE_DAMPING, rank, padded, num_warps=warps)
+    damped_inverse[(len(grams),)](out, grams, damping, d, RELATIVE_DAMPING, rank, **square_of(rank))
 
 
 def _step_rows(
@@ -163,6 +162,6 @@ def _numbers(settings: tuple[Any, ...]) -> tuple[Tensor | None, list[float]]:
     numbers = [0.0 if isinstance(lr, Tensor) else lr, beta1, beta2, eps, weight_decay]
     for beta in (beta1, beta2):
         log = math.log(beta) if beta > 0 else -1e30
-        high = float(torch.tensor(log, dtype=torch.float32))
+        (high,) = struct.unpack("f", struct.pack("f", log))
         numbers += [high, log - high]
     return (lr if isinstance(lr, Tensor) else None), numbers

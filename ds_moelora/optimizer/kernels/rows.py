@@ -59,8 +59,13 @@ class RowLayout:
     def __init__(self, units: Sequence[Hashable], blocks: Sequence[Block], matrix: Sequence[int], rank: int) -> None:
         assert sum(block.experts for block in blocks) == len(matrix)
         self.units, self.blocks, self.rank = list(units), list(blocks), rank
-        self.matrix = torch.tensor(list(matrix), dtype=torch.long)
+        self.numbers = list(matrix)
         self._experts: Tensor | None = None
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """(experts,): the number of each one's matrix."""
+        return torch.tensor(self.numbers, dtype=torch.long)
 
     @cached_property
     def table(self) -> Tensor:
@@ -74,7 +79,7 @@ class RowLayout:
     def experts_on(self, device: torch.device) -> Tensor:
         """(experts, 6) on a device: unit, offset, rows, stride of rows, stride of a row's elements, matrix."""
         if self._experts is None or self._experts.device != device:
-            lines, matrices = [], iter(self.matrix.tolist())
+            lines, matrices = [], iter(self.numbers)
             for unit, offset, experts, rows, (between, row_stride, stride) in self.blocks:
                 for e in range(experts):
                     lines.append([unit, offset + e * between, rows, row_stride, stride, next(matrices)])

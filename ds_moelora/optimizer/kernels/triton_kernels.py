@@ -17,6 +17,12 @@ def tile_of(rank: int, cubic: bool = False) -> dict[str, int]:
     return {"R_PAD": padded, "BLOCK": (2048 // padded if cubic else 1024) // padded, "num_warps": 4}
 
 
+def square_of(rank: int) -> dict[str, int]:
+    """R_PAD and num_warps of a matrix in registers, twice over: at most 8 elements of it per thread."""
+    padded = triton.next_power_of_2(rank)
+    return {"R_PAD": padded, "num_warps": 16 if padded > 32 else 4}
+
+
 @triton.jit
 def _tensor(addresses, number):
     return tl.load(addresses + number).to(tl.pointer_type(tl.float32))

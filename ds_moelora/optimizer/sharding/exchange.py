@@ -94,12 +94,12 @@ class ShardedPreconditioner:
         for rank, due in plan.weights.order.items():
             for i in due:
                 wanted = plan.weights.wanted[i]
-                self._grams[i] = grams[rank][wanted.start : wanted.stop]
+                self._grams[i] = grams[rank].narrow(0, wanted.start, len(wanted))
         found = {}
         for rank, active in plan.grads.order.items():
             carried = [self._grams[i] for i in plan.carried if self.factors[i].rank == rank]
             fresh = plan.grads.num[rank] - sum(map(len, carried))
-            parts = [*([grams[rank][:fresh]] if rank in grams else []), *carried]
+            parts = [*([grams[rank].narrow(0, 0, fresh)] if rank in grams else []), *carried]
             partners = torch.cat(parts) if len(parts) > 1 else parts[0]
             damping, *others = self._per_matrix(active, [len(plan.grads.wanted[i]) for i in active], partners)
             if self.watch is not None:
@@ -163,7 +163,7 @@ class GroupCall:
             for (unit, rank), c in rows.copies.items():
                 source = self.flats[unit][which]
                 if source is not None:
-                    values = source[c.local.on(self.device)].to(like["dtype"])
+                    values = source.index_select(0, c.local.on(self.device)).to(like["dtype"])
                     tables[which, rank, "rows"].view(-1).index_copy_(0, c.table.on(self.device), values)
         plan.exchange(tables, self.group, self.comm_device)
         for rows, which in both:
@@ -171,9 +171,11 @@ class GroupCall:
             for rank in rows.sums:
                 for positions, targets in rows.cut[rank].rounds:
                     values = tables[which, rank, "rows"].index_select(0, positions.on(self.device))
-                    outer = (values[:, :, None] * values[:, None, :]).flatten(1)
+                    outer = (values.unsqueeze(2) * values.unsqueeze(1)).flatten(1)
                     tables[which, rank, "grams"].index_add_(0, targets.on(self.device), outer)
-        found = [{r: tables[w, r, "grams"][: rows.num[r]].view(-1, r, r) for r in rows.sums} for rows, w in both]
+        found = [
+            {r: tables[w, r, "grams"].narrow(0, 0, rows.num[r]).view(-1, r, r) for r in rows.sums} for rows, w in both
+        ]
         return found[WEIGHT], found[GRAD]
 
     def apply(self, matrices: dict[int, Tensor], adamw: StateOf) -> Extents:
@@ -184,7 +186,7 @@ class GroupCall:
             if self.kernels and self.kernels.covers(blocks.rank, blocks.interleaved):
                 self._apply_kernels(self.kernels, blocks, matrices[blocks.rank], adamw, stepped)
                 continue
-            ordered = matrices[blocks.rank][blocks.matrix.on(self.device)]
+            ordered = matrices[blocks.rank].index_select(0, blocks.matrix.on(self.device))
             for b, own in zip(blocks.blocks, ordered.split(blocks.counts), strict=True):
                 grad = self.flats[b.source][GRAD]
                 if grad is not None:
@@ -217,12 +219,14 @@ class GroupCall:
         for rank, cut in self.plan.grads.cut.items():
             if cut.rows:
                 rows, table = cut.rows.on(self.device), self.tables[GRAD, rank, "rows"]
-                own = matrices[rank][cut.matrix.on(self.device)].to(table.dtype)
-                table.index_copy_(0, rows, torch.bmm(table[rows][:, None, :], own)[:, 0])
+                own = matrices[rank].index_select(0, cut.matrix.on(self.device)).to(table.dtype)
+                table.index_copy_(0, rows, torch.bmm(table.index_select(0, rows).unsqueeze(1), own).squeeze(1))
         for (unit, rank), c in self.plan.grads.copies.items():
             grad = self.flats[unit][GRAD]
             if grad is not None:
-                values = self.tables[GRAD, rank, "rows"].view(-1)[c.table.on(self.device)].to(grad.dtype)
+                values = (
+                    self.tables[GRAD, rank, "rows"].view(-1).index_select(0, c.table.on(self.device)).to(grad.dtype)
+                )
                 grad.index_copy_(0, c.local.on(self.device), values)
 
     def _apply_kernels(
