@@ -24,7 +24,8 @@ from .trained import Run, topology, trained_shapes
 REFUSE, SAY, IGNORE = "refuse", "say", "ignore"
 SAMPLED_PARAMETERS, SAMPLED_VALUES = 64, 16
 SAMPLED_NUMEL = 1 << 24  # larger parameters are not gathered for a sample
-# Two loads of the same weights differ by rounding: a residual (W - s B A) by sums in another order, a bf16 copy more.
+# Two loads of the same weights differ by rounding: a residual (W - s B A) by sums in another order, a bf16 copy more;
+# so a value may also be its neighbour in its own type.
 SAME_DTYPE, OTHER_DTYPE = 1e-5, 1e-2
 
 TABLE: tuple[tuple[str, str], ...] = (
@@ -181,8 +182,12 @@ def _compare_samples(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> list[
             return [Difference(f"frozen parameter {name}", name in saved, name in mine, REFUSE)]
         (dtype, old), (own_dtype, new) = saved[name], mine[name]
         scale = max(map(abs, [*old, *new]), default=0.0)
-        allowed = (SAME_DTYPE if dtype == own_dtype else OTHER_DTYPE) * scale
-        if len(old) != len(new) or any(abs(a - b) > allowed for a, b in zip(old, new, strict=True)):
+        allowed, step = OTHER_DTYPE * scale, 0.0
+        if dtype == own_dtype:
+            allowed, step = SAME_DTYPE * scale, torch.finfo(getattr(torch, own_dtype.removeprefix("torch."))).eps
+        if len(old) != len(new) or any(
+            abs(a - b) > max(allowed, step * max(abs(a), abs(b))) for a, b in zip(old, new, strict=True)
+        ):
             return [Difference(f"weights of the base model ({name})", old[:3], new[:3], REFUSE)]
     return []
 

@@ -134,6 +134,11 @@ def test_a_base_model_that_differs_in_one_kind_of_weight() -> None:
         assert [d.verdict for d in compare(before, {"base.samples": sample_weights(model)})] == [REFUSE], kind
         for param in of_kind:
             param.sub_(0.1)
+    before = {"base.samples": sample_weights(model.bfloat16())}
+    for steps, expected in ((1, []), (2, [REFUSE])):  # from the start, in bf16's own steps
+        for param in model.parameters():
+            param.view(torch.int16).add_(1)
+        assert [d.verdict for d in compare(before, {"base.samples": sample_weights(model)})] == expected, steps
 
 
 def other_value(draw: random.Random, value: Any) -> Any:
