@@ -103,8 +103,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of mawps.*.jsonl")
     parser.add_argument("--model", type=Path, default=Path("outputs/smollm2"))
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "first_table.csv")
-    parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--problems", type=int, default=80, help="that are scored (%(default)s)")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--problems", type=int, default=60, help="that are scored (%(default)s)")
     args = parser.parse_args()
     rows = list(csv.DictReader(args.output.open())) if args.output.is_file() else []
     for name in ROWS:
