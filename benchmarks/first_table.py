@@ -5,9 +5,9 @@
 
 Every row is one run of `configs/recipes/recommended.yaml` with other flags (one process, 8 problems per step), then
 `launch/evaluate.py` on held-out problems: loss per answer token, and the share of written expressions whose value is
-right. `tokens/s` is per second of one core's time, which other programs do not change: tokens after the first step over
-the CPU time of the process, less that of a run of one step. `peak GB` is the largest resident set of the process. Rows
-that are in the file are not made again. docs/data.md says where MAWPS comes from.
+right. `tokens/s`: per second of one core's time, which other programs hardly change, from the report of the first step
+to that of the last. `peak GB`: the largest resident set of the process. Rows that are in the file are not made again.
+docs/data.md says where MAWPS comes from.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import csv
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -45,35 +47,49 @@ FIELDS = ("setting", "right", "test_loss", "problems", "tokens_per_second", "pea
 SHOWN = ("setting", "right, %", "test loss", "tokens/s", "peak GB")
 
 
-def run(command: list[str], log: Path) -> tuple[float, float]:
-    """Runs a command; returns its CPU seconds, and its largest resident set in GB.
+def run(command: list[str], log: Path) -> tuple[dict[int, float], float]:
+    """Runs a command.
+
+    Returns:
+        The CPU seconds that it had used when it reported each step, and its largest resident set in GB.
 
     Raises:
         RuntimeError: it failed.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    used: dict[int, float] = {}
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
+        while True:
+            spent = cpu_seconds(process.pid)
+            done, status, usage = os.wait4(process.pid, os.WNOHANG)
+            for step in re.findall(r"^step +(\d+)/", log.read_text(), re.MULTILINE):
+                used.setdefault(int(step), spent)
+            if done:
+                break
+            time.sleep(0.1)
     if status:
         raise RuntimeError(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
+    return used, usage.ru_maxrss / 2**20
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One row: trains, then scores."""
     script, flags = ROWS[name]
+    adapter = folder / "adapter"
     training, held_out = (str((args.data / f"mawps.{split}.jsonl").resolve()) for split in ("train", "test"))
     data = ["--model_name_or_path", str(args.model.resolve()), "--dataset_name", training]
     size = ["--per_device_train_batch_size", "8", "--save_strategy", "no", "--report_to", "none"]
-    cost, peak, tokens = {}, 0.0, {}
-    for steps in (1, args.steps):
-        adapter = folder / f"adapter-{steps}"
-        to = ["--max_steps", str(steps), "--output_dir", str(adapter)]
-        command = [sys.executable, script, "--config", RECIPE, *data, *size, *to, *flags]
-        cost[steps], peak = run(command, folder / "train.log")
-        tokens[steps] = json.loads((adapter / "train_summary.json").read_text())["tokens"]
-    speed = (tokens[args.steps] - tokens[1]) / (cost[args.steps] - cost[1])
+    size += ["--max_steps", str(args.steps), "--output_dir", str(adapter)]
+    used, peak = run([sys.executable, script, "--config", RECIPE, *data, *size, *flags], folder / "train.log")
+    tokens = json.loads((adapter / "train_summary.json").read_text())["tokens"]
+    speed = tokens * (1 - 1 / args.steps) / (used[args.steps] - used[1])
     written, scores = folder / "written.jsonl", folder / "scores.json"
     score = ["--score", "answers", "--answer_pattern", r"([^\n]*)", "--predictions", str(written)]
     score += ["--max_eval_samples", str(args.problems), "--max_new_tokens", "40", "--output", str(scores)]
@@ -103,8 +119,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of mawps.*.jsonl")
     parser.add_argument("--model", type=Path, default=Path("outputs/smollm2"))
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "first_table.csv")
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--problems", type=int, default=60, help="that are scored (%(default)s)")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--problems", type=int, default=40, help="that are scored (%(default)s)")
     args = parser.parse_args()
     rows = list(csv.DictReader(args.output.open())) if args.output.is_file() else []
     for name in ROWS:
