@@ -3,25 +3,22 @@
     python -m benchmarks.smollm2 outputs/smollm2
     python -m benchmarks.first_table --data DATA          # DATA: a folder with mawps.train.jsonl (docs/data.md)
 
-Scores are the study's, three seeds at each method's own best rate (docs/language_model.md; `python -m
-benchmarks.bench_language_model` makes them). Speed and memory are measured here: a run of
-`configs/recipes/recommended.yaml` with other flags through the launcher, one process, 8 problems per step. Tokens are
-per second of one core's time, which other programs hardly change, from the report of the first step to that of the
-last. Memory is the largest resident set of the process. Rows that are in the file are not measured again.
+Scores and seconds per step are the study's, three seeds at each method's own best rate (docs/language_model.md; `python
+-m benchmarks.bench_language_model` makes them). Memory is measured here, as the largest resident set of a process that
+trains `configs/recipes/recommended.yaml` with other flags through the launcher, 8 problems per step. Rows that are in
+the file are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import platform
-import re
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -42,40 +39,23 @@ ROWS: dict[str, tuple[str, str, list[str]]] = {
     "MoE-LoRA, GateRiemannianAdamW 3e-3": ("gRAdamW (sqrt)", "launch/train.py", ["--deepspeed", "configs/zero2.json"]),
     "MoE-LoRA, AdamW 3e-3: `recommended.yaml`": ("AdamW", "launch/train.py", []),
 }
-FIELDS = ("setting", "tokens_per_second", "peak_gb", "steps", "hardware", "date")
-SHOWN = ("setting", "right answers, %", "test loss", "tokens/s", "peak GB")
+FIELDS = ("setting", "peak_gb", "steps", "hardware", "date")
+SHOWN = ("setting", "right answers, %", "test loss", "s per step", "peak GB")
 
 
-def run(command: list[str], log: Path) -> tuple[dict[int, float], float]:
-    """Runs a command.
-
-    Returns:
-        The CPU seconds that it had used when it reported each step, and its largest resident set in GB.
+def run(command: list[str], log: Path) -> float:
+    """Runs a command; returns its largest resident set in GB.
 
     Raises:
         RuntimeError: it failed.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    used: dict[int, float] = {}
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        while True:
-            spent = cpu_seconds(process.pid)
-            done, status, usage = os.wait4(process.pid, os.WNOHANG)
-            for step in re.findall(r"^step +(\d+)/", log.read_text(), re.MULTILINE):
-                used.setdefault(int(step), spent)
-            if done:
-                break
-            time.sleep(0.1)
+        _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise RuntimeError(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
-    return used, usage.ru_maxrss / 2**20
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process (Linux)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+    return usage.ru_maxrss / 2**20
 
 
 def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -86,14 +66,9 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
     size = ["--per_device_train_batch_size", "8", "--max_steps", str(args.steps), "--logging_steps", "1"]
     rest = ["--save_strategy", "no", "--report_to", "none", "--overwrite_output_dir"]
     command = [sys.executable, script, "--config", RECIPE, *data, *size, *rest, *flags]
-    used, peak = run(command, folder / "train.log")
-    tokens = [
-        entry["num_input_tokens_seen"] for entry in json.loads((folder / "train_summary.json").read_text())["log"]
-    ]
-    speed = (tokens[-1] - tokens[0]) / (used[args.steps] - used[1])
+    peak = run(command, folder / "train.log")
     hardware = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    values = (name, f"{speed:.1f}", f"{peak:.3f}", args.steps, hardware, date.today().isoformat())
-    return dict(zip(FIELDS, values, strict=True))
+    return dict(zip(FIELDS, (name, f"{peak:.3f}", args.steps, hardware, date.today().isoformat()), strict=True))
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -102,9 +77,8 @@ def show(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cell = study.cell("mawps", ROWS[row["setting"]][0])
         scores = entry(cell, "test_accuracy", 100, 1), entry(cell, "test_loss")
-        lines.append(
-            (row["setting"], *scores, f"{float(row['tokens_per_second']):.0f}", f"{float(row['peak_gb']):.2f}")
-        )
+        pace = statistics.fmean(float(run["seconds"]) / int(run["steps"]) for run in cell.reported)
+        lines.append((row["setting"], *scores, f"{pace:.2f}", f"{float(row['peak_gb']):.2f}"))
     return table("", SHOWN, lines, "markdown").removeprefix(":").strip()
 
 
@@ -113,7 +87,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of mawps.train.jsonl")
     parser.add_argument("--model", type=Path, default=Path("outputs/smollm2"))
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "first_table.csv")
-    parser.add_argument("--steps", type=int, default=4, help="of each run (%(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="of each run (%(default)s)")
     args = parser.parse_args()
     rows = list(csv.DictReader(args.output.open())) if args.output.is_file() else []
     for name in ROWS:
