@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of mawps.train.jsonl")
     parser.add_argument("--model", type=Path, default=Path("outputs/smollm2"))
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "first_table.csv")
-    parser.add_argument("--steps", type=int, default=2, help="of each run (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1, help="of each run (%(default)s)")
     args = parser.parse_args()
     rows = list(csv.DictReader(args.output.open())) if args.output.is_file() else []
     for name in ROWS:
