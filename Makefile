@@ -60,7 +60,8 @@ front-ends: $(VENV)/.ready
 bench: $(VENV)/.ready
 	OMP_NUM_THREADS=1 python -m benchmarks.compare
 
-# Needs torch, peft and a CUDA device; neither network nor DeepSpeed, and no virtual environment of its own.
+# Needs torch, peft and a CUDA device, no network, and no virtual environment of its own; measures Triton and DeepSpeed where
+# they are installed. At most 8 minutes.
 bench-gpu:
 	$(PYTHON) -m benchmarks.bench_gpu
 

@@ -162,12 +162,12 @@ class ShardedExperts(MoE):
 
     def _products(self, dtype: torch.dtype) -> Products:
         """`expert_compute`, for "auto" by the size of what one product covers."""
-        spec = self.spec
+        spec, device = self.spec, self.lora_A.device.type
         if self.dispatch == "weights":
-            return choose_products(spec.compute, spec.num_experts, spec.top_k, spec.rank, dtype)
+            return choose_products(spec.compute, spec.num_experts, spec.top_k, spec.rank, dtype, device)
         # A received row has chosen k / ep_size of the experts here, and at least one.
         top_k = max(1, spec.top_k // spec.ep_size)
-        return choose_products(spec.compute, self.num_local_experts, top_k, spec.rank, dtype)
+        return choose_products(spec.compute, self.num_local_experts, top_k, spec.rank, dtype, device)
 
     def add_mean(self, y: Tensor, x: Tensor, scaling: float) -> Tensor:
         """y + (scaling / E) sum_i B_i A_i x of the start: a mixture whose gates are all 1 / E.

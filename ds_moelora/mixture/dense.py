@@ -153,16 +153,17 @@ class _Dense(Products):
             dB = unstack(_scale(p, h, R) @ dy, o.lora_B)
         if not (needs.x or needs.gates or needs.A):
             return Grads(None, None, None, dB)
+        router = o.router if needs.gates else None
         # The logits are E more projections of x: their gradient and the router's weight join the experts' products.
-        joint = _Joint(stack(o.lora_B, dtype), dy, num_A, R, 0 if dlogits is None else dlogits.shape[1])
+        joint = _Joint(stack(o.lora_B, dtype), dy, num_A, R, 0 if router is None else len(router))
         if needs.gates:
             dgates = _inner_products(joint.q, expert_rows(p, R), gates.dtype).mul_(o.scaling).t()
-            if dlogits is not None:
+            if router is not None:
                 joint.below.copy_(o.logits_gradient(dgates, dlogits).t())
         same = o.settings.gate_scaling == "none" or o.settings.scale_input_grad
         if needs.x:
             exact = joint.scaled(h if same else _by_expert(gates * o.scaling, dtype), last=same or not needs.A)
-            dx = _send_down(_token_rows(exact), o.lora_A, None if dlogits is None else o.router, onto)
+            dx = _send_down(_token_rows(exact), o.lora_A, router, onto)
         if needs.A:
             rows = exact if same and needs.x else joint.scaled(h, last=True)
             dA, drouter = _factor_gradients(rows, o.x, o.lora_A)

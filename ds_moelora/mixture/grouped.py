@@ -86,7 +86,7 @@ class _Grouped(Products):
             if dB is not None:
                 torch.mm(dy_i.t(), p_i * h_i, out=dB[i])
         drouter = None
-        if dlogits is not None and dgates is not None and o.router is not None:
+        if dgates is not None and o.router is not None:
             below = o.logits_gradient(dgates, dlogits).to(dtype)
             dx = None if dx is None else dx.addmm_(below, o.router.to(dtype))
             drouter = below.t() @ o.x if needs.A else None

@@ -31,7 +31,6 @@ from torch import Tensor
 
 from .dense import DENSE
 from .operands import Grads, Needs, Operands, Products, no_autocast
-from .routing import route
 
 
 class Mixed(NamedTuple):
@@ -82,13 +81,16 @@ def _forward(operands: Operands, base_out: Tensor, inplace: bool, products: Prod
     logits, dtype = None, base_out.dtype
     with no_autocast(base_out):
         x, gates = operands.x.to(dtype), operands.gates
-        if operands.router is not None:
+        if operands.router is not None and not products.routes:
             assert operands.rule is not None
             top_k, top_p, temperature = operands.rule
             logits = F.linear(x, operands.router.to(dtype))
             logits = logits if temperature == 1 else logits / temperature
-            gates = route(logits, top_k, top_p)
+            gates = products.route(logits, top_k, top_p)
         y, kept, p = products.forward(operands._replace(x=x, gates=gates), base_out, inplace)
+        if operands.router is not None and products.routes:
+            gates, kept = kept.gates, kept._replace(gates=None)
+            logits = p[:, p.shape[1] - len(operands.router) :]
     return Mixed(y, logits, None if logits is None else gates), kept, p
 
 
@@ -112,29 +114,36 @@ class _Mixture(torch.autograd.Function):
             ctx.mark_dirty(base_out)
         if mixed.gates is not None:
             ctx.mark_non_differentiable(mixed.gates)
+        ctx.set_materialize_grads(False)  # zeros for logits without a loss would be two launches
         ctx.products, ctx.x_dtype = products, x.dtype
         ctx.plain = {"scaling": operands.scaling, "rule": operands.rule, "settings": operands.settings}
         # x is needed for the gradients of A and the router alone: where both are frozen no activation is kept alive.
         needs_x = ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
-        ctx.save_for_backward(kept.x if needs_x else None, kept.gates, p, router, lora_A, lora_B, base_weight)
+        saved = (kept.x if needs_x else None, kept.gates, p, router, lora_A, lora_B, base_weight)
+        ctx.save_for_backward(*saved, *(kept.pairs or ()))
         return mixed
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dlogits: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dlogits: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # torch's once_differentiable would let a constant dy pass
             raise RuntimeError(
                 "MoE-LoRA has no second derivative (gate-scaled gradients are not the gradient of any function); call "
                 "backward without create_graph=True."
             )
-        x, gates, p, router, lora_A, lora_B, base_weight = ctx.saved_tensors
+        x, gates, p, router, lora_A, lora_B, base_weight, *pairs = ctx.saved_tensors
         needs_base, needs_x, needs_gates, needs_router, needs_A, needs_B = ctx.needs_input_grad[3:9]
         if router is None:
             needs, dlogits = Needs(needs_x, needs_gates, needs_A, needs_B), None
         else:  # one product gives dA and drouter, and dx takes what the router sends
             factors = needs_A or needs_router
             needs = Needs(needs_x, needs_x or factors, factors, needs_B)
-            dlogits = dlogits if needs.gates else None
-        operands = Operands(x=x, gates=gates, router=router, lora_A=lora_A, lora_B=lora_B, **ctx.plain)
+        if dy is None:  # a loss of the logits alone
+            if dlogits is None:
+                return (None,) * 10
+            dy = dlogits.new_zeros(len(dlogits), lora_B.shape[1])
+        operands = Operands(
+            x=x, gates=gates, router=router, lora_A=lora_A, lora_B=lora_B, pairs=tuple(pairs), **ctx.plain
+        )
         with no_autocast(dy):
             onto = dy @ base_weight.to(dy.dtype) if needs_x and base_weight is not None else None
             grads: Grads = ctx.products.backward(operands, p, dy, needs, onto, dlogits)

@@ -10,13 +10,14 @@ shared: one A whose projection each expert scales by its own gate.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..pairs import GATE_SCALINGS, GateSettings
-from .routing import chosen_by, gates_backward
+from .routing import chosen_by, gates_backward, route
 
 
 class RoutingRule(NamedTuple):
@@ -38,6 +39,7 @@ class Operands(NamedTuple):
         router: (E, I), the router's weight, any floating dtype. rule: what makes gates of its logits.
         settings: how the gradients of A and B (and of x, on request) are scaled. Read when the backward pass runs,
             since the optimizer that sets it is built after the model. The default is the exact gradient.
+        pairs: what `mixture.grouped_mm` keeps of its order.
     """
 
     x: Tensor
@@ -48,6 +50,7 @@ class Operands(NamedTuple):
     router: Tensor | None = None
     rule: RoutingRule | None = None
     settings: GateSettings = GateSettings()
+    pairs: tuple[Tensor, ...] | None = None
 
     def token_gates(self) -> Tensor:
         """The gates, which are known once the router has run."""
@@ -58,10 +61,11 @@ class Operands(NamedTuple):
         """(T, E), h of `gate_factor`."""
         return gate_factor(self.settings.gate_scaling, self.token_gates())
 
-    def logits_gradient(self, dgates: Tensor, dlogits: Tensor) -> Tensor:
+    def logits_gradient(self, dgates: Tensor, dlogits: Tensor | None) -> Tensor:
         """(T, E): the gradient of the router's product W x, from those of the gates and of the logits."""
         assert self.rule is not None
-        total = dlogits + gates_backward(self.token_gates(), dgates)
+        total = gates_backward(self.token_gates(), dgates)
+        total = total if dlogits is None else total + dlogits
         return total if self.rule.temperature == 1 else total / self.rule.temperature
 
 
@@ -90,15 +94,23 @@ class Grads(NamedTuple):
 
 
 class Products:
-    """One way to compute a mixture's products, without autograd: `dense`, `grouped`, or either over processes."""
+    """One way to compute a mixture's products, without autograd: `dense`, `grouped`, `fused`, or one over processes.
+
+    With `routes` it takes a router, too: the operands come without gates, p's last E columns are the logits, the
+    operands that `forward` returns have the gates, and `backward` does without them. `route` is `mixture.routing.route`
+    or does the same.
+    """
 
     name: str
+    routes = False
+    route: Callable[..., Tensor] = staticmethod(route)
 
     def forward(self, operands: Operands, base_out: Tensor, inplace: bool) -> tuple[Tensor, Operands, Tensor]:
         """y (T, O); the operands to be saved; and p, one tensor: `backward` gets both back.
 
         Args:
-            operands: with gates, and x in the dtype of base_out. inplace: y may overwrite base_out.
+            operands: with gates (`routes`: or a router), and x in the dtype of base_out.
+            inplace: y may overwrite base_out.
         """
         raise NotImplementedError
 
@@ -116,8 +128,8 @@ class Products:
         Args:
             operands: as saved; x is read for dA (and drouter) alone.
             onto: dx is added onto it in place.
-            dlogits: (T, E), what auxiliary losses send into the logits; None without a router. With it the router does
-                its part: `needs.gates` is set, dx has the router's share, and `needs.A` covers its weight.
+            dlogits: (T, E), what auxiliary losses send into the logits; None: nothing. With a router among the operands
+                dx has its share, and `needs.A` covers its weight.
         """
         raise NotImplementedError
 
@@ -132,13 +144,16 @@ def gate_factor(gate_scaling: str, gates: Tensor) -> Tensor:
     Returns:
         (T, E) in the dtype of `gates`.
     """
+    check_gate_scaling(gate_scaling)
     if gate_scaling == "none":
         return gates
-    if gate_scaling == "sqrt":
-        return gates.sqrt()
-    if gate_scaling == "full":
-        return chosen_by(gates).to(gates.dtype)
-    raise ValueError(f"gate_scaling={gate_scaling!r} is unknown; use one of {', '.join(GATE_SCALINGS)}.")
+    return gates.sqrt() if gate_scaling == "sqrt" else chosen_by(gates).to(gates.dtype)
+
+
+def check_gate_scaling(gate_scaling: str) -> None:
+    """Raises ValueError if nothing has this name."""
+    if gate_scaling not in GATE_SCALINGS:
+        raise ValueError(f"gate_scaling={gate_scaling!r} is unknown; use one of {', '.join(GATE_SCALINGS)}.")
 
 
 _NOTHING = contextlib.nullcontext()

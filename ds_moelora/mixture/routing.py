@@ -68,8 +68,8 @@ class _TopKGates(torch.autograd.Function):
 
 def gates_backward(gates_TE: Tensor, dgates_TE: Tensor) -> Tensor:
     """The gradient of the logits, dz_i = g_i (dg_i - sum_j g_j dg_j), from that of the gates; both (T, E)."""
-    weighted = gates_TE * dgates_TE
-    return torch.addcmul(weighted, gates_TE, weighted.sum(-1, keepdim=True), value=-1)
+    # Softmax's own: one launch. Where the gates are 0, so is the result.
+    return torch.ops.aten._softmax_backward_data(dgates_TE, gates_TE, -1, gates_TE.dtype)
 
 
 def _nucleus(probabilities_TE: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -13,7 +13,7 @@ from ..mixture.choice import choose_products
 from ..mixture.goat import mean_product
 from ..mixture.initial_values import draw_uniform_
 from ..mixture.mixture import mix
-from ..mixture.operands import Operands, RoutingRule
+from ..mixture.operands import Operands, Products, RoutingRule
 from ..mixture.routing import route
 from ..pairs import GateSettings, LoraPair, tag_pair
 from .config import MoELoRAConfig
@@ -230,9 +230,9 @@ class MoELoRAExperts(nn.Module):
         if self.shared is not None:
             base_TO = self.shared(dropped_TI, base_TO, inplace, base_weight)
             base_weight, inplace = None, not base_TO._is_view()  # this sum is nobody else's
-        options: dict[str, Any] = {"scaling": self.scaling, "settings": self.pair.gate}
+        options: dict[str, Any] = {"scaling": self.scaling, "settings": self.pair.gate, "rule": self.rule}
         if self._sees_what_router_sees():
-            options |= {"router": self.router.weight, "rule": self.rule}
+            options["router"] = self.router.weight
         else:
             logits = self.router(x_TI)
             gates = options["gates"] = route(logits, self.rule.top_k, self.rule.top_p)
@@ -240,13 +240,19 @@ class MoELoRAExperts(nn.Module):
             y = self.experts_shard().mix(dropped_TI, base_TO, inplace, **options)
         else:
             operands = Operands(x=dropped_TI, lora_A=self.lora_A, lora_B=self.lora_B, **options)
-            compute = choose_products(self.expert_compute, self.num_experts, self.top_k, self.rank, base_TO.dtype)
+            compute = self._products(base_TO)
             mixed = mix(operands, base_TO, inplace=inplace, base_weight=base_weight, products=compute)
             y = mixed.y
             if mixed.gates is not None:
                 logits, gates = mixed.logits, mixed.gates
         self._hand_over(tuple(x.shape[:-1]), logits, gates)
         return y if base_out.dim() == 2 else y.view(base_out.shape)
+
+    def _products(self, base_TO: Tensor) -> Products:
+        sizes = (self.num_experts, self.top_k, self.rank, base_TO.dtype, base_TO.device.type)
+        num_A = len(self.lora_A)
+        more: dict[str, Any] = {"num_tokens": len(base_TO), "top_p": self.top_p, "num_A": num_A}
+        return choose_products(self.expert_compute, *sizes, **more)
 
     def _hand_over(self, lead: tuple[int, ...], logits: Tensor, gates: Tensor) -> None:
         """Gives the router's losses to the active collector, and its decision to who listens."""

@@ -35,12 +35,6 @@ def test_auto_goes_by_size(arguments: tuple, expected: str) -> None:
     assert choose_products(*arguments).name == expected
 
 
-def test_auto_never_waits_for_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda *_: True)
-    assert choose_products("auto", 128, 2, 16).name == "dense"
-    assert choose_products("grouped", 128, 2, 16).name == "grouped"
-
-
 def test_starting_values_belong_to_the_expert() -> None:
     """Whoever draws expert 2 gets the same numbers; every other name, number or seed gives others."""
     torch.manual_seed(5)

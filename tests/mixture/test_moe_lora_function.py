@@ -10,12 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_moelora.mixture.dense import DENSE
+from ds_moelora.mixture.fused import FUSED
 from ds_moelora.mixture.grouped import GROUPED
+from ds_moelora.mixture.grouped_mm import GROUPED_MM
 from ds_moelora.mixture.mixture import mix
-from ds_moelora.mixture.operands import Operands, gate_factor
+from ds_moelora.mixture.operands import Operands, RoutingRule, gate_factor
 from ds_moelora.mixture.reference import max_relative_error, reference_layer
 from ds_moelora.mixture.routing import chosen_by, route
 from ds_moelora.pairs import GATE_SCALINGS, GateSettings
+
+pytestmark = pytest.mark.usefixtures("grouped_mm_in_any_dtype")
 
 NAMES = ("x", "base", "A", "B", "router")
 # The fast path sums over experts and ranks in another order: a few dozen roundings of 1.1e-16, 6e-8 and 4e-3.
@@ -49,7 +53,7 @@ def fast(tensors, k, s, gate, inplace=False, products=DENSE):
     x, base, A, B, router = tensors
     gates = route(x @ router.t(), k)
     # base * 1: a leaf may not be overwritten.
-    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=s, gates=gates, settings=gate)
+    operands = Operands(x=x, lora_A=A, lora_B=B, scaling=s, gates=gates, settings=gate, rule=RoutingRule(k))
     return mix(operands, base * 1, inplace=inplace, products=products).y, chosen_by(gates)
 
 
@@ -73,9 +77,9 @@ def compare(shape, gate_scaling, scale_input_grad, dtype=torch.float64, inplace=
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("gate_scaling", "scale_input_grad"), list(itertools.product(GATE_SCALINGS, (False, True))))
 def test_gradients_are_those_of_the_per_expert_formula(shape, gate_scaling, scale_input_grad):
-    for dtype, inplace in itertools.product((torch.float64, torch.float32), (False, True)):
-        errors = compare(shape, gate_scaling, scale_input_grad, dtype, inplace)
-        assert max(errors.values()) < TOLERANCE[dtype], (dtype, inplace, errors)
+    for dtype, inplace, products in itertools.product((torch.float64, torch.float32), (False, True), (DENSE, FUSED)):
+        errors = compare(shape, gate_scaling, scale_input_grad, dtype, inplace, products=products)
+        assert max(errors.values()) < TOLERANCE[dtype], (dtype, inplace, products.name, errors)
 
 
 @given(
@@ -85,7 +89,7 @@ def test_gradients_are_those_of_the_per_expert_formula(shape, gate_scaling, scal
     dtype=st.sampled_from([torch.float64, torch.float32]),
     inplace=st.booleans(),
     seed=st.integers(0, 1000),
-    products=st.sampled_from([DENSE, GROUPED]),
+    products=st.sampled_from([DENSE, GROUPED, FUSED, GROUPED_MM]),
 )
 @settings(max_examples=100, deadline=None)
 def test_gradients_for_any_sizes(shape, gate_scaling, scale_input_grad, dtype, inplace, seed, products):
@@ -98,9 +102,10 @@ def test_gradients_for_any_sizes(shape, gate_scaling, scale_input_grad, dtype, i
     assert E == 1 or router < 50 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("products", [DENSE, FUSED])
 @pytest.mark.parametrize("gate_scaling", GATE_SCALINGS)
-def test_bfloat16(gate_scaling):
-    errors = compare((64, 32, 24, 8, 2, 4), gate_scaling, False, torch.bfloat16)
+def test_bfloat16(gate_scaling, products):
+    errors = compare((64, 32, 24, 8, 2, 4), gate_scaling, False, torch.bfloat16, products=products)
     assert max(errors.values()) < TOLERANCE[torch.bfloat16], errors
 
 

@@ -9,12 +9,16 @@ import torch
 
 from ds_moelora.mixture import dense
 from ds_moelora.mixture.dense import DENSE
+from ds_moelora.mixture.fused import FUSED
 from ds_moelora.mixture.grouped import GROUPED
+from ds_moelora.mixture.grouped_mm import GROUPED_MM, why_not
 from ds_moelora.mixture.mixture import Mixed, mix
 from ds_moelora.mixture.operands import Operands, RoutingRule
 from ds_moelora.mixture.reference import max_relative_error, reference_layer
 from ds_moelora.mixture.routing import chosen_by
 from ds_moelora.pairs import GATE_SCALINGS, GateSettings
+
+pytestmark = pytest.mark.usefixtures("grouped_mm_in_any_dtype")
 
 T, I, O, E, k, r = 9, 5, 4, 6, 3, 2
 NAMES = ("x", "router", "A", "B")
@@ -41,10 +45,13 @@ def routed(
     )
 
 
-@pytest.mark.parametrize("products", [DENSE, GROUPED])
+@pytest.mark.parametrize("products", [DENSE, GROUPED, FUSED, GROUPED_MM])
 @pytest.mark.parametrize("num_A", [1, E])
 def test_gradients_of_everything_that_sees_x(products, num_A: int) -> None:
     """Every gate scaling, with and without the frozen layer's share, and an auxiliary loss on the logits."""
+    if products is GROUPED_MM and num_A == 1:
+        assert "share one A" in str(why_not(8, torch.bfloat16, None, 1))
+        return
     for gate_scaling, scale_input_grad, fused in itertools.product(GATE_SCALINGS, (False, True), (False, True)):
         x = (actual := leaves(num_A))[0]
         settings = GateSettings(gate_scaling, scale_input_grad)
@@ -79,7 +86,7 @@ def test_products_in_parts_are_those_at_once(monkeypatch: pytest.MonkeyPatch, nu
         assert all(torch.equal(a, b) for a, b in zip(grads(), whole, strict=True))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("products", [DENSE, GROUPED])
+@pytest.mark.parametrize("products", [DENSE, GROUPED, FUSED, GROUPED_MM])
 @pytest.mark.parametrize("wanted", range(4))
 def test_only_the_wanted_gradient(products, wanted: int) -> None:
     def grads(which: list[int]) -> list[torch.Tensor | None]:
