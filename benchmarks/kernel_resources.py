@@ -1,4 +1,4 @@
-"""`python -m benchmarks.kernel_resources`: what the layer's Triton kernels take of a GPU, compiled without one.
+"""`python -m benchmarks.kernel_resources`: what the Triton kernels take of a GPU, compiled without one.
 
 Columns: registers per thread (of 255), bytes spilled to local memory per thread, bytes of shared memory per program
 (48 KB without opting in), threads per program. bfloat16, gate_scaling "sqrt", float32 parameters.
@@ -20,10 +20,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ds_moelora.mixture import kernels
+from ds_moelora.optimizer.kernels import triton_kernels
 
 CAPABILITIES = (80, 90)
 CASES = ((8, 4, 2), (20, 4, 10), (64, 4, 2), (64, 16, 2), (256, 64, 8))  # E, r, k
 _DTYPES = {"gates_ptr": "*fp32", "dgates_ptr": "*fp32", "order_ptr": "*i64", "scaling": "fp32", "top_p": "fp32"}
+
+
+STEP_RANKS = (4, 16, 64)  # of the optimizer's kernels
+_STEP = dict.fromkeys(("out", "grams", "matrices", "lr_ptr"), "*fp32")
+_STEP |= {"addresses": "*i64", "table": "*i64", "d": "fp32", "relative": "fp32", "lr": "fp32", "eps": "fp32"}
+_STEP |= dict.fromkeys(("beta1", "beta2", "weight_decay", "log_beta1", "log_beta2"), "fp32")
+_STEP |= dict.fromkeys(("log_beta1_rest", "log_beta2_rest"), "fp32")
 
 
 class Row(NamedTuple):
@@ -57,6 +65,21 @@ def resources(cases: Sequence[tuple[int, int, int]], capability: int) -> Iterato
             yield Row(kernel.__name__, E, R, capability, *_compiled(kernel, constants, num_warps, capability))
 
 
+def step_resources(ranks: Sequence[int], capability: int) -> Iterator[Row]:
+    """Compiles the kernels of the optimizer's step for each rank."""
+    for rank in ranks:
+        tile = {"R": rank, **triton_kernels.tile_of(rank)}
+        products = {"R": rank, **triton_kernels.tile_of(rank, True)}
+        inverse = {"R": rank, **triton_kernels.square_of(rank)}
+        for kernel, constants in (
+            (triton_kernels.add_grams, products),
+            (triton_kernels.damped_inverse, {**inverse, "damping": None}),
+            (triton_kernels.step_rows, {**tile, "ADAMW": True}),
+        ):
+            warps = int(constants.pop("num_warps"))
+            yield Row(kernel.__name__, 0, rank, capability, *_compiled(kernel, constants, warps, capability))
+
+
 def _compiled(kernel: Any, constants: dict[str, Any], num_warps: int, capability: int) -> tuple[int, int, int, int]:
     names = list(inspect.signature(kernel.fn).parameters)
     signature = {name: "constexpr" if name in constants else _type_of(name) for name in names}
@@ -77,6 +100,8 @@ def _compiled(kernel: Any, constants: dict[str, Any], num_warps: int, capability
 
 def _type_of(name: str) -> str:
     """The parameter's type in a step in bfloat16 with float32 parameters."""
+    if name in _STEP:
+        return _STEP[name]
     if name in _DTYPES or name == "factor":
         return _DTYPES.get(name, "fp32")
     if name.startswith("source_"):
@@ -89,3 +114,7 @@ if __name__ == "__main__":
     for capability in CAPABILITIES:
         for row in resources(CASES, capability):
             print("|", " | ".join(map(str, row)), "|")
+    print("\n| kernel | r | compute capability | registers | spilled | shared | threads |\n|" + "---|" * 7)
+    for capability in CAPABILITIES:
+        for row in step_resources(STEP_RANKS, capability):
+            print("|", " | ".join(map(str, (row[0], *row[2:]))), "|")

@@ -3,7 +3,7 @@
 base     the frozen linear layer alone
 peft     PEFT's LoRA of rank E*r: as many trainable weights, but for the router; the floor for a mixture
 loop     y + s * sum_i g_i B_i A_i x as a loop over experts, all tokens through each, the way published code does it
-dense, grouped
+dense, grouped, fused
          this package's layer with that `expert_compute`
 """
 
@@ -89,6 +89,23 @@ def _adapted(base: nn.Linear, config: LoraConfig | MoELoRAConfig) -> nn.Module:
     return model.base_model.model.layer
 
 
+def lora(size: Size) -> LoraConfig:
+    """PEFT's, of rank E*r."""
+    return LoraConfig(r=size.columns, lora_alpha=2 * size.columns, target_modules=["layer"], lora_dropout=0.0)
+
+
+def mixture(size: Size, compute: str) -> MoELoRAConfig:
+    return MoELoRAConfig(
+        r=size.rank,
+        num_experts=size.experts,
+        top_k=size.top_k,
+        lora_alpha=2 * size.rank,
+        target_modules=["layer"],
+        expert_compute=compute,
+        router_aux_loss_coef=0.0,
+    )
+
+
 def contenders(
     size: Size,
     dtype: torch.dtype,
@@ -105,21 +122,11 @@ def contenders(
         linear.weight = nn.Parameter(weight.to(device, dtype), requires_grad=False)
         return linear
 
-    lora = LoraConfig(r=size.columns, lora_alpha=2 * size.columns, target_modules=["layer"], lora_dropout=0.0)
-    layers = {"base": base(), "peft": _adapted(base(), lora)}
+    layers = {"base": base(), "peft": _adapted(base(), lora(size))}
     if loop:
         layers["loop"] = Loop(base(), size, scaling=2.0)
     for compute in computes:
-        mixture = MoELoRAConfig(
-            r=size.rank,
-            num_experts=size.experts,
-            top_k=size.top_k,
-            lora_alpha=2 * size.rank,
-            target_modules=["layer"],
-            expert_compute=compute,
-            router_aux_loss_coef=0.0,
-        )
-        layers[compute] = _adapted(base(), mixture)
+        layers[compute] = _adapted(base(), mixture(size, compute))
     return layers
 
 

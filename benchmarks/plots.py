@@ -51,7 +51,7 @@ def draw(axes: Axes, rows: list[Row], axis: str, fixed: dict[str, str], added: b
     finish(axes, fixed, set(base))
 
 
-OPTIMIZER_STYLES = {"torch": "k.-", "ours": "C1.-", "compiled": "C2.-", "loop": "C3.-"}
+OPTIMIZER_STYLES = {"torch": "k.-", "eager": "C1.-", "cpp": "C2.-", "loop": "C3.-"}
 # part, axis, fixed columns, power of the axis with which theory has the time grow
 OPTIMIZER_PANELS: list[tuple[str, str, dict[str, str], float]] = [
     ("whole", "modules", {"experts": "20", "rank": "4", "features": "512"}, 1),
@@ -70,7 +70,7 @@ def draw_optimizer(axes: Axes, rows: list[Row], part: str, axis: str, fixed: dic
         if not points:
             continue
         axes.loglog(*zip(*points, strict=True), style, label=name)
-        if name == "ours":
+        if name == "eager":
             start, ms = points[0]
             line = [ms * (at / start) ** power for at, _ in points]
             axes.loglog([at for at, _ in points], line, "C1--", linewidth=1, label=f"{axis}^{power:g}")

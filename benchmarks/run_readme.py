@@ -1,4 +1,4 @@
-"""Runs the README's twelve lines of MoE-LoRA, word for word, in whatever environment it is started in: `make package`.
+"""Runs the README's lines of MoE-LoRA, word for word, in whatever environment it is started in: `make package`.
 
     deepspeed --num_gpus 2 run_readme.py README.md
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-TITLE = "**MoE-LoRA in twelve lines:**"
+TITLE = "**MoE-LoRA in your own loop:**"
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_clipping": 1.0,

@@ -18,13 +18,13 @@ from launch.training import modeling
 
 def lora_config(adapter: AdapterArguments, task: str) -> Any:
     """A LoRA with as many adapted parameters as the mixture's experts."""
-    rank = adapter.num_experts * adapter.r
+    rank, targets = adapter.num_experts * adapter.r, adapter.target_modules
     return LoraConfig(
         task_type=modeling.TASK_TYPES[task],
         r=rank,
         lora_alpha=adapter.lora_alpha,
         lora_dropout=adapter.lora_dropout,
-        target_modules="all-linear",
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
     )
 
 

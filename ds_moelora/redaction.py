@@ -5,12 +5,13 @@ Three nets, from the exact to the coarse:
     redact          values in mappings, by the names above them
     redact_words    values on a command line, by the flags before them
     redact_text     free text: values that `remember` has seen, user:password@ in addresses, `name=value`, Hub tokens
+                    and those behind "Bearer"
 
-A name is split into words (`hub_token`, `WANDB_API_KEY`, `apiKey`). It names a secret if a word says password, secret
-or credential; if token or key, also in the plural, follows an owner (`api`, `hub`, `access`); or if it ends with token
-or key, but for those of a vocabulary (`pad_token`). Other tokens and keys are counted (`max_new_tokens`), numbered
-(`eos_token_id`) or attention's (`num_key_value_heads`). Numbers under a secret name are hidden as well; True, False and
-None never are.
+A name is split into words (`hub_token`, `WANDB_API_KEY`, `apiKey`). It names a secret if a word says password, secret,
+credential or authorization; if token or key, also in the plural, follows an owner (`api`, `hub`, `access`); or if it
+ends with token, key or pass, but for those of a vocabulary (`pad_token`). Other tokens and keys are counted
+(`max_new_tokens`), numbered (`eos_token_id`) or attention's (`num_key_value_heads`). Numbers under a secret name are
+hidden as well; True, False and None never are.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ REDACTED = "<redacted>"
 SHORTEST = 6
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-_ALWAYS = re.compile(r".*(secrets?|passwords?|passwd|passphrase|passcode|credentials?)|pwd|pat")
-_LAST = re.compile(r".*token|key|.*(api|access|auth|private|secret|ssh|license|encryption|signing)key")
+_ALWAYS = re.compile(r".*(secrets?|passwords?|passwd|passphrase|passcode|credentials?|authorization)|pwd|pat|bearer")
+_LAST = re.compile(r".*token|key|pass|.*(api|access|auth|private|secret|ssh|license|encryption|signing)key")
 _OWNED = re.compile(r"(token|key)s?")
 _OWNERS = {"api", "access", "auth", "bearer", "hub", "hf", "private", "session", "refresh", "ssh", "deploy"}
 # What stands before the token of a vocabulary.
@@ -35,9 +36,9 @@ _SPECIAL = {"pad", "eos", "bos", "unk", "sep", "cls", "mask", "image", "video", 
             "num", "max", "min", "new", "mean", "forced", "prefix", "suffix", "middle"}  # fmt: skip
 
 _USER = re.compile(r"(?<=://)[^/\s'\"]+@")
-_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b|(?<=\bBearer )[\w.~+/-]{6,}=*")
 _ASSIGNED = re.compile(
-    r"""(?P<name>[A-Za-z_][\w.-]*)(?P<between>["']\s*:\s*|\s*=\s*)(?P<value>"[^"]*"|'[^']*'|[^\s"'&,;)}\]]+)"""
+    r"""(?P<name>[A-Za-z_][\w.-]*)(?P<between>["']\s*:\s*|\s*=\s*)(?P<value>"[^"]*"|'[^']*'|\[[^]]*\]|[^\s"'&,;)}\]]+)"""
 )
 
 _known: set[str] = set()
@@ -91,7 +92,7 @@ def redact_text(text: str) -> str:
     """Free text, such as an error message, without secrets that can be told from their surroundings."""
     for value in sorted(_known, key=len, reverse=True):
         text = text.replace(value, REDACTED)
-    text = _HUB_TOKEN.sub(REDACTED, _USER.sub(f"{REDACTED}@", text))
+    text = _TOKEN.sub(REDACTED, _USER.sub(f"{REDACTED}@", text))
     return _ASSIGNED.sub(_redact_assignment, text)
 
 

@@ -1,6 +1,6 @@
 """Scores an adapter (or a base model) on evaluation data; needs no DeepSpeed.
 
-    python launch/evaluate.py --adapter outputs/boolq --dataset_name ../shared/data/boolq.test.jsonl
+    python launch/evaluate.py --adapter outputs/boolq --dataset_name data/boolq.test.jsonl
     python launch/evaluate.py --adapter outputs/arc --dataset_name arc.test.jsonl --answer_pattern 'is (answer\\d)'
     python launch/evaluate.py --config recipe.yaml              # the recipe's output_dir on its evaluation data
 

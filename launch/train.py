@@ -51,7 +51,7 @@ from launch.cluster.processes import find_free_port
 from launch.data import answering
 from launch.demo import defaults as demo
 from launch.training import card, console, modeling, report, trainers
-from launch.training.finishing import EvaluateOnce, HubUpload, evaluated, guard_curves, not_fatal
+from launch.training.finishing import EvaluateOnce, HubUpload, final_scores, guard_curves, not_fatal
 from launch.training.prepared import prepare
 from launch.training.remembered import Remember
 
@@ -108,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         hub.finish()
     with not_fatal("its line in --status_file", arguments.training.output_dir):
         status.write(trainer.state, f"{'preempted' if stopping.preempted else 'finished'} {trainer.state.global_step}")
-    lock.release()
+    with not_fatal("the end of its lock", arguments.training.output_dir):
+        lock.release()
     if dist.is_initialized():
         dist.barrier()
         watch.stop()
@@ -202,7 +203,7 @@ def run(
             )
         return None
     trainer.save_model(training.output_dir)  # before anything that may fail
-    eval_metrics = evaluated(trainer) or (trainer.evaluate() if trainer.eval_dataset is not None else {})
+    eval_metrics = final_scores(trainer)
     if trainer.evaluation_skipped and trainer.is_world_process_zero():
         print("The evaluation was left out because of a signal; launch/evaluate.py scores the adapter.", flush=True)
     if trainer.is_world_process_zero():

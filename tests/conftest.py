@@ -13,21 +13,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# The folders with the longest single tests come first, so that no process is left alone with one at the end.
-FIRST = ("launch", "conformance")
+# Files that take longest, longest first: no process is left alone with one of them at the end. Seconds of a core.
+LONGEST = {
+    "launch/test_failures.py": 180,
+    "conformance/test_settings.py": 140,
+    "launch/test_launch_runs.py": 80,
+    "optimizer/test_zero_exactness.py": 50,
+    "integrations/test_front_ends.py": 40,
+    "project/test_autoload.py": 40,
+    "launch/test_base_experts.py": 30,
+    "launch/test_launch_fuzz.py": 30,
+    "launch/test_recipes.py": 30,
+    "launch/test_failures_network.py": 20,
+}
 
 _tables: dict[str, list[str]] = defaultdict(list)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long folders first."""
+    """Long files first."""
     tests = Path(__file__).parent
-
-    def place(item: pytest.Item) -> int:
-        folder = item.path.relative_to(tests).parts[0]
-        return FIRST.index(folder) if folder in FIRST else len(FIRST)
-
-    items.sort(key=place)
+    items.sort(key=lambda item: -LONGEST.get(item.path.relative_to(tests).as_posix(), 0))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from ..study import SEEDS
 from . import studies
 from .results import Cell, Cells
 from .runs import Run
@@ -59,12 +60,11 @@ def curves_figure(cells: Cells, size: str, path: Path) -> None:
 
 
 def other_curves_figure(cells: Cells, size: str, path: Path) -> None:
-    """GOAT's start on the real tasks, and the skills."""
-    figure, panels = plt.subplots(1, len(studies.ENCODER_TASKS) + 1, figsize=(13, 3.8), layout="constrained")
-    for task, axes in zip(studies.ENCODER_TASKS, panels, strict=False):
+    """GOAT's start."""
+    figure, panels = plt.subplots(1, len(studies.ENCODER_TASKS), figsize=(9, 3.8), layout="constrained")
+    for task, axes in zip(studies.ENCODER_TASKS, panels, strict=True):
         runs = [studies.cell(size, task, method, start="goat") for method in studies.PAPERS]
         draw_curves(axes, cells, runs, f"{TASKS[task]}, GOAT's start, top_k = 2 of 8")
-    draw_curves(panels[-1], cells, studies.skills(size), "generated skills, top_k = 2 of 6")
     panels[0].set_ylabel("training loss", fontsize=8)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
@@ -74,7 +74,7 @@ def over_lr(cell: Cell) -> dict[float, list[float]]:
     """Training losses of the reported seeds by learning rate, where all of them are there."""
     rates = sorted({float(row["lr"]) for row in cell.rows})
     found = {lr: [float(row["train_loss"]) for row in cell.at(lr)] for lr in rates}
-    return {lr: losses for lr, losses in found.items() if len(losses) == len(studies.SEEDS)}
+    return {lr: losses for lr, losses in found.items() if len(losses) == len(SEEDS)}
 
 
 def sensitivity_figure(cells: Cells, size: str, path: Path) -> None:

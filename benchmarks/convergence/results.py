@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..harness import Row
+from ..study import SEEDS, TUNING_SEED
 from .runs import Run
-from .studies import SEEDS, TUNING_SEED
 
 OPEN = tuple(f.name for f in fields(Run) if f.name not in ("seed", "lr"))
 # Two-sided 95 % quantile of Student's t with len(SEEDS) - 1 = 2 degrees of freedom.
@@ -19,7 +19,7 @@ T_QUANTILE = 4.303
 
 @dataclass
 class Cell:
-    """All rows that differ in seed and learning rate alone."""
+    """All rows that differ in seed, learning rate and device alone."""
 
     rows: list[Row] = field(default_factory=list)
 
@@ -27,12 +27,16 @@ class Cell:
     def lr(self) -> float | None:
         """The tuned learning rate: the least training loss for the seed 0; None before it was found."""
         tried = {float(r["lr"]): float(r["train_loss"]) for r in self.rows if r["seed"] == str(TUNING_SEED)}
-        return min(tried, key=lambda lr: tried[lr]) if tried else None
+        found = [lr for lr, loss in tried.items() if math.isfinite(loss)]
+        return min(found, key=lambda lr: tried[lr]) if found else None
 
-    def at(self, lr: float | None) -> list[Row]:
-        """The rows of the reported seeds with one learning rate, by seed."""
-        found = {row["seed"]: row for row in self.rows if lr is not None and float(row["lr"]) == lr}
-        return [found[str(seed)] for seed in SEEDS if str(seed) in found]
+    def at(self, lr: float | None, seed: int | None = None) -> list[Row]:
+        """The rows of the reported seeds with one learning rate, by seed; of one seed, the rows of all devices."""
+        rows = [row for row in self.rows if lr is not None and float(row["lr"]) == lr]
+        if seed is not None:
+            return [row for row in rows if row["seed"] == str(seed)]
+        found = [self.at(lr, seed) for seed in SEEDS]
+        return [of_seed[0] for of_seed in found if of_seed]
 
     @property
     def reported(self) -> list[Row]:
@@ -80,14 +84,27 @@ def mean_and_deviation(values: Sequence[float], digits: int = 3) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """a - b seed by seed: both saw the same examples in the same order, from the same start."""
+    """a - b seed by seed: both saw the same examples in the same order, from the same start.
+
+    Args:
+        values: by seed. across: whether rows of different devices were compared, as no device has both.
+    """
 
     values: tuple[float, ...]
+    across: bool = False
 
     @classmethod
     def of(cls, a: Cell, b: Cell, column: str = "train_loss") -> Difference:
-        pairs = zip(a.values(column), b.values(column), strict=False)
-        return cls(tuple(x - y for x, y in pairs if math.isfinite(x - y)) if a.reported and b.reported else ())
+        if not a.reported or not b.reported:
+            return cls(())
+        values, across = [], False
+        for seed in SEEDS:
+            pairs = [(x, y) for x in a.at(a.lr, seed) for y in b.at(b.lr, seed)]
+            alike = [(x, y) for x, y in pairs if x.get("device") == y.get("device")]
+            across |= not alike
+            (x,), (y,) = (numbers([row], column) for row in (alike or pairs)[0])
+            values += [x - y] if math.isfinite(x - y) else []
+        return cls(tuple(values), across)
 
     @property
     def beyond_noise(self) -> bool:
@@ -103,4 +120,4 @@ class Difference:
         if not any(self.values):
             return "0 (equal)"
         text = f"{statistics.fmean(self.values):+.3f} ± {statistics.stdev(self.values):.3f}"
-        return f"**{text}**" if self.beyond_noise else text
+        return (f"**{text}**" if self.beyond_noise else text) + (" †" if self.across else "")

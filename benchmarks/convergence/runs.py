@@ -55,7 +55,7 @@ class Run:
         start: "kaiming" (random A, zero B) or "goat" (with GOAT's scaling).
         num_experts, top_k, r: E, k, r.
         damping: d. relative_damping: c, for d = max(damping, c * trace(G)); 0: the package's floor, eps_fp32.
-        gate_lr_scale: the routers' learning rate by the others'. aux_loss: coefficient of the load-balancing loss.
+        gate_lr_scale: the routers' learning rate by the others'.
         steps, batch, examples, layers: the size of the run; the last two are the task's.
     """
 
@@ -70,7 +70,6 @@ class Run:
     damping: float = 1e-6
     relative_damping: float = 0.0
     gate_lr_scale: float = 1e-3
-    aux_loss: float = 0.0
     steps: int
     batch: int
     examples: int
@@ -105,7 +104,7 @@ def adapt(run: Run, task: Task) -> tuple[nn.Module, nn.Module | None]:
         target_modules=list(task.targets),
         init_lora_weights="goat" if goat else True,
         scaling="goat" if goat else "alpha",
-        router_aux_loss_coef=run.aux_loss,
+        router_aux_loss_coef=0.0,
     )
     return get_peft_model(model, config), head  # type: ignore[arg-type]
 

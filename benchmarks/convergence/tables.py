@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from ..harness import Row
+from .. import study
 from . import studies
 from .results import Cell, Cells, Difference, mean_and_deviation, numbers
 from .runs import Run
 
-TASKS = {"boolq": "BoolQ", "openbookqa": "OpenBookQA", "skills": "skills"}
+TASKS = {"boolq": "BoolQ", "openbookqa": "OpenBookQA"}
 TOP_K = (1, 2, 4, 8)
 PAIRS = (
     ("RSGD", "SGD"),
@@ -50,12 +50,10 @@ def progress(cells: Cells, size: str) -> str:
 def complete(cells: Cells, procedure: Callable[..., None], run: Run) -> bool:
     """Whether the file has all reported runs of a job."""
     cell = cells[run]
-    if procedure is studies.untrained:
-        return len(cell.at(0.0)) == len(studies.SEEDS)
     if procedure is studies.spread:
-        best = None if cell.lr is None else studies.rung_number(cell.lr)
-        rates = [] if best is None else [studies.rung(best + n) for n in studies.SPREAD]
-        return bool(rates) and all(len(cell.at(lr)) == len(studies.SEEDS) for lr in rates)
+        best = None if cell.lr is None else study.rung_number(cell.lr)
+        rates = [] if best is None else [study.rung(best + n) for n in studies.SPREAD]
+        return bool(rates) and all(len(cell.at(lr)) == len(study.SEEDS) for lr in rates)
     return bool(cell.reported)
 
 
@@ -153,13 +151,13 @@ def sensitivity(cells: Cells, size: str) -> str:
             cell = cells[studies.cell(size, studies.ABLATION_TASK, method)]
             if not cell.reported:
                 continue
-            best = studies.rung_number(cell.lr or 1.0)
-            found = [cell.at(studies.rung(best + n)) for n in studies.SPREAD]
-            if all(len(rows) == len(studies.SEEDS) for rows in found):
+            best = study.rung_number(cell.lr or 1.0)
+            found = [cell.at(study.rung(best + n)) for n in studies.SPREAD]
+            if all(len(rows) == len(study.SEEDS) for rows in found):
                 entries = [mean_and_deviation(numbers(rows, "train_loss"), 2) for rows in found]
                 yield f"{method} ({cell.lr:g})", *entries
 
-    return table(("method (best lr)", *(f"lr x {studies.rung(n):g}" for n in studies.SPREAD)), rows())
+    return table(("method (best lr)", *(f"lr x {study.rung(n):g}" for n in studies.SPREAD)), rows())
 
 
 def experts(cells: Cells, size: str) -> str:
@@ -173,44 +171,6 @@ def experts(cells: Cells, size: str) -> str:
         yield from ((name, *entries) for name, entries in found.items())
 
     return table(("E, r, k", "AdamW (lr)", "test loss", "gRAdamW (sqrt) (lr)", "test loss"), rows())
-
-
-def skills(cells: Cells, size: str) -> str:
-    """Loss, exact match and mutual information of the causal language model."""
-
-    def entries(rows: list[Row]) -> Iterator[str]:
-        yield mean_and_deviation(numbers(rows, "train_loss"))
-        yield mean_and_deviation(numbers(rows, "test_loss"))
-        yield mean_and_deviation([100 * share for share in numbers(rows, "test_accuracy")], 1)
-        yield mean_and_deviation(numbers(rows, "mutual_information"))
-
-    def rows() -> Iterator[Sequence[str]]:
-        start = cells[studies.cell(size, "skills", "AdamW")].at(0.0)
-        if len(start) == len(studies.SEEDS):
-            yield "before training", *entries(start)
-        for run in [*studies.skills(size), *studies.frozen_routers(size)]:
-            cell = cells[run]
-            if cell.reported:
-                routers = "" if run.gate_lr_scale == 1 else ", router lr x 1e-3"
-                yield f"{run.method}{routers} ({cell.lr:g})", *entries(cell.reported)
-
-    return table(("method (lr)", "training loss", "held-out loss", "exact match, %", "I(skill; expert), bits"), rows())
-
-
-def skill_differences(cells: Cells, size: str) -> str:
-    """Paired differences between methods on the skills."""
-
-    def rows() -> Iterator[Sequence[str]]:
-        for a, b in PAIRS:
-            x, y = (cells[studies.cell(size, "skills", method)] for method in (a, b))
-            yield (
-                f"{a} - {b}",
-                str(Difference.of(x, y)),
-                str(Difference.of(x, y, "test_accuracy")),
-                str(Difference.of(x, y, "mutual_information")),
-            )
-
-    return table(("difference", "training loss", "exact match, share", "I(skill; expert), bits"), rows())
 
 
 def sections(cells: Cells, size: str) -> dict[str, str]:
@@ -228,6 +188,4 @@ def sections(cells: Cells, size: str) -> dict[str, str]:
         "sensitivity": sensitivity(cells, size),
         "experts": experts(cells, size),
         "dense": dense(cells, size),
-        "skills": skills(cells, size),
-        "skill differences": skill_differences(cells, size),
     }

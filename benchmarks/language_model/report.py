@@ -11,43 +11,46 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..bench_language_model import INPUTS
 from ..convergence.report import bare, fill, origin
 from ..convergence.results import Cell, Cells, Difference, mean_and_deviation, numbers
-from ..convergence.studies import TUNING_SEED, rung, rung_number
 from ..convergence.tables import table
 from ..harness import RESULTS, ROOT, Row, read_rows
+from ..study import SEEDS, TUNING_SEED, rung, rung_number
 from . import plan as plans
-from .runs import Run
+from .runs import FAILED_LOSS, Run
 
 DOCUMENT = ROOT.parent / "docs" / "language_model.md"
-OPEN = tuple(name for name in INPUTS if name not in ("seed", "lr"))
-ALL = (*plans.MAIN, *plans.MORE)
+OPEN = tuple(field.name for field in fields(Run) if field.name not in ("seed", "lr", "device"))
+ALL = (*plans.MAIN, "SGD", *plans.MORE)
 KEPT_GAIN = 0.9  # the valley is where that share of the gain is kept
 TASKS = {"mawps": "MAWPS", "skills": "several skills", "gsm8k": "GSM8K"}
 
 
 class Study:
-    """The rows of one device and size, cell by cell."""
+    """The rows of one size, cell by cell; where several devices made one, that of most rows comes first."""
 
     def __init__(self, rows: list[Row], size: str = "full") -> None:
-        devices = Counter(row["device"] for row in rows)
-        self.device = devices.most_common(1)[0][0]
-        self.rows = [row for row in rows if row["device"] == self.device]
-        useful = [row for row in self.rows if float(row["train_loss"]) <= plans.FAILED_LOSS]
-        self.size, self.cells = size, Cells(useful, OPEN)
+        self.devices = [device for device, _ in Counter(row["device"] for row in rows).most_common()]
+        self.rows = sorted(rows, key=lambda row: self.devices.index(row["device"]))
+        failed = {"train_loss": "inf"}
+        rated = [row if float(row["train_loss"]) <= FAILED_LOSS else {**row, **failed} for row in self.rows]
+        self.size, self.cells = size, Cells(rated, OPEN)
 
     def run(self, task: str, method: str, **options: object) -> Run:
         """A cell's key."""
-        return plans.cell(self.size, self.device, task, method, **options)
+        return plans.cell(self.size, "", task, method, **options)
 
     def cell(self, task: str, method: str, **options: object) -> Cell:
         """A cell; empty if the file has none."""
         return self.cells[self.run(task, method, **options)]
+
+    def mark(self, rows: list[Row]) -> str:
+        """An asterisk, if not all rows are of the first device."""
+        return "" if all(row["device"] == self.devices[0] for row in rows) else " \\*"
 
 
 def settled(cell: Cell) -> bool:
@@ -76,8 +79,8 @@ def progress(study: Study) -> str:
     keys = Counter(row["study"] for row in study.rows)
 
     def rows() -> Iterator[Sequence[str]]:
-        for name, jobs in plans.plan(study.size, study.device):
-            cells = [study.cells[run] for procedure, run in jobs if procedure is plans.tuned]
+        for name, jobs in plans.plan(study.size):
+            cells = [study.cells[run] for procedure, run in jobs if procedure in (plans.tuned, plans.tuned_near)]
             done = f"{sum(bool(cell.reported) for cell in cells)} of {len(cells)}" if cells else ""
             yield name, str(keys[name]), done
 
@@ -90,9 +93,7 @@ def methods(study: Study, task: str, names: Sequence[str], **options: object) ->
     goal = statistics.fmean(base.values("train_loss")) if base.reported else math.nan
 
     def rows() -> Iterator[Sequence[str]]:
-        start = study.cell(task, "AdamW").at(0.0) or [
-            row for row in study.cell(task, "AdamW").rows if float(row["lr"]) == 0
-        ]
+        start = study.cell(task, "AdamW").at(0.0)
         if start and not options:
             shown = [f"{float(start[0][name]):.3f}" for name in ("train_loss", "test_loss")]
             yield "before training", *shown, f"{100 * float(start[0]['test_accuracy'] or 'nan'):.1f}", "", "", "", ""
@@ -102,7 +103,7 @@ def methods(study: Study, task: str, names: Sequence[str], **options: object) ->
                 continue
             share = steps_to(cell, goal)
             yield (
-                f"{name} ({cell.lr:g})",
+                f"{name} ({cell.lr:g}){study.mark(cell.reported)}",
                 entry(cell, "train_loss"),
                 entry(cell, "test_loss"),
                 entry(cell, "test_accuracy", 100, 1),
@@ -114,6 +115,36 @@ def methods(study: Study, task: str, names: Sequence[str], **options: object) ->
 
     head = ("method (rate)", "training loss", "test loss", "right, %", "training loss - AdamW's", "test loss - AdamW's")
     return table((*head, "steps to AdamW's loss", "s per step"), rows())
+
+
+def once(study: Study, task: str, names: Sequence[str], **options: object) -> str:
+    """One seed at MAWPS's rate."""
+
+    def rows() -> Iterator[Sequence[str]]:
+        for name in names:
+            for row in study.cell(task, name, **options).at(rung(plans.first_rung(study.run(task, name))), SEEDS[0]):
+                figures = [f"{float(row[column]):.3f}" for column in ("train_loss", "test_loss")]
+                right = f"{100 * float(row['test_accuracy']):.1f}"
+                yield f"{name} ({row['lr']}){study.mark([row])}", *figures, right, row["gate_cv"]
+
+    return table(("method (rate), seed 1", "training loss", "test loss", "right, %", "gates' deviation / mean"), rows())
+
+
+def devices(study: Study) -> str:
+    """What the device alone changes: runs that are equal but for it."""
+
+    def rows() -> Iterator[Sequence[str]]:
+        for name in plans.ON_BOTH:
+            cell = study.cell("mawps", name)
+            by_seed = [cell.at(lr, seed) for lr in sorted({float(r["lr"]) for r in cell.rows}) for seed in SEEDS]
+            for found in by_seed:
+                if len(found) > 1:
+                    columns = ("train_loss", "test_loss", "test_accuracy", "gate_cv")
+                    pairs = [" / ".join(f"{float(row[column] or 'nan'):.3f}" for row in found) for column in columns]
+                    yield f"{name} ({found[0]['lr']}), seed {found[0]['seed']}", *pairs
+
+    head = ("run", "training loss", "test loss", "right, share", "gates' deviation / mean")
+    return table((f"{head[0]}: {' / '.join(study.devices)}", *head[1:]), rows())
 
 
 def width(cell: Cell, start: float) -> str:
@@ -153,7 +184,7 @@ def valleys(study: Study) -> str:
 
 def untrained_loss(study: Study) -> float:
     """The training loss of runs at rate 0."""
-    rows = [row for row in study.cell("mawps", "AdamW").rows if float(row["lr"]) == 0]
+    rows = study.cell("mawps", "AdamW").at(0.0)
     return float(rows[0]["train_loss"]) if rows else math.nan
 
 
@@ -261,15 +292,19 @@ def starts(study: Study) -> str:
 
 def sections(study: Study) -> dict[str, str]:
     """All tables, by the names of their markers."""
-    more = {"top_k": 4}, {"top_k": 8}, {"gate_lr_scale": 1e-3}, {"num_experts": 20, "top_k": 10}
-    names = ("k = E / 2", "k = E", "slow routers", "20, 10, 4")
+    more = {"k = E / 2": {"top_k": 4}, "k = E": {"top_k": 8}, "slow routers": {"gate_lr_scale": 1e-3}}
     found = {
-        "origin": origin(study.rows, "CPU time" if study.device == "cpu" else "a shared GPU's time"),
+        "origin": "\n\n".join(
+            f"{device}: {origin([row for row in study.rows if row['device'] == device], 'time')}"
+            for device in study.devices
+        ),
         "progress": progress(study),
         "MAWPS": methods(study, "mawps", ALL),
         "several skills": methods(study, "skills", ALL),
         "GSM8K": methods(study, "gsm8k", ALL),
-        **{n: methods(study, "mawps", ALL, **options) for n, options in zip(names, more, strict=True)},
+        **{name: methods(study, "mawps", ALL, **options) for name, options in more.items()},
+        "20, 10, 4": once(study, "mawps", plans.ON_BOTH, num_experts=20, top_k=10),
+        "devices": devices(study),
         "GOAT": starts(study),
         "valleys": valleys(study),
         "transfer": transfers(study),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 LORA_PLUS_RATIO = 16.0  # B's learning rate by A's
 MEASURE_EVERY = 4  # steps of the last quarter
 SCALING = 2.0  # s = alpha / r, whatever r
+FAILED_LOSS = 3.0  # more than any task's before training: a run that ends there counts as diverged
+PATIENCE = 12  # steps in a row above that, after which a run is stopped; those that recovered took at most 6
 LORA = Method(torch.optim.AdamW)
 MUON = ds_moelora.GateRiemannianMuon
 METHODS = {
@@ -36,7 +39,7 @@ METHODS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that a run's outcome depends on, but for the machine's processor.
+    """Everything that a run's outcome depends on; on `device` by rounding alone.
 
     Args:
         task, method: names. seed: of the adapter's start and of the order of the examples.
@@ -109,6 +112,7 @@ class Session:
     def __init__(self, run: Run, language: Language, with_answers: bool) -> None:
         self.run, self.language, self.with_answers = run, language, with_answers
         self.train_size, self.step, self.spread = len(language.train.answers), 0, GateSpread()
+        self.failed = 0  # steps in a row
 
     def loss(self, model: nn.Module, head: nn.Module | None, index: Tensor) -> Tensor:
         """Of the answers' tokens; the load-balancing loss counts in its gradient alone."""
@@ -121,7 +125,8 @@ class Session:
         loss, _ = self.language.forward(model, self.language.batch(self.language.train, index.tolist()))
         if mixed and tuner.last_aux_loss is not None:
             loss = loss - tuner.last_aux_loss * tuner.peft_config["default"].router_aux_loss_coef
-        return loss
+        self.failed = self.failed + 1 if loss.item() > FAILED_LOSS else 0
+        return loss if self.failed < PATIENCE else loss + math.inf
 
     def evaluate(self, model: nn.Module, head: nn.Module | None) -> dict[str, float]:
         """The task's evaluation, and how gates spread."""

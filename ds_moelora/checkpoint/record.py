@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -21,9 +22,10 @@ from ..redaction import redact_text
 from .trained import Run, topology, trained_shapes
 
 REFUSE, SAY, IGNORE = "refuse", "say", "ignore"
-SAMPLED_PARAMETERS, SAMPLED_VALUES = 8, 16
+SAMPLED_PARAMETERS, SAMPLED_VALUES = 64, 16
 SAMPLED_NUMEL = 1 << 24  # larger parameters are not gathered for a sample
-# Two loads of the same weights differ by rounding: a residual (W - s B A) by sums in another order, a bf16 copy more.
+# Two loads of the same weights differ by rounding: a residual (W - s B A) by sums in another order, a bf16 copy more;
+# so a value may also be its neighbour in its own type.
 SAME_DTYPE, OTHER_DTYPE = 1e-5, 1e-2
 
 TABLE: tuple[tuple[str, str], ...] = (
@@ -149,18 +151,15 @@ _NOT_SETTINGS = {
 
 @torch.no_grad()
 def sample_weights(module: nn.Module) -> dict[str, Any]:
-    """{name: [dtype, values]} of a few frozen parameters: enough to tell one base model from another."""
-    frozen = sorted(
-        (name, param)
-        for name, param in module.named_parameters()
-        if not param.requires_grad
-        and param.is_floating_point()
-        and not param.is_meta
-        and 0 < math.prod(whole_shape(param)) <= SAMPLED_NUMEL
-    )
-    chosen = frozen[:: max(len(frozen) // SAMPLED_PARAMETERS, 1)][:SAMPLED_PARAMETERS]
+    """{name: [dtype, values]} of one frozen parameter of every kind, to tell one base model from another."""
+    kinds: dict[str, list[tuple[str, torch.Tensor]]] = {}
+    for name, param in sorted(module.named_parameters()):
+        known = param.is_floating_point() and not (param.requires_grad or param.is_meta)
+        if known and 0 < math.prod(whole_shape(param)) <= SAMPLED_NUMEL:
+            kinds.setdefault(re.sub(r"\d+", "", name), []).append((name, param))
+    chosen = [found[7 * number % len(found)] for number, found in enumerate(kinds.values())]  # of different layers
     samples: dict[str, Any] = {}
-    for name, param in chosen:
+    for name, param in chosen[:: max(-(-len(chosen) // SAMPLED_PARAMETERS), 1)]:
         if is_partitioned(param):
             from deepspeed.runtime.zero import GatheredParameters
 
@@ -183,8 +182,12 @@ def _compare_samples(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> list[
             return [Difference(f"frozen parameter {name}", name in saved, name in mine, REFUSE)]
         (dtype, old), (own_dtype, new) = saved[name], mine[name]
         scale = max(map(abs, [*old, *new]), default=0.0)
-        allowed = (SAME_DTYPE if dtype == own_dtype else OTHER_DTYPE) * scale
-        if len(old) != len(new) or any(abs(a - b) > allowed for a, b in zip(old, new, strict=True)):
+        allowed, step = OTHER_DTYPE * scale, 0.0
+        if dtype == own_dtype:
+            allowed, step = SAME_DTYPE * scale, torch.finfo(getattr(torch, own_dtype.removeprefix("torch."))).eps
+        if len(old) != len(new) or any(
+            abs(a - b) > max(allowed, step * max(abs(a), abs(b))) for a, b in zip(old, new, strict=True)
+        ):
             return [Difference(f"weights of the base model ({name})", old[:3], new[:3], REFUSE)]
     return []
 

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {plain(str(error))}", file=sys.stderr)
             return 2
     args, others = build_parser().parse_known_args(words)
-    args.other_flags = others
+    args.other_flags, args.words = others, words
     if others and args.refuse is not None:
         args.refuse(f"unrecognized arguments: {' '.join(others)}")
     try:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -28,6 +30,7 @@ from ..planner import (
     make_plan,
 )
 from ..planner.workload import COMPUTES, DTYPE_BYTES, OPTIMIZER_STATES
+from ..redaction import redact_words
 from . import plan_report
 
 SUMMARY = "memory, bytes and time per step on N GPUs; which ZeRO stage, ep_size and dispatch to choose"
@@ -42,12 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--format", choices=FORMATS, default="table")
     output.add_argument("--json", action="store_const", const="json", dest="format", help="the same as --format json")
+    output.add_argument("--write", metavar="FILE", help="also write it as a recipe for the launcher's --config")
     output.add_argument("--all", action="store_true", help="list every way, not only the ten fastest that fit")
 
 
 def add_model_arguments(group: Any) -> None:
     """What is trained."""
-    group.add_argument("--model-config", required=True, metavar="PATH", help="config.json of the model, or its folder")
+    group.add_argument(
+        "--model-config", required=True, metavar="PATH", help="config.json of the model, its folder, or a hub id"
+    )
     group.add_argument(
         "--target-modules",
         nargs="+",
@@ -62,7 +68,7 @@ def add_model_arguments(group: Any) -> None:
         "--expert-compute",
         choices=COMPUTES,
         default="dense",
-        help="dense (default): the products of fused too, which auto takes on GPUs",
+        help="default dense (or fused: what auto takes on GPUs)",
     )
 
 
@@ -117,8 +123,14 @@ def run(args: argparse.Namespace) -> int:
     works = [workload_of(args, *sizes) for sizes in itertools.product(args.num_experts, args.r, args.gpus)]
     model = describe_model(args.model_config, targets_of(args))
     if len(works) == 1:
-        print(plan_report.render(make_plan(model, works[0], machine), args.format, args.all))
+        plan = make_plan(model, works[0], machine)
+        print(plan_report.render(plan, args.format, args.all))
+        if args.write:
+            run = plan_report.write_recipe(plan, Path(args.write), redact_words(["ds-moelora", *args.words]))
+            print(f"Written: {args.write}. Fill in MODEL and DATA: {run}", file=sys.stderr)
         return 0
+    if args.write:
+        raise ValueError(f"--write {args.write} needs one plan; give one value each of --num-experts, --r and --gpus.")
     plans: list[Any] = []
     for work in works:
         try:

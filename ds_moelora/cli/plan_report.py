@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-import textwrap
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ..planner import Candidate, DoesNotFitError, Plan, Workload, evaluate
 from ..planner.hardware import GB
@@ -153,34 +157,102 @@ def _settings_line(plan: Plan) -> str:
     return f'Settings: "zero_optimization": {{"stage": {chosen["zero_stage"]}}}; MoELoRAConfig({fields})'
 
 
-def command(plan: Plan) -> str | None:
-    """What starts the launcher so, with DATA to be filled in; None: no shipped config has this optimizer and stage."""
+def recipe(plan: Plan) -> dict[str, Any] | None:
+    """The launcher's flags, MODEL and DATA to be filled in; None: no shipped config has this optimizer and stage."""
     work, choice = plan.work, plan.best.choice
     config = CONFIGS.get((work.optimizer, work.riemannian, choice.stage))
     if config is None:
         return None
     config = "zero2_ep" if config == "zero2" and choice.ep_size > 1 else config
-    model = "MODEL" if plan.model.name.endswith(".json") else plan.model.name
-    nodes = work.gpus // work.node_size
-    runner = [f"--num_nodes {nodes} --hostfile HOSTFILE" if nodes > 1 else "", f"--num_gpus {work.node_size}"]
-    spread = f"--ep_size {choice.ep_size} --ep_dispatch {choice.dispatch}" if choice.ep_size > 1 else ""
-    precision = {"bf16": "--bf16", "fp16": "--fp16"}.get(work.dtype, "")
-    four_bits = "--load_in_4bit" if work.base_bytes == 0.5 else ""
-    checkpointing = f"--gradient_checkpointing {str(work.checkpointing).lower()}"
-    words = [
-        *("deepspeed", *runner, f"launch/train.py --deepspeed configs/{config}.json"),
-        *(f"--model_name_or_path {model}", "--dataset_name DATA"),
-        f"--num_experts {work.num_experts} --top_k {work.top_k} --r {work.rank}",
-        *(spread, f"--per_device_train_batch_size {work.micro_batch} --max_length {work.sequence_length}"),
-        *(precision, four_bits, checkpointing),
+    model, targets = plan.model.name, plan.model.targets
+    flags: dict[str, Any] = {
+        "deepspeed": f"configs/{config}.json",
+        "model_name_or_path": "MODEL" if model.endswith(".json") else model,
+        "dataset_name": "DATA",
+        "num_experts": work.num_experts,
+        "top_k": work.top_k,
+        "r": work.rank,
+        "lora_alpha": 2 * work.rank,  # the scaling at which the default rates were found
+    }
+    if targets != "all-linear":
+        flags["target_modules"] = [targets] if isinstance(targets, str) else list(targets)
+    if choice.ep_size > 1:
+        flags |= {"ep_size": choice.ep_size, "ep_dispatch": choice.dispatch}
+    flags |= {"per_device_train_batch_size": work.micro_batch, "max_length": work.sequence_length}
+    flags |= dict.fromkeys({"bf16", "fp16"} & {work.dtype}, True)
+    if work.base_bytes == 0.5:
+        flags["load_in_4bit"] = True
+    return flags | {"gradient_checkpointing": work.checkpointing}
+
+
+def starter(plan: Plan) -> str:
+    """What starts the launcher on the planned GPUs."""
+    nodes = plan.work.gpus // plan.work.node_size
+    hosts = f"--num_nodes {nodes} --hostfile HOSTFILE " if nodes > 1 else ""
+    return f"deepspeed {hosts}--num_gpus {plan.work.node_size} launch/train.py"
+
+
+def command(plan: Plan) -> str | None:
+    """What starts the launcher so; None without a `recipe`."""
+    flags = recipe(plan)
+    if flags is None:
+        return None
+    words = [starter(plan)]
+    for name, value in flags.items():
+        if isinstance(value, list):
+            words.append(f"--{name} {' '.join(map(shlex.quote, value))}")
+        elif value is True and name != "gradient_checkpointing":
+            words.append(f"--{name}")
+        else:
+            words.append(f"--{name} {str(value).lower() if isinstance(value, bool) else value}")
+    return " ".join(words)
+
+
+def write_recipe(plan: Plan, path: Path, asked: str) -> str:
+    """Writes the flags as a recipe for `--config`, the planner's figures above them.
+
+    Args:
+        asked: the command that made the plan.
+
+    Returns:
+        The command that runs it.
+
+    Raises:
+        ValueError: no shipped config fits, or the file cannot be written.
+    """
+    flags = recipe(plan)
+    if flags is None:
+        raise ValueError(f"--write {path}: {_command_line(plan)}")
+    best, work, run = plan.best, plan.work, f"{starter(plan)} --config {path}"
+    lines = [
+        f"{plan.model.base_parameters / 1e9:.1f} B parameters on {work.gpus} GPU(s), {plan.hardware.name}:",
+        f"{best.choice}, {best.memory.total / GB:.1f} GB per GPU, {best.time.total:.2f} s per step of {work.tokens} "
+        "tokens per GPU, as computed by",
+        *(f"  {line}" for line in wrapped(asked)),
+        "Run by",
+        *(f"  {line}" for line in wrapped(run)),
     ]
-    return " ".join(filter(None, words))
+    try:
+        path.write_text("".join(f"# {line}\n" for line in lines) + yaml.safe_dump(flags, sort_keys=False))
+    except OSError as error:
+        raise ValueError(f"--write {path}: {error}") from error
+    return run
+
+
+def wrapped(words: str) -> list[str]:
+    """A command on several lines of a shell, flags beside their values."""
+    lines = [""]
+    for part in re.split(r" (?=--)", words):
+        if len(lines[-1]) + len(part) > 106:
+            lines.append("   ")
+        lines[-1] += f" {part}" if lines[-1] else part
+    return " \\\n".join(lines).split("\n")
 
 
 def _command_line(plan: Plan) -> str:
     found = command(plan)
     if found is not None:
-        return " \\\n    ".join(textwrap.wrap(found, 110, break_long_words=False, break_on_hyphens=False))
+        return "\n".join(wrapped(found))
     stage = plan.best.choice.stage
     kind = "" if plan.work.riemannian else "plain "
     return (

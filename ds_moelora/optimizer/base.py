@@ -13,11 +13,13 @@ clipped the gradients: `optimizer.sharding` says how. Gate scaling acts in the l
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..pairs import tag_of
@@ -25,7 +27,8 @@ from .factors import Factor, collect_pairs
 from .gates import GateHold
 from .groups import ParamGroup, as_groups, as_tensor, check_options, expert_group_name, scaled_learning_rates
 from .guard import await_step, stepped
-from .kernels.cpp import AdamWState, Extents, Kernels, load_kernels
+from .kernels import choose, load
+from .kernels.rows import AdamWState, Extents, Kernels, capturing
 from .sharding.exchange import Matrices, ShardedPreconditioner
 from .sharding.zero import GROUP_KEY, Storage, find_storage, is_stage_3
 from .step_statistics import StepStatistics
@@ -66,8 +69,8 @@ class GateRiemannian(torch.optim.Optimizer):
     _fused_dtypes: frozenset[torch.dtype]  # for which torch's fused kernel is asked for
     _needs_gradient_grams = False
     statistics: StepStatistics | None = None  # set by who wants to know what the next steps do
-    compiled = False
-    _kernels: Kernels | None = None
+    kernels = "auto"
+    _loaded: Kernels | None = None  # what `kernels` names
 
     # -- what an optimizer defines ------------------------------------------------------------------------------------
 
@@ -97,24 +100,25 @@ class GateRiemannian(torch.optim.Optimizer):
     def _construct(self, given: dict[str, Any]) -> None:
         """`given`: the constructor's `locals()`. What torch's class does not take are options of pairs."""
         given = {name: value for name, value in given.items() if name != "self"}
-        groups, compiled = as_groups(given.pop("params")), given.pop("compiled", False)
+        groups = as_groups(given.pop("params"))
+        kernels = renamed(given.pop("kernels", "auto"), given.pop("compiled", None))
         known = inspect.signature(self._base).parameters
         options = {name: value for name, value in given.items() if name not in known}
         for group in groups or [{}]:
             check_options({**given, **group})
         self._forget_pairs(options)
-        self._use_kernels(compiled)
+        self._use_kernels(kernels)
         tensors = [as_tensor(p) for group in groups for p in group["params"]]
         fused = all(p.device.type in ("cpu", "cuda") and p.dtype in self._fused_dtypes for p in tensors) or None
+        if "capturable" in known and isinstance(given["lr"], Tensor) and given["lr"].is_cuda:
+            given["capturable"] = True  # what torch wants for a step in a CUDA graph
         super().__init__(groups, **{name: given[name] for name in given.keys() & known}, fused=fused)  # type: ignore[call-arg]
         self.defaults.update(options)
         self._collect()
         await_step(self._factors or [], type(self).__name__)
 
-    def _use_kernels(self, compiled: bool) -> None:
-        if not isinstance(compiled, bool):
-            raise ValueError(f"compiled={compiled!r} must be true or false.")
-        self.compiled, self._kernels = compiled, load_kernels() if compiled else None
+    def _use_kernels(self, kernels: str) -> None:
+        self.kernels, self._loaded = kernels, load(kernels)
 
     def _forget_pairs(self, options: dict[str, Any]) -> None:
         self._options = options
@@ -161,7 +165,7 @@ class GateRiemannian(torch.optim.Optimizer):
         return [p.requires_grad for params in self._members.values() for p in params]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "compiled": self.compiled, "_options": self._options}
+        return {**super().__getstate__(), "kernels": self.kernels, "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by `load_state_dict` and on unpickling: the groups are new dicts, with the loaded settings."""
@@ -169,7 +173,7 @@ class GateRiemannian(torch.optim.Optimizer):
         super().__setstate__(state)
         if unpickled:
             self._forget_pairs(self._options)
-            self._use_kernels(self.compiled)
+            self._use_kernels(self.kernels)
         for index, group in enumerate(self.param_groups):
             for name, value in {**self._options, "lr_scale": 1.0, GROUP_KEY: index}.items():
                 group.setdefault(name, value)
@@ -185,11 +189,14 @@ class GateRiemannian(torch.optim.Optimizer):
         A parameter without a gradient is left alone, as in torch; the other factor of its pair is stepped all the same.
 
         Raises:
-            ValueError: a closure under ZeRO, a sparse gradient, half a pair, `compiled` without effect.
+            ValueError: a closure under ZeRO, a sparse gradient, half a pair, `kernels` without effect, a CUDA graph
+                that cannot capture the step.
         """
         taken_over = self._located is not None and self._located.storage.sharded
         if self._factors is None or (not taken_over and self._trained != self._requires_grad()):
             self._collect()  # groups were added, or parameters frozen or thawed (which ZeRO does not follow)
+        if capturing():
+            self._refuse_capture()
         located = self._locate()
         loss = None
         if closure is not None:
@@ -207,6 +214,24 @@ class GateRiemannian(torch.optim.Optimizer):
         if located is not None and self.statistics is not None:
             self.statistics.end()
         return loss
+
+    def _refuse_capture(self) -> None:
+        """Refuses to be recorded by a CUDA graph where its replay would do something else.
+
+        Raises:
+            ValueError: the reason, and the remedy.
+        """
+        reason = None
+        if self._needs_gradient_grams:
+            reason = "its eigendecomposition waits for the device; capture the rest of the step without the optimizer"
+        elif self._located is None:
+            reason = "nothing is planned yet; take one step before the capture"
+        elif not all(isinstance(group["lr"], Tensor) and group["lr"].is_cuda for group in self.param_groups):
+            reason = 'a number lr would stay what it is now; build with lr=torch.tensor(lr, device="cuda")'
+        elif self.statistics is not None:
+            reason = "its statistics allocate; take reported steps outside the graph"
+        if reason:
+            raise ValueError(f"a CUDA graph cannot capture a step of {type(self).__name__}: {reason}.")
 
     def _step_pairs(self, located: _Located, until_stepped: ExitStack) -> None:
         """Does all that torch's step, which must run before `until_stepped` closes, does not do."""
@@ -239,22 +264,39 @@ class GateRiemannian(torch.optim.Optimizer):
             storage = find_storage([p for p, _ in trained], [index for _, index in trained], groups)
             position = {id(p): i for i, (p, _) in enumerate(trained)}
             places = [storage.placement(position[id(f.param)]) for f in factors]
-            settings = self._settings
+            settings, units = self._settings, dict.fromkeys(place.unit for place in places)
+            replicated = not storage.sharded and dist.is_available() and dist.is_initialized()
+            kernels = choose(
+                self.kernels,
+                self._loaded,
+                [storage.flat(unit)[0] for unit in units],
+                {factor.rank for factor in factors},
+                replicated=replicated and dist.get_world_size() > 1,
+            )
             preconditioner = ShardedPreconditioner(
                 factors,
                 places,
                 storage.flat,
-                self._matrices(self._kernels),
+                self._matrices(kernels),
                 # A function of the groups alone: what referred to the optimizer would outlive its last other reference.
                 settings=lambda i: settings(factors[i], groups[factors[i].group]),
                 gradient_grams=self._needs_gradient_grams,
                 comm_device=first.device,
-                kernels=self._kernels,
+                kernels=kernels,
             )
-            update = self._update(storage, {place.unit for place in places}, self._kernels)
+            update = self._update(storage, set(units), kernels)
             self._located = _Located(holder, storage, preconditioner, update)
             stepped(factors)
         return self._located
+
+
+def renamed(kernels: str, compiled: bool | None) -> str:
+    """`kernels`, of which `compiled` was an earlier name: true is "cpp", false "torch"."""
+    if compiled is None:
+        return kernels
+    value = "cpp" if compiled else "torch"
+    warnings.warn(f'the option "compiled" is now "kernels": set "kernels": "{value}".', FutureWarning, stacklevel=4)
+    return value
 
 
 def scaled(matrices: Tensor, scale: Tensor | float) -> Tensor:

@@ -26,7 +26,7 @@ from .base import GateRiemannian, Update, scaled
 from .defaults import DAMPING, LEARNING_RATES
 from .factors import Factor
 from .groups import ParamGroup
-from .kernels.cpp import Extents, Kernels
+from .kernels.rows import Extents, Kernels
 from .preconditioner import spectral_matrices
 from .sharding.exchange import Matrices
 from .sharding.zero import Storage
@@ -49,7 +49,9 @@ class GateRiemannianMuon(GateRiemannian, torch.optim.AdamW):
         gate_scaling, scale_input_grad, gate_lr_scale: as in `GateRiemannianAdamW`.
         aux_lr, aux_betas, aux_eps: AdamW's for other parameters. In the groups: aux_lr, betas, eps.
 
-    All but scale_input_grad can be set per parameter group.
+        kernels: as in `GateRiemannianAdamW`; they multiply the rows, the rest is torch's.
+
+    All but scale_input_grad and kernels can be set per parameter group.
 
     Raises:
         ValueError: no pairs, half a pair, an option out of range, a layer that another living optimizer holds at
@@ -73,6 +75,7 @@ class GateRiemannianMuon(GateRiemannian, torch.optim.AdamW):
         aux_lr: float = 1e-3,
         aux_betas: tuple[float, float] = (0.9, 0.999),
         aux_eps: float = 1e-8,
+        kernels: str = "auto",
     ) -> None:
         betas, eps = tuple(aux_betas), aux_eps  # torch's names
         del aux_betas, aux_eps

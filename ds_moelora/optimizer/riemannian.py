@@ -20,8 +20,8 @@ from .base import GateRiemannian, Update, scaled
 from .defaults import DAMPING, LEARNING_RATES
 from .factors import Factor
 from .groups import ParamGroup
-from .kernels.adamw import CppAdamW
-from .kernels.cpp import RANKS, Kernels
+from .kernels.adamw import FusedAdamW
+from .kernels.rows import Kernels
 from .preconditioner import damped_inverse
 from .sharding.exchange import Matrices
 from .sharding.zero import Storage
@@ -37,7 +37,8 @@ class _Preconditioned(GateRiemannian):
     @classmethod
     def _matrices(cls, kernels: Kernels | None) -> Matrices:
         def matrices(grams: Tensor, _: Tensor | None, damping: Tensor | float, scale: Tensor | float) -> Tensor:
-            invert = kernels.damped_inverse if kernels and grams.shape[-1] in RANKS else damped_inverse
+            covered = kernels and kernels.covers(grams.shape[-1], False)
+            invert = kernels.damped_inverse if kernels and covered else damped_inverse
             return scaled(invert(grams, damping), scale)
 
         return matrices
@@ -60,14 +61,16 @@ class GateRiemannianAdamW(_Preconditioned, torch.optim.AdamW):
             own with the key `lr_scale`, applied inside the step, whatever a scheduler writes into `lr`.
         include_scaling: divide both inverses by s^2, as the metric of s B A demands: the step of s B A then no longer
             depends on how it is split between s and the factors. False, as published, ignores s.
-        compiled: have C++ kernels do the work on pairs, in one pass with AdamW's (`optimizer.kernels.cpp`): float32 on
-            CPUs, CPU offload included; ranks 1, 2, 4, 8, 16; torch does other ranks. Gradients are not overwritten.
+        kernels: who does the work on pairs, in one pass with AdamW's: "torch"; "cpp" (`optimizer.kernels.cpp`): float32
+            on CPUs, CPU offload included; ranks 1, 2, 4, 8, 16; torch does other ranks; "auto" takes what can do it.
+            But for torch, gradients are not overwritten.
+        compiled: the earlier name; true is "cpp", false "torch".
 
-    The five before the last can be set per parameter group.
+    damping to include_scaling can be set per parameter group.
 
     Raises:
         ValueError: no pairs, half a pair, an option out of range, a layer that another living optimizer holds at
-            another gate scaling, `compiled` without a compiler; at `step()`: see there.
+            another gate scaling, "cpp" without a compiler; at `step()`: see there.
     """
 
     _base = torch.optim.AdamW
@@ -85,14 +88,15 @@ class GateRiemannianAdamW(_Preconditioned, torch.optim.AdamW):
         scale_input_grad: bool = False,
         gate_lr_scale: float = 1.0,
         include_scaling: bool = False,
-        compiled: bool = False,
+        kernels: str = "auto",
+        compiled: bool | None = None,
     ) -> None:
         betas = tuple(betas)  # type: ignore[assignment]
         self._construct(locals())
 
     @classmethod
     def _update(cls, storage: Storage, factor_units: set[Hashable], kernels: Kernels | None) -> Update | None:
-        return CppAdamW(storage.held) if kernels else None
+        return FusedAdamW(storage.held, kernels) if kernels else None
 
 
 class GateRiemannianSGD(_Preconditioned, torch.optim.SGD):
@@ -101,7 +105,7 @@ class GateRiemannianSGD(_Preconditioned, torch.optim.SGD):
     Momentum and coupled weight decay as in `torch.optim.SGD`, which parameters outside LoRA pairs follow exactly.
 
     Args and errors: `lr` (the paper uses 3e-5), `momentum` and `weight_decay` as in `torch.optim.SGD`, the others as
-    in `GateRiemannianAdamW`; with `compiled`, the element-wise update stays torch's.
+    in `GateRiemannianAdamW`; the element-wise update is torch's whatever `kernels`.
     """
 
     _base = torch.optim.SGD
@@ -120,6 +124,7 @@ class GateRiemannianSGD(_Preconditioned, torch.optim.SGD):
         scale_input_grad: bool = False,
         gate_lr_scale: float = 1.0,
         include_scaling: bool = False,
-        compiled: bool = False,
+        kernels: str = "auto",
+        compiled: bool | None = None,
     ) -> None:
         self._construct(locals())

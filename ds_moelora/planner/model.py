@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from torch import nn
 from transformers import CONFIG_MAPPING, CONFIG_NAME, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
@@ -31,6 +31,7 @@ MODELS: tuple[Mapping[str, Any], ...] = (
     auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     auto.MODEL_MAPPING_NAMES,
 )
+HUB_SECONDS = 5.0  # for the hub's first word
 # Of a config that anybody may have written; every layer is built.
 MOST_LAYERS = 10_000
 
@@ -58,7 +59,7 @@ class ModelShape:
         hidden_size: H. num_blocks: repeated blocks. vocab_size: V; 0 without a language-model head.
         attention_width: heads times head size, for the FLOPs of attention.
         base_parameters: elements of the base model. largest_parameter: of its largest tensor.
-        linears: all linear modules, adapted or not.
+        linears: all linear modules, adapted or not. targets: what chose the adapted ones, as in `MoELoRAConfig`.
     """
 
     name: str
@@ -69,6 +70,7 @@ class ModelShape:
     base_parameters: int
     largest_parameter: int
     linears: tuple[Linear, ...]
+    targets: str | Sequence[str] = "all-linear"
 
     @cached_property
     def adapted_shapes(self) -> dict[tuple[int, int], int]:
@@ -147,6 +149,7 @@ def describe_model(config: str | Path | Any, target_modules: str | Sequence[str]
         base_parameters=sum(sizes),
         largest_parameter=max(sizes),
         linears=tuple(Linear(n, *shape, n in adapted) for n, shape in found.items()),
+        targets=target_modules,
     )
 
 
@@ -200,7 +203,11 @@ def _from_hub(name: str) -> Path:
     """
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith(".json"):
         raise ValueError(f"{name} is not there; pass a model's config.json, the folder that holds it, or a hub id.")
+    known = try_to_load_from_cache(name, CONFIG_NAME)
+    if isinstance(known, str):
+        return Path(known)
     try:
+        get_hf_file_metadata(hf_hub_url(name, CONFIG_NAME), timeout=HUB_SECONDS)  # the next asks six times
         return Path(hf_hub_download(name, CONFIG_NAME))
     except Exception as error:  # no network, no such model, a gate
         raise ValueError(

@@ -37,6 +37,10 @@ RUN_FIELDS = ("ep_size", "ep_dispatch", "expert_compute", "svd_cache_dir")
 SCALINGS = ("alpha", "rslora", "goat")
 # A configuration may come from a file that anybody wrote: these bounds hold before anything is counted or allocated.
 MOST_EXPERTS, MOST_RANK, MOST_ENTRIES = 4096, 16384, 10_000
+# An expression that repeats what repeats takes exponential time, n repetitions the n-th power of a name's length.
+MOST_REPEATS = 6
+_LITERAL = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+_REPEATED, _REPEATED_GROUP = re.compile(r"[*+]|\{\d*,\d*\}"), re.compile(r"\)[*+{]")
 MOST_RECORD = 1 << 16  # characters of `trained_with` as JSON
 MOST = {"r": MOST_RANK, "num_experts": MOST_EXPERTS, "top_k": MOST_EXPERTS, "ep_size": MOST_EXPERTS}
 # Fields that give single layers another value, and the field whose value it is.
@@ -258,7 +262,7 @@ class MoELoRAConfig(PeftConfig):
                 f"target_modules={self.target_modules!r} is empty; name the modules to adapt, e.g. "
                 "['q_proj', 'v_proj'], or pass 'all-linear', or None for PEFT's default."
             )
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
             if isinstance(getattr(self, name), str):
                 _check_expression(name, getattr(self, name))
         if isinstance(self.target_modules, str):
@@ -341,6 +345,12 @@ def _check_expression(pattern: str, key: Any) -> None:
             f"{pattern}: {_shown(key)} is not a regular expression ({error}); use the end of a module's name, e.g. "
             "'q_proj'."
         ) from error
+    plain = _LITERAL.sub("x", key)
+    if _REPEATED_GROUP.search(plain) or len(_REPEATED.findall(plain)) > MOST_REPEATS:
+        raise ValueError(
+            f"{pattern}: {_shown(key)} repeats a group, or has more than {MOST_REPEATS} repetitions, and may take "
+            "hours for one name; write a simpler expression, such as r'.*layers\\.[0-3]\\..*', or a list of names."
+        )
 
 
 def _check_int(name: str, value: Any, remedy: str) -> None:

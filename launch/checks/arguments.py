@@ -65,29 +65,46 @@ class Arguments:
 class _Parser(TrlParser):
     """TrlParser whose complaints are exceptions, so that they take the same way out as every other error.
 
-    A flag that is true, false or, by default, neither may stand alone like every other flag of its kind: `--bf16`.
+    A flag that is true, false or, by default, neither may stand alone like every other flag of its kind: `--bf16`. In
+    `--help` the trainers' most used flags have a group of their own, before scoring and the rest.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._show_first(MOST_USED)
-        for action in self._actions:
+    def __init__(self, classes: tuple[type, ...], **kwargs: Any) -> None:
+        self.actions: list[argparse.Action] = []
+        self._titles = {getattr(c, "_argument_group_name", None) for c in classes} - {None}
+        self._trains = any(c in TRAINING_CLASSES.values() for c in classes)
+        self._first: Any = None
+        super().__init__(classes, **kwargs)
+        for action in self.actions:
             if getattr(action.type, "__name__", None) == "string_to_bool" and action.nargs is None:
                 action.nargs, action.const = "?", True
 
     def error(self, message: str) -> None:
         raise UsageError(message)
 
-    def _show_first(self, names: tuple[str, ...]) -> None:
-        """Moves flags of the trainers into a group of their own, in front of the others in `--help`."""
-        chosen = [action for name in names for action in self._actions if action.dest == name]
-        if len(chosen) < len(names):
-            return  # another program's flags
-        for group in self._action_groups:
-            group._group_actions[:] = [action for action in group._group_actions if action not in chosen]
-        shown = self.add_argument_group("training, most used")
-        shown._group_actions.extend(chosen)
-        self._action_groups.insert(-2, self._action_groups.pop())
+    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
+        self.actions.append(super().add_argument(*args, **kwargs))
+        return self.actions[-1]
+
+    def add_argument_group(self, *args: Any, **kwargs: Any) -> Any:
+        title = args[0] if args else kwargs.get("title")
+        if title == ScoringArguments._argument_group_name and self._trains:
+            self._first = super().add_argument_group("training, most used")
+        group = super().add_argument_group(*args, **kwargs)
+        return _Group(self, group) if title in self._titles else group
+
+
+class _Group:
+    """What transformers' parser fills with the flags of a dataclass."""
+
+    def __init__(self, parser: _Parser, group: Any) -> None:
+        self.parser, self.group = parser, group
+
+    def add_argument(self, *flags: str, **options: Any) -> argparse.Action:
+        first = self.parser._first
+        group = first if first is not None and flags[0].lstrip("-") in MOST_USED else self.group
+        self.parser.actions.append(group.add_argument(*flags, **options))
+        return self.parser.actions[-1]
 
 
 def parse_arguments(argv: Sequence[str], demo_defaults: dict[str, Any]) -> Arguments:
@@ -155,7 +172,7 @@ def _parse(
     parser = _Parser(
         classes, prog=program, allow_abbrev=False, usage=f"{program} [flags]; --config recipe.yaml sets any"
     )
-    spelled = {option.lstrip("-").replace("-", "_") for action in parser._actions for option in action.option_strings}
+    spelled = {option.lstrip("-").replace("-", "_") for action in parser.actions for option in action.option_strings}
     known = spelled - {"h", "help"} | {"config"}
     _refuse_unknown(recipe, known, "recipe key")
     if defaults:
@@ -242,13 +259,13 @@ def _read_recipe(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     return recipe, [*words[:position], *words[position + 2 :]]
 
 
-def _as_words(recipe: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
+def _as_words(recipe: dict[str, Any], parser: _Parser) -> list[str]:
     """A recipe as the command line would say it, so that both are read, and refused, in the same way.
 
     Raises:
         UsageError: a list for a flag that takes one value.
     """
-    lists = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
+    lists = {action.dest for action in parser.actions if action.nargs in ("+", "*")}
     words = []
     for name, value in recipe.items():
         if value is None:

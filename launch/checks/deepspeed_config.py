@@ -28,6 +28,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from ds_moelora.optimizer.defaults import OTHERS, default_learning_rate
 from ds_moelora.optimizer.guard import OURS
 from ds_moelora.pairs import LoraPair, tag_pair
+from ds_moelora.redaction import remember
 from launch.checks.arguments import Arguments, non_defaults
 from launch.checks.errors import UserError, process_rank, say
 
@@ -80,6 +81,7 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
         raise UserError(f"--deepspeed {path} is not JSON: {error}.") from error
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed {path} holds a JSON {type(config).__name__}; a config is an object {{...}}.")
+    remember(config)
     return config
 
 

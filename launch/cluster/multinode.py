@@ -23,7 +23,7 @@ from launch.cluster.launchers import LAUNCHERS, start
 # can be read in the hosts' process lists.
 PREFIXES = ("DEEPSPEED_", "DS_", "GLOO_", "HF_", "LD_LIBRARY_PATH", "MKL_", "NCCL_", "OMP_", "PYTHON", "TOKENIZERS_",
             "TORCH_", "TRANSFORMERS_", "UCX_", "XDG_CACHE_HOME")  # fmt: skip
-SECRET = re.compile("TOKENS?(?![A-Z])|SECRET|PASS|PWD|KEY|CREDENTIAL", re.IGNORECASE)
+SECRET = re.compile("TOKENS?(?![A-Z])|SECRET|PASS|PWD|KEY|CREDENTIAL|AUTHORIZ", re.IGNORECASE)
 NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 PROGRAMS = {"pdsh": "pdsh", "openmpi": "openmpi-bin", "mpirun": "openmpi-bin"}
 

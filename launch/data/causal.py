@@ -10,6 +10,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
@@ -53,6 +54,9 @@ TURNS = "turns"  # prompt and completion that are messages
 USABLE = "instruction + output (and input), prompt + completion, messages, conversations, or text"
 TEMPLATES = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
 Pair = tuple[Any, Any]  # prompt and completion
+# Every answer repeats what stands before it: so much of one conversation, of which a message counts as 100 characters
+# more, is copied and tokenised in a minute.
+MOST_REPEATED = 100_000_000
 
 
 class Converter:
@@ -145,15 +149,19 @@ class Converter:
             messages = [*_history(row, where), _said("user", text), _said("assistant", output)]
         else:
             first = "prompt" if self.layout == TURNS else self.layout
-            messages = conversation_of(row, self.columns[first], where)
+            messages = conversation_of(row, self.columns[first], where, pictures=self.as_chat)
         system = "" if self.as_chat else text_of(row, "system", where, optional=True)
         if system and messages[0]["role"] != "system":
             messages = [_said("system", system), *messages]
         if self.layout != TURNS:
             yield from self._answers(messages, where, row)
             return
-        messages = self._worded(messages, where)
-        completion = self._worded(conversation_of(row, self.columns["completion"], where), where)
+        answers = conversation_of(row, self.columns["completion"], where)
+        if any(message.pop("weight", 1) == 0 for message in answers):
+            raise UserError(f"{where}: all of a completion is trained, and a message in it has weight 0; remove it.")
+        if any(message.pop("weight", 0) for message in messages):
+            self.left_out.add("keys of messages that are not used, since a prompt is not trained", ["weight"])
+        messages, completion = self._worded(messages, where), self._worded(answers, where)
         self._render([*messages, *completion], where, row)
         yield messages, completion
 
@@ -167,6 +175,13 @@ class Converter:
         if not ends:
             self.left_out.add("left out", ["conversations without an answer to train on"])
             return
+        sizes = [0, *accumulate(len(message["content"]) + 100 for message in messages)]
+        if not self.whole and (repeated := sum(sizes[end] for end in ends)) > MOST_REPEATED:
+            raise UserError(
+                f"{where}: the conversation has {len(messages):,} messages and {len(ends):,} answers, each of which is "
+                f"trained with all before it: {repeated:,} characters, more than {MOST_REPEATED:,}. Split it into "
+                "several rows."
+            )
         self._render(messages[: ends[-1] + 1], where, row)
         for position in ends[-1:] if self.whole else ends:
             yield messages[:position], [messages[position]]
@@ -179,7 +194,7 @@ class Converter:
                     f"{where}, message {number}: the answer is a tool call, which this model's chat template does not "
                     "word. Pass --chat_template_path with one that does, or remove the row."
                 )
-        unused = {key for message in messages for key in message} - self.words - {*WORDED, "weight"}
+        unused = {key for message in messages for key in message} - self.words - {*WORDED}
         self.left_out.add("keys of messages that the chat template does not use", unused)
         return [{k: v for k, v in message.items() if k in self.words or k in WORDED} for message in messages]
 

@@ -79,9 +79,11 @@ def _lines(file: str) -> Iterator[str]:
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
+                wide = position == 0 and line.startswith((b"\xff\xfe", b"\xfe\xff"))  # as PowerShell writes
+                guess = "utf-16" if wide else "latin1"
                 raise ValueError(
                     f"byte {position + error.start} (line {number}) is {line[error.start : error.start + 1]!r}, which "
-                    "is not UTF-8. Convert the file, such as with `iconv -f latin1 -t utf-8`."
+                    f"is not UTF-8. Convert the file, such as with `iconv -f {guess} -t utf-8`."
                 ) from error
             position += len(line)
 
@@ -106,11 +108,13 @@ def _csv_rows(lines: Iterator[str]) -> PlacedRows:
     """Every value as the text that the file has: 007 keeps its zeros, and NA is no missing value."""
     csv.field_size_limit(MAX_CHARACTERS)
     reader = csv.DictReader(lines, strict=True)
+    names = reader.fieldnames or ()
+    for name in (name for number, name in enumerate(names) if name and name in names[:number]):
+        raise ValueError(f"line {reader.line_num} names the column {name!r} twice; remove or rename one.")
     for row in reader:
         if None in row or None in row.values():
             raise ValueError(
-                f"line {reader.line_num} has another number of values than the header, which has "
-                f"{len(reader.fieldnames or ())}."
+                f"line {reader.line_num} has another number of values than the header, which has {len(names)}."
             )
         yield f"line {reader.line_num}", json.dumps(row)
 

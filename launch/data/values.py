@@ -30,7 +30,7 @@ class LeftOut:
     def add(self, what: str, names: Iterable[str]) -> None:
         new = {(what, name) for name in names} - self.said
         if new:
-            say(f"{self.flag}: {what}: {', '.join(sorted(name for _, name in new))}.")
+            say(f"{self.flag}: {what}: {', '.join(sorted(name or '(without a name)' for _, name in new))}.")
         self.said |= new
 
     def add_columns(self, row: Row, read: Collection[str | None]) -> None:
@@ -120,10 +120,13 @@ def text_of(row: Row, column: str, where: str, optional: bool = False) -> str:
     raise UserError(f"{where}: column {column!r} holds a {type(value).__name__}, not text: {str(value)[:100]}.")
 
 
-def conversation_of(row: Row, column: str, where: str) -> list[Row]:
+def conversation_of(row: Row, column: str, where: str, pictures: bool = False) -> list[Row]:
     """The messages in a column as `role` and `content` with whatever else they hold; ShareGPT's spelling is read, too.
 
     Content in parts is joined. A function call becomes a tool call, its arguments an object.
+
+    Args:
+        pictures: parts may be pictures, which are in a column of their own.
 
     Raises:
         UserError: no list of messages, or a message without content.
@@ -138,10 +141,10 @@ def conversation_of(row: Row, column: str, where: str) -> list[Row]:
         raise UserError(f"{where}: column {column!r} is empty. Fill or remove this row.")
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise UserError(f'{where}: column {column!r} is no list of messages, {{"role": ..., "content": ...}}.')
-    return [_message(message, f"{where}, message {number}") for number, message in enumerate(value, 1)]
+    return [_message(message, f"{where}, message {number}", pictures) for number, message in enumerate(value, 1)]
 
 
-def _message(message: Row, where: str) -> Row:
+def _message(message: Row, where: str, pictures: bool) -> Row:
     made = {key: value for key, value in message.items() if value is not None}
     if "role" not in made and "from" in made:
         made = {"role": made.pop("from"), "content": made.pop("value", None), **made}
@@ -159,7 +162,7 @@ def _message(message: Row, where: str) -> Row:
         made.pop("tool_calls", None)
     content = made.get("content")
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        made["content"] = "".join(_part(part, where) for part in content)
+        made["content"] = "".join(_part(part, where, pictures) for part in content)
     may_be_empty = "tool_calls" in made or made["role"] in ("tool", "function", "system", "developer")
     made["content"] = text_of(made, "content", where, optional=may_be_empty)
     if made.get("weight", 1) not in (0, 1):
@@ -167,8 +170,8 @@ def _message(message: Row, where: str) -> Row:
     return made
 
 
-def _part(part: Row, where: str) -> str:
-    if part.get("type") == "image":  # the picture itself is in its column
+def _part(part: Row, where: str, pictures: bool) -> str:
+    if pictures and part.get("type") == "image":
         return ""
     if not isinstance(part.get("text"), str):
         raise UserError(f"{where}: a part of the content is no text: {str(part)[:100]}.")

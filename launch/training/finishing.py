@@ -44,8 +44,25 @@ class EvaluateOnce(TrainerCallback):
     on_epoch_end = on_step_end
 
 
-def evaluated(trainer: Trainer) -> dict[str, float]:
-    """The scores of the model that is left after training, if it has been evaluated already; {}: it has not."""
+def final_scores(trainer: Trainer) -> dict[str, float]:
+    """The scores of the model that is left after training; {} without evaluation data.
+
+    An error of one process's own run is no failure of it. Of several processes the others wait in the collective calls
+    of the evaluation: there an error ends all of them, with a message.
+    """
+    if trainer.eval_dataset is None:
+        return {}
+    if found := _scores_in_log(trainer):
+        return found
+    if trainer.args.world_size > 1:
+        return trainer.evaluate()
+    with not_fatal("its evaluation (launch/evaluate.py makes up for it)", trainer.args.output_dir):
+        return trainer.evaluate()
+    return {}
+
+
+def _scores_in_log(trainer: Trainer) -> dict[str, float]:
+    """The scores of the model that is left, if it has been evaluated already; {}: it has not."""
     state = trainer.state
     step = state.best_global_step if trainer.args.load_best_model_at_end else None
     entries = [entry for entry in state.log_history if entry.get("step") == (step or state.global_step)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from benchmarks import bench_convergence
-from benchmarks.convergence import report, runs, skills, specialisation, studies, tables
+from benchmarks import bench_convergence, study
+from benchmarks.convergence import report, runs, specialisation, studies, tables
 from benchmarks.convergence.encoder import SCORE_SCALE, BoolQ, OpenBookQA, encoder_folder
 from benchmarks.convergence.results import Cells, Difference
 from benchmarks.convergence.runs import Run
 from benchmarks.harness import read_rows
-from launch.demo.base import byte_tokenizer
 
 WORDS = ["the", "sun", "rain", "fox", "moon", "tree", "stone", "river", "bird", "is", "a", "who", "what"]
 
@@ -66,16 +64,15 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> bench_convergence.Sourc
     return bench_convergence.Sources(folder / "model", folder)
 
 
-def arguments(sources: bench_convergence.Sources, path: Path) -> list[str]:
-    return ["--tiny", "--short", "--model", str(sources.model), "--data", str(sources.data), "--output", str(path)]
-
-
 def test_gate_scalings_coincide_at_top_1_and_runs_resume(
     sources: bench_convergence.Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A gate that is alone is 1, to any power. A second call of the benchmark runs nothing."""
     path = tmp_path / "runs.csv"
-    command = [*arguments(sources, path), "--only", "control, top_k 1"]
+    command = ["--tiny", "--model", str(sources.model), "--data", str(sources.data), "--output", str(path)]
+    command += ["--only", "boolq, top_k 1"]
+    control = ("RSGD", "gRSGD (sqrt)", "gRSGD (full)")
+    monkeypatch.setattr(studies, "papers", lambda *_: [studies.cell("tiny", "boolq", m, top_k=1) for m in control])
     bench_convergence.main(command)
     rows = read_rows(path)
     assert all(row[name] for row in rows for name in ("commit", "versions", "hardware", "command", "date"))
@@ -150,12 +147,13 @@ def test_tuning_finds_the_best_rung_between_worse_ones(optimum: int, steepness: 
         tried: dict[int, float] = {}
 
         def execute(run: Run, tried: dict[int, float] = tried) -> dict[str, float]:
-            assert run.seed == studies.TUNING_SEED
-            number = studies.rung_number(run.lr)
+            assert run.seed == study.TUNING_SEED
+            number = study.rung_number(run.lr)
             tried[number] = math.inf if number > optimum + limit else steepness * abs(number - optimum)
             return {"train_loss": tried[number]}
 
-        assert studies.tune(studies.cell("tiny", "boolq", method), execute) == optimum
+        run = studies.cell("tiny", "boolq", method)
+        assert study.tune(run, execute, studies.first_rung(run)) == optimum
         assert {optimum - 1, optimum + 1} <= set(tried)
 
 
@@ -203,37 +201,13 @@ def test_mutual_information() -> None:
     assert specialisation.mutual_information(torch.tensor([[2.0, 0.0], [1.0, 1.0]])) == pytest.approx(0.3112781)
 
 
-@pytest.fixture
-def tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A random causal model in place of the demo's base, which takes a minute to make."""
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    monkeypatch.setattr(skills, "base_model", lambda: tmp_path)
-    yield
-    bench_convergence.load_task.cache_clear()
-
-
-def test_skills(tiny_base: None, sources: bench_convergence.Sources) -> None:
-    """Routers that send each skill to experts of its own are seen to do so; a random one's choice tells little."""
-    run = studies.cell("tiny", "skills", "gRAdamW (sqrt)")
-    outcome = bench_convergence.execute(Run(**{**vars(run), "seed": 1, "lr": 1e-2}), sources)
-    assert 0 <= outcome["mutual_information"] < math.log2(6)
-    assert outcome["test_accuracy"] == 0
-    task = skills.Skills(48)
-    model, _ = runs.adapt(Run(**{**vars(run), "seed": 1, "num_experts": 6, "top_k": 1}), task)
+def test_experts_that_take_a_skill_each_are_seen(sources: bench_convergence.Sources) -> None:
+    """Routers that send each skill to experts of its own."""
+    run = studies.cell("tiny", "boolq", "RSGD", num_experts=6, top_k=1)
+    model, _ = runs.adapt(run, bench_convergence.load_task("boolq", 16, 1, sources))
     layers = [m for m in model.modules() if isinstance(m, specialisation.MoELoRALayer)]
     with specialisation.ExpertCounts(model, 6) as counts, torch.no_grad():
-        per_skill = torch.arange(6)
-        counts.expect(per_skill, torch.ones(6, 2, dtype=torch.bool))
+        counts.expect(torch.arange(6), torch.ones(6, 2, dtype=torch.bool))
         for layer in layers:
             layer.experts("default").router.weight.copy_(torch.eye(6, layer.in_features))
             layer(torch.eye(6, layer.in_features)[:, None].repeat(1, 2, 1))
@@ -247,12 +221,12 @@ def made_up_rows(spoiled: float) -> list[dict[str, str]]:
     rows: dict[tuple[str, ...], dict[str, str]] = {}
 
     def execute(run: Run) -> dict[str, float]:
-        distance = abs(studies.rung_number(run.lr) - 2) if run.lr else 9
+        distance = abs(study.rung_number(run.lr) - 2) if run.lr else 9
         loss = 1 + distance / 10 + run.seed / 100 + (spoiled if run.method == "RSGD" else 0.0)
-        outcome = {"train_loss": loss, "test_loss": loss, "test_accuracy": 0.5, "mutual_information": 1.0}
+        outcome = {"train_loss": loss, "test_loss": loss, "test_accuracy": 0.5}
         row = {"study": "", **vars(run), **outcome, "seconds": 1.0, "curve": "2 1", "date": "2026-01-01"}
         row |= {"commit": "abc", "command": "x", "hardware": "y", "versions": "z"}
-        rows[bench_convergence.key(row)] = {name: str(value) for name, value in row.items()}
+        rows[tuple(map(str, vars(run).values()))] = {name: str(value) for name, value in row.items()}
         return outcome
 
     for _, jobs in studies.studies("tiny"):

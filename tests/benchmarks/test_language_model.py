@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import bench_language_model as bench
-from benchmarks import demo_lm
-from benchmarks.convergence.results import Cell
+from benchmarks import demo_lm, study
+from benchmarks.convergence.results import Cell, Difference
 from benchmarks.harness import read_rows
 from benchmarks.language_model import plan, report, runs, tasks
 from benchmarks.language_model.runs import Run
@@ -46,6 +46,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bench.Sources]
             (folder / f"{name}.{split}.jsonl").write_text(text)
     yield bench.Sources(folder, folder)
     tasks.load.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses of the tiny model are above the real one's at first."""
+    monkeypatch.setattr(runs, "PATIENCE", 99)
 
 
 def test_loss_is_that_of_the_answers_alone(sources: bench.Sources) -> None:
@@ -89,6 +95,10 @@ def test_gate_spread() -> None:
     assert spread.outcome() == {"gate_cv": 0.5, "expert_gate_cv": 0.5, "load_cv": 0.0}
 
 
+def runs_file(path: Path, work: study.Execute | None, device: str = "cpu") -> study.RunsFile:
+    return study.RunsFile(path, Run, bench.OUTCOMES, work, device)
+
+
 def test_a_study_that_is_stopped_goes_on(tmp_path: Path) -> None:
     """The file is whole after every run; what it has is not run again, and an unfinished cell continues."""
     done: list[float] = []
@@ -98,42 +108,78 @@ def test_a_study_that_is_stopped_goes_on(tmp_path: Path) -> None:
         if len(done) == stop_after:
             raise KeyboardInterrupt
         done.append(run.lr)
-        return {"train_loss": 1 + abs(plan.rung_number(run.lr) + 9), "test_loss": 1.0, "seconds": 0.1}
+        return {"train_loss": 1 + abs(study.rung_number(run.lr) + 9), "test_loss": 1.0, "seconds": 0.1}
 
     studies = [("one", [(plan.tuned, replace(RUN, seed=-1, lr=0.0))])]
     path = tmp_path / "runs.csv"
     with pytest.raises(KeyboardInterrupt):
-        bench.run_all(studies, bench.RunsFile(path, work, "cpu"), 1, 60.0)
+        study.run_all(studies, runs_file(path, work), 1, 60.0)
     assert [float(row["lr"]) for row in read_rows(path)] == done
     first = list(done)
     done.clear()
     stop_after = 99
-    bench.run_all(studies, bench.RunsFile(path, work, "cpu"), 1, 60.0)
+    missing = study.Sketch(runs_file(path, None), plan.first_rung)
+    plan.tuned(studies[0][1][0][1], missing)
+    assert len(missing.missing) == 5 - 4 + 3  # of the ladder around the first rung, and the seeds
+    study.run_all(studies, runs_file(path, work), 1, 60.0)
     rows = read_rows(path)
     assert [float(row["lr"]) for row in rows][:4] == first
     assert len({(row["lr"], row["seed"]) for row in rows}) == len(rows)
-    assert Cell(rows).lr == plan.rung(-9)
+    assert Cell(rows).lr == study.rung(-9)
     assert len(Cell(rows).reported) == 3
-    bench.run_all(studies, bench.RunsFile(path, lambda _: pytest.fail("run again"), "cpu"), 1, 60.0)
-    bench.run_all([("late", [(plan.untrained, RUN)])], bench.RunsFile(path, work, "cpu"), 1, -1.0)
+    study.run_all(studies, runs_file(path, lambda _: pytest.fail("run again")), 1, 60.0)
+    study.run_all([("late", [(plan.untrained, RUN)])], runs_file(path, work), 1, -1.0)
     assert read_rows(path) == rows
+
+
+def test_rows_count_whatever_device_made_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless one of this device is asked for; differences are taken within a device where one has both rows."""
+    monkeypatch.setattr(study, "environment", lambda _: {})
+    offsets = {"cuda": 0.0, "cpu": 10.0}
+
+    def work(run: Run) -> dict[str, float]:
+        return {"train_loss": offsets[run.device] + run.lr + run.seed, "seconds": 0.1}
+
+    path = tmp_path / "runs.csv"
+    seeds = [replace(RUN, seed=seed, device="cuda") for seed in (0, 1, 2, 3)]
+    for run in seeds:
+        runs_file(path, work, "cuda")(run)
+    on_cpu = runs_file(path, work)
+    assert on_cpu(replace(seeds[1], device="cpu"))["train_loss"] < 10
+    assert len(read_rows(path)) == 4
+    for run in seeds[1:]:
+        assert on_cpu(replace(run, device="cpu"), own_device=True)["train_loss"] > 10
+    a = Cell(read_rows(path))
+    b = Cell([{**row, "train_loss": str(float(row["train_loss"]) - 1)} for row in a.rows if row["device"] == "cpu"])
+    b.rows.append({**a.rows[0]})  # seed 0, for the rate
+    assert Difference.of(a, b) == Difference((1.0, 1.0, 1.0))
+    only_cuda = Cell([row for row in a.rows if row["device"] == "cuda"])
+    assert Difference.of(only_cuda, b) == Difference((-9.0, -9.0, -9.0), across=True)
+    assert str(Difference.of(only_cuda, b)).endswith("†")
 
 
 def test_a_search_among_diverged_runs_goes_down() -> None:
     """A loss above that before training is no minimum, even between worse ones."""
 
     def execute(run: Run) -> dict[str, float]:
-        number = plan.rung_number(run.lr)
+        number = study.rung_number(run.lr)
         return {"train_loss": 5.0 + (number % 3) if number > -12 else 1 + abs(number + 14) / 10}
 
     assert plan.best_rung(replace(RUN, method="SGD"), execute) == -14
+
+
+def test_a_run_without_hope_stops(sources: bench.Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After some steps above the loss at which a run counts as diverged."""
+    monkeypatch.setattr(runs, "PATIENCE", 2)
+    monkeypatch.setattr(tasks.Language, "evaluate", lambda *_: pytest.fail("evaluated"))
+    assert bench.execute(RUN, sources)["train_loss"] == float("inf")  # at random: 4.85
 
 
 def test_the_page_shows_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables and markers of the committed page are those of the committed rows."""
     monkeypatch.setattr(report, "figures", lambda *_: [])
     rows = read_rows(bench.RESULTS / "language_model.csv")
-    assert tuple(rows[0]) == bench.COLUMNS
+    assert tuple(rows[0]) == runs_file(tmp_path / "none.csv", None).columns
     text = report.DOCUMENT.read_text()
     page = tmp_path / "page.md"
     page.write_text(text)

@@ -17,6 +17,7 @@ import pytest
 import ds_moelora
 from ds_moelora.cli import COMMANDS, launcher, main
 from ds_moelora.cli.plan_report import CONFIGS
+from ds_moelora.planner import model
 
 ROOT = Path(ds_moelora.__file__).parent.parent
 SCALING = ROOT / "docs/scaling.md"
@@ -112,6 +113,20 @@ def test_wrong_flags_are_one_line(argv: list[str], capsys: pytest.CaptureFixture
     assert "--help" in line
 
 
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+
+    def fails(url: str, timeout: float) -> None:
+        asked.append((url, timeout))
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(model, "get_hf_file_metadata", fails)
+    monkeypatch.setattr(model, "hf_hub_download", lambda *_: asked.append("again"))
+    assert main(changed("--model-config", "no/where")) == 2
+    assert "(Name or service not known). Get https://huggingface.co/no/where/" in capsys.readouterr().err
+    assert len(asked) == 1
+
+
 def test_the_unforeseen_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("two\nlines")
@@ -141,7 +156,9 @@ def test_as_a_program_without_deepspeed(tmp_path: Path) -> None:
 
 
 DOCUMENTED = re.findall(
-    r"^    python -m ds_moelora (plan [^\n]*)\n\n<!-- output -->\n(.*?)<!-- end -->", SCALING.read_text(), re.M | re.S
+    r"^    python -m ds_moelora (plan (?:\\\n|[^\n])*)\n\n<!-- output -->\n(.*?)<!-- end -->",
+    SCALING.read_text(),
+    re.M | re.S,
 )
 
 
@@ -150,7 +167,7 @@ def test_documented_output_is_what_the_command_prints(
     command: str, shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    assert main(shlex.split(command)) == 0
+    assert main(shlex.split(command.replace("\\\n", " "))) == 0
     assert capsys.readouterr().out.strip() == shown.strip()
 
 

@@ -12,9 +12,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.front_ends import assets
-from benchmarks.front_ends.__main__ import LM_EVAL, Runner, all_cases, deviation
+from benchmarks.front_ends.__main__ import LIMIT, LM_EVAL, TORCHRUN, Case, Runner, all_cases, deviation
 from benchmarks.front_ends.table import render
 from ds_moelora import MoELoRAConfig
+from launch.cluster.processes import find_free_port
+from tests.support.forks import run_script, start_forked
+from tests.support.launch_support import launch_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "front_ends.md"
@@ -38,6 +41,21 @@ def test_shards_cut_a_matrix(config: LoraConfig | MoELoRAConfig) -> None:
     assert offset % params[0][1].shape[-1]
 
 
+def reference(case: Case, optimizer: str, folder: Path) -> Path:
+    """The adapter of the case's unsharded run: forked, where `make front-ends` starts it by torchrun."""
+    out, log = folder / optimizer, folder / f"{optimizer}.log"
+    command = case.reference.removeprefix(TORCHRUN).replace("{out}", str(out))
+    script, *words = command.replace("assets/", f"{folder}/assets/").split()
+    common = {**launch_environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "UNSHARDED": optimizer}
+    common["MASTER_PORT"] = str(find_free_port())
+    numbers = [{"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    ranks = [start_forked(run_script, script, words, common | own, str(log)) for own in numbers]
+    for rank in ranks:
+        rank.join(LIMIT)
+        assert rank.exitcode == 0, log.read_text()[-4000:]
+    return out
+
+
 @pytest.mark.dist
 def test_trl(tmp_path: Path) -> None:
     """`python -m trl.scripts.sft` as it stands, at stage 2."""
@@ -46,7 +64,7 @@ def test_trl(tmp_path: Path) -> None:
     assets.write(tmp_path / "assets")
     (case,) = (case for case in all_cases() if "trl.scripts.sft" in case.what)
     runner = Runner(tmp_path / "environments", tmp_path, reuse=False)
-    unsharded, adamw = (runner.reference(case, name) for name in (assets.OURS, "AdamW"))
+    unsharded, adamw = (reference(case, name, tmp_path) for name in (assets.OURS, "AdamW"))
     sharded = runner.run(case, case.command.replace("{stage}", "2"), "sharded", FRONT_ENDS_STAGE="2")
     assert deviation(sharded, unsharded) < 1e-5  # fp32, 4 steps; eps is 1e-3
     assert deviation(adamw, unsharded) > 1e-2

@@ -197,6 +197,8 @@ COLUMNS: list[tuple[str, dict[str, Any], dict[str, Any], Any]] = [
     ("tools", {"messages": [USER, ANSWER], "tools": '[{"name": "w"}]'}, {}, "columns that are not read: tools"),
     ("id", {"prompt": "q", "completion": "a", "id": 3, "source": "x"}, {}, "not read: id, source"),
     ("weight", {"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER]}, {}, (["q", "a", "q"], 1)),
+    ("weight", {"prompt": [USER, {**ANSWER, "weight": 0}, USER], "completion": [ANSWER]}, {}, (["q", "a", "q"], 1)),
+    ("weight", {"prompt": [USER, {**ANSWER, "weight": 1}, USER], "completion": [ANSWER]}, {}, "not trained: weight"),
     ("name", {"messages": [{**USER, "name": "joe"}, ANSWER]}, {}, "the chat template does not use: name"),
     ("reasoning", {"messages": [USER, {**ANSWER, "reasoning": "r"}]}, {}, "does not use: reasoning"),
     ("reasoning_content", {"messages": [USER, {**ANSWER, "reasoning_content": "r"}]}, {}, "use: reasoning_content"),
@@ -218,6 +220,14 @@ def test_every_column_is_read_or_named(
     else:
         assert ([message["content"] for message in made[0]["prompt"]], len(made)) == expected
         assert said == ""
+
+
+def test_what_a_text_layout_cannot_do_is_refused() -> None:
+    with pytest.raises(UserError, match=r"row 0 .*all of a completion is trained, and a message in it has weight 0"):
+        converted({"prompt": [USER], "completion": [{**ANSWER, "weight": 0}]})
+    picture = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]}
+    with pytest.raises(UserError, match=r"row 0 .*message 1: a part of the content is no text: {'type': 'image'"):
+        converted({"messages": [picture, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]})
 
 
 def test_keys_and_tools_that_the_template_words_reach_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,7 +108,7 @@ class Failure:
 
 LOST = r"rank {} \(\S+, pid \d+\) was lost: its connection closed\."
 FAILURES = [
-    Failure("rank 1 killed in forward", "forward:1", by_itself, {"0": LOST.format(1)}, by_command=True),
+    Failure("rank 1 killed in forward", "forward:1", by_itself, {"0": LOST.format(1)}),
     Failure("rank 0 killed in the optimizer's all-reduce", "all-reduce:0", by_itself, {"1": LOST.format(0)}),
     Failure(
         "rank 1 stopped",

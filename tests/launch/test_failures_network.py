@@ -15,15 +15,14 @@ import pytest
 
 from tests.support.failures import (
     BATCH,
-    TRAIN,
     ForkedRun,
-    Run,
     Setting,
     check_end,
     errors_in,
     undisturbed_run,
     wait_for_step,
 )
+from tests.support.forks import Host
 
 pytestmark = pytest.mark.dist
 
@@ -43,10 +42,6 @@ class Hosts:
     names: list[str]
     interfaces: list[str]
     addresses: list[str]
-
-    def command(self, number: int, command: list[str]) -> list[str]:
-        """The command, on one of the hosts."""
-        return ["ip", "netns", "exec", self.names[number], *command]
 
 
 def ip(*words: str) -> subprocess.CompletedProcess[str]:
@@ -86,16 +81,13 @@ def test_a_host_drops_off(
 ) -> None:
     output_dir = tmp_path / "run"
     shutil.copytree(setting.reference / "checkpoint-2", output_dir / "checkpoint-2")
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("first slots=1\nsecond slots=1\n")
     arguments = [*setting.arguments, *BATCH, "--output_dir", str(output_dir)]
+    patience = ["--lost_rank_seconds", str(LOST_RANK_SECONDS)]
     runs = []
-    for number in (0, 1):
-        command = ["deepspeed", "--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(number)]
-        command += ["--master_addr", hosts.addresses[0], "--master_port", "29500", str(TRAIN), *arguments]
-        command += ["--lost_rank_seconds", str(LOST_RANK_SECONDS)]
+    for number, name in enumerate(hosts.names):
         environment = {"GLOO_SOCKET_IFNAME": hosts.interfaces[number]}
-        runs.append(Run(hosts.command(number, command), tmp_path / f"host-{number}.log", environment))
+        log, host = tmp_path / f"host-{number}.log", Host(name, number, 2, hosts.addresses[0])
+        runs.append(ForkedRun([*arguments, *patience], log, environment, ranks=1, port=29500, host=host))
     try:
         wait_for_step(runs[0], 5)
         assert ip("-n", hosts.names[1], "link", "set", hosts.interfaces[1], "down").returncode == 0

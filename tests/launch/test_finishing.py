@@ -35,6 +35,26 @@ def test_markup_in_paths(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert capsys.readouterr().out.count(folder) == 4
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_evaluation_that_fails_after_the_save(world: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one process a line; of several the others wait in it, so that all must end."""
+
+    def evaluate() -> dict[str, float]:
+        raise RuntimeError("out of memory")
+
+    state = SimpleNamespace(best_global_step=None, global_step=3, log_history=[{"step": 3, "loss": 1.0}])
+    args = SimpleNamespace(world_size=world, output_dir="outputs/x", load_best_model_at_end=False)
+    trainer = SimpleNamespace(state=state, args=args, eval_dataset=[1], evaluate=evaluate)
+    if world == 1:
+        assert finishing.final_scores(trainer) == {}
+        assert "saved in outputs/x; its evaluation (launch/evaluate.py" in capsys.readouterr().out
+    else:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            finishing.final_scores(trainer)
+    state.log_history.append({"step": 3, "eval_loss": 2.0})
+    assert finishing.final_scores(trainer) == {"eval_loss": 2.0}
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
 def test_curves_end_at_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whichever call meets the error; those after it do nothing."""

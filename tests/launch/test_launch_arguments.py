@@ -90,7 +90,7 @@ def test_help_is_about_the_command_at_hand(capsys):
     titles = ("model, data and run:", "the mixture of", "training, most used:", "scoring:", "all other flags")
     places = [text.index(title) for title in titles]
     assert places == sorted(places)
-    assert re.search(r"--lr LEARNING_RATE\s+Peak rate.*?\(default: 0\.5\)", text, re.DOTALL)
+    assert re.search(r"--lr LEARNING_RATE\s+Peak rate.*?\(default: 0\.01\)", text, re.DOTALL)
     assert "99" not in text[places[1] : places[2]], "the demo's"
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import ds_moelora  # noqa: F401  (so that PEFT knows the adapter)
+from tests.support.forks import run_script, start_forked
 from tests.support.launch_support import (
-    ROOT,
+    TRAIN,
     alpaca_rows,
+    find_free_port,
     launch,
     launch_by_command,
+    launch_environment,
     question_rows,
     tiny_model,
     write_jsonl,
@@ -259,18 +259,23 @@ def test_accumulation_does_not_change_the_gradient(model: Path, alpaca: Path, tm
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("starter", ["python", "torchrun"])
+# What a launcher tells its ranks (`make test-multinode` has the launchers themselves).
+STARTERS: dict[str, list[dict[str, str]]] = {
+    "python": [{}],
+    "torchrun": [{"RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} for r in "01"],
+}
+
+
+@pytest.mark.parametrize("starter", list(STARTERS))
 def test_other_launchers(model: Path, alpaca: Path, tmp_path: Path, starter: str):
-    bin_folder = Path(sys.executable).parent
-    command = [str(bin_folder / starter)]
+    common = launch_environment()
     if starter == "torchrun":
-        command += ["--standalone", "--nproc_per_node", "2"]
-    command += ["launch/train.py", *arguments(model, alpaca, "zero2", tmp_path / "out", "--max_steps", "2")]
-    environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port()), "TORCHELASTIC_RUN_ID": "none"}
+    words, log = arguments(model, alpaca, "zero2", tmp_path / "out", "--max_steps", "2"), tmp_path / "log"
+    ranks = [start_forked(run_script, str(TRAIN), words, common | own, str(log)) for own in STARTERS[starter]]
+    for rank in ranks:
+        rank.join(300)
+        assert rank.exitcode == 0, log.read_text()[-4000:]
     summary = summary_of(tmp_path / "out")
     assert summary["steps"] == 2
-    assert summary["world_size"] == (2 if starter == "torchrun" else 1)
+    assert summary["world_size"] == len(ranks)

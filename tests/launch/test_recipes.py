@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from ds_moelora import MoELoRAConfig
+from ds_moelora.cli import main
+from launch.checks.arguments import parse_arguments
 from launch.demo.base import byte_tokenizer
 from tests.launch.test_launch_images import tiny_clip, write_pictures
 from tests.support.launch_support import ROOT, launch, tiny_model, write_jsonl
@@ -25,6 +28,8 @@ SGD = ["--deepspeed", "configs/zero2_papers_sgd.json", "--learning_rate", "3e-5"
        "--lr_scheduler_kwargs", '{"lr_end": 3e-6, "power": 1}']  # fmt: skip
 RUNS = [(path, []) for path in RECIPES] + [(path, SGD) for path in RECIPES if path.stem.startswith("papers")]
 STEPS = 3
+# load_in_4bit: test_launch_4bit.py, where bitsandbytes is installed.
+NOT_HERE = ("dataset_config", "load_in_4bit")
 pytestmark = pytest.mark.dist
 
 
@@ -45,6 +50,9 @@ def tiny_roberta(folder: Path) -> Path:
 
 def rows_of(recipe: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """Rows in the layout of the recipe's data set."""
+    if name.startswith("chat"):
+        turns = [[{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}"}] for i in range(8)]
+        return [{"messages": turn} for turn in turns]
     if name == "papers_scienceqa":
         return [{"question": f"{i}?", "choices": ["x", "y"], "answer": i % 2, "hint": "h" * (i % 2)} for i in range(8)]
     if name == "papers_commonsenseqa":
@@ -71,11 +79,11 @@ def arguments_of(run: tuple[Path, list[str]], folder: Path) -> list[str]:
     path, more = run
     recipe = yaml.safe_load(path.read_text())
     model, data = stand_ins(recipe, path.stem, folder / name_of(run))
-    if recipe.get("prompt_template") == "chat":
+    if recipe.get("prompt_template") == "chat" or path.stem.startswith("chat"):
         turn = "{{ message.role + ':' + message.content + eos_token }}"
         (model / "chat_template.jinja").write_text(f"{{% for message in messages %}}{turn}{{% endfor %}}")
     own = folder / path.name
-    own.write_text(yaml.safe_dump({name: value for name, value in recipe.items() if name != "dataset_config"}))
+    own.write_text(yaml.safe_dump({name: value for name, value in recipe.items() if name not in NOT_HERE}))
     arguments = ["--config", str(own), "--model_name_or_path", str(model), "--dataset_name", str(data),
                  "--output_dir", str(folder / name_of(run) / "out"), "--max_steps", str(STEPS), "--save_strategy", "no",
                  "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--logging_steps", "1",
@@ -112,7 +120,8 @@ def test_the_recipe_starts(run: tuple[Path, list[str]], finished: tuple[Path, di
     if run[0].stem.startswith("papers"):
         check_papers(run, recipe, summary, output)
     else:
-        assert summary["optimizer"] == "AdamW"
+        kind = json.loads((ROOT / recipe["deepspeed"]).read_text())["optimizer"]["type"]
+        assert summary["optimizer"] == kind == ("GateRiemannianAdamW" if run[0].stem.startswith("chat") else "AdamW")
 
 
 def check_papers(run: tuple[Path, list[str]], recipe: dict[str, Any], summary: dict[str, Any], output: Path) -> None:
@@ -132,6 +141,28 @@ def check_papers(run: tuple[Path, list[str]], recipe: dict[str, Any], summary: d
     assert {name.rsplit(".", 1)[-1] for name in adapted} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert len(adapted) == 4 * 2
     assert not any("vision" in name for name in weights)
+
+
+@pytest.mark.parametrize("name", ["chat_7b_4bit", "chat_70b_zero3"])
+def test_the_planner_writes_the_recipe(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command in its header gives its figures and its flags, and the flags are the launcher's."""
+    path = ROOT / "configs" / "recipes" / f"{name}.yaml"
+    recipe, text = yaml.safe_load(path.read_text()), path.read_text().replace(" \\\n#      ", "")
+    planned = re.search(r"^#   ds-moelora (plan .*)$", text, re.MULTILINE)[1].split()
+    planned[planned.index("--model-config") + 1] = str(ROOT / planned[planned.index("--model-config") + 1])
+    assert main([*planned, "--write", str(tmp_path / "recipe.yaml")]) == 0
+    assert "deepspeed " in capsys.readouterr().out
+    written = (tmp_path / "recipe.yaml").read_text()
+    figures = re.compile(r"stage \d|[\d.]+ GB|[\d.]+ s per step|[\d.]+ B parameters|num_\w+ \d+")
+    assert set(figures.findall(written)) == set(figures.findall(text))
+    flags = yaml.safe_load(written)
+    assert {**flags, **dict.fromkeys(("model_name_or_path", "dataset_name"))} == {
+        **{key: recipe[key] for key in flags}, **dict.fromkeys(("model_name_or_path", "dataset_name"))
+    }  # fmt: skip
+    parsed = parse_arguments(["--config", str(path)], {})
+    assert parsed.run.load_in_4bit == ("load_in_4bit" in recipe)
+    stage = json.loads(Path(parsed.training.deepspeed).read_text())["zero_optimization"]["stage"]
+    assert stage == (3 if name.endswith("zero3") else 0)
 
 
 def test_there_are_recipes() -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,16 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ds_moelora import GateRiemannianAdamW
-from ds_moelora.checkpoint.record import IGNORE, REFUSE, SAY, compare, refuse_others, run_record, verdict
+from ds_moelora.checkpoint.record import (
+    IGNORE,
+    REFUSE,
+    SAY,
+    compare,
+    refuse_others,
+    run_record,
+    sample_weights,
+    verdict,
+)
 from ds_moelora.checkpoint.trained import Run
 from ds_moelora.redaction import is_secret
 from launch.checkpoint.record import IGNORED, TABLE, before_loading, data_record, settings
@@ -109,6 +119,26 @@ def test_another_base_model_other_rows_another_optimizer(saved: dict[str, Any]) 
     ):
         assert expected in {d.verdict for d in compare(saved, changed, TABLE)}
     assert compare(saved, record(parsed(), lr=0.5), TABLE) == [], "the learning rate is the flag's and the schedule's"
+
+
+def test_a_base_model_that_differs_in_one_kind_of_weight() -> None:
+    """As after merging a LoRA of `v_proj`; a stride through layers of nine weights each would miss it."""
+    model = LlamaForCausalLM(LlamaConfig(**{**MODEL, "num_hidden_layers": 16})).requires_grad_(False)
+    before = {"base.samples": sample_weights(model)}
+    kinds = {re.sub(r"\d+", "", name) for name, _ in model.named_parameters()}
+    assert len(kinds) == 12
+    for kind in kinds:
+        of_kind = [param for name, param in model.named_parameters() if re.sub(r"\d+", "", name) == kind]
+        for param in of_kind:
+            param.add_(0.1)
+        assert [d.verdict for d in compare(before, {"base.samples": sample_weights(model)})] == [REFUSE], kind
+        for param in of_kind:
+            param.sub_(0.1)
+    before = {"base.samples": sample_weights(model.bfloat16())}
+    for steps, expected in ((1, []), (2, [REFUSE])):  # from the start, in bf16's own steps
+        for param in model.parameters():
+            param.view(torch.int16).add_(1)
+        assert [d.verdict for d in compare(before, {"base.samples": sample_weights(model)})] == expected, steps
 
 
 def other_value(draw: random.Random, value: Any) -> Any:

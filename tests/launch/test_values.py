@@ -118,6 +118,7 @@ def test_csv_is_read_as_it_is_written(tmp_path: Path) -> None:
         ("prompt,completion\na,b,c\n", "could not be read: line 2 has another number of values"),
         ('prompt,completion\n"a,b\n', "could not be read: unexpected end of data"),
         ("prompt,completion\na,\n", "line 2: column 'completion' is empty"),
+        ("prompt,completion,completion\na,b,c\n", "line 1 names the column 'completion' twice"),
     ):
         (tmp_path / "x.csv").write_text(text)
         with pytest.raises(UserError, match=message):
@@ -144,7 +145,7 @@ ROW = '{"prompt": "q", "completion": "a"}\n'
         ),
         ("x.txt", "caf\u00e9".encode("latin-1"), r"x\.txt could not be read: byte 3 \(line 1\)"),
         ("x.csv", "a,b\n\u20ac,1\n".encode("cp1252"), r"byte 4 \(line 2\) is b'\\x80'"),
-        ("x.json", "[1]".encode("utf-16"), r"byte 0 \(line 1\) is b'\\xff', which is not UTF-8"),
+        ("x.json", "[1]".encode("utf-16"), r"byte 0 \(line 1\) is b'\\xff', which is not UTF-8.*-f utf-16"),
         ("x.jsonl", ROW.encode() + b"null\n", "line 2: the row is null"),
         ("x.jsonl", b"null\n" + ROW.encode(), "line 1: the row is null"),
         ("x.json", b"[null]", r"row 1 \(counted from 1\): the row is null"),
@@ -178,6 +179,15 @@ def test_a_row_of_20_megabytes_does_not_stall(tmp_path: Path) -> None:
     assert MAX_CHARACTERS < 20_000_000
     with pytest.raises(UserError, match="column 'a' has 2,100,000 characters, more than 2,000,000"):  # parquet, the hub
         text_of({"a": "a" * 2_100_000}, "a", "row 0")
+
+
+def test_a_conversation_of_many_answers_does_not_stall(tmp_path: Path) -> None:
+    """Each is a row with all before it: 20,000 of them would be a row's 600 kB two hundred million times."""
+    turns = [USER, {"role": "assistant", "content": "a"}] * 20_000
+    path = write_jsonl(tmp_path / "x.jsonl", [{"messages": turns}])
+    with pytest.raises(UserError, match=r"x.jsonl, line 1: the conversation has 40,000 messages and 20,000 answers"):
+        read(path)
+    assert len(read(write_jsonl(tmp_path / "y.jsonl", [{"messages": turns[:200]}]))) == 100
 
 
 def test_a_template_that_refuses_a_row_names_it() -> None:

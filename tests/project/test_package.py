@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ LIBRARIES = {
     "integrations": {"torch", "peft", "transformers", "deepspeed", "axolotl", "swift", "pydantic"},
     "monitoring": {"torch", "transformers", "numpy", "PIL"},
     "planner": {"torch", "transformers", "huggingface_hub"},
-    "cli": {"torch", "transformers", "rich"},
+    "cli": {"torch", "transformers", "rich", "yaml"},
 }
 
 
@@ -123,6 +124,35 @@ def module_graph(folder: Path) -> dict[str, set[str]]:
         # `from package import module` names the package too, whose __init__ may import this file.
         graph[name] = {m for m in imported if not any(o.startswith(m + ".") for o in imported | {name})}
     return graph
+
+
+def definitions(path: Path) -> set[str]:
+    """Functions, classes and methods of a file: `f`, `C`, `C.m` and `m`."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            methods = {m.name for m in node.body if isinstance(m, ast.FunctionDef)}
+            found |= methods | {f"{node.name}.{m}" for m in methods}
+    return found
+
+
+STOP = re.compile(r"^\| (\d) \| (?:`(\S+\.py)`, `(\S+)`|[^|`]*(?:`[^`]+`)?) \| ", re.MULTILINE)
+
+
+def test_the_walks_of_the_architecture_page_name_what_is_there() -> None:
+    page = (ROOT.parent / "docs" / "architecture.md").read_text()
+    walks = [section for section in page.split("\n## ") if "step by step" in section.splitlines()[0]]
+    assert len(walks) == 2
+    for walk in walks:
+        stops = STOP.findall(walk)
+        assert [int(number) for number, _, _ in stops] == list(range(1, len(stops) + 1))
+        assert len(stops) <= 8
+        ours = [(path, name) for _, path, name in stops if path]
+        assert len(ours) >= 6  # the others are DeepSpeed's and torch's
+        for path, name in ours:
+            assert name in definitions(ROOT / path), f"{path}: {name}"
 
 
 def test_a_circle_would_be_found() -> None:

@@ -24,6 +24,7 @@ from ds_moelora.monitoring.run_info import configuration
 from ds_moelora.redaction import REDACTED, is_secret, redact, redact_text, redact_words
 from launch.checks import errors
 from launch.checks.arguments import command_line, parse_arguments
+from launch.checks.deepspeed_config import read_deepspeed_config
 from launch.checks.flags import TRAINING_CLASSES, AdapterArguments, RunArguments, ScoringArguments
 from launch.cluster.multinode import exported
 
@@ -31,12 +32,12 @@ SECRETS = ["hub_token", "HF_TOKEN", "WANDB_API_KEY", "token", "key", "apiKey", "
            "AWS_ACCESS_KEY_ID", "password", "DB_PASSWORD", "PGPASSWORD", "secret", "client_secret", "GITHUB_TOKEN_2",
            "HFTOKEN", "authtoken", "hub-token", "push_to_hub_token", "use_auth_token", "SECRET_KEY_BASE", "API_KEYS",
            "HUGGING_FACE_HUB_TOKEN", "hf_tokens", "OPENAI_APIKEY", "SSH_PRIVATE_KEY", "hub_private_key",
-           "X-Auth-Token", "myPassword", "GOOGLE_APPLICATION_CREDENTIALS"]  # fmt: skip
+           "X-Auth-Token", "myPassword", "GOOGLE_APPLICATION_CREDENTIALS", "SMTP_PASS", "Authorization"]  # fmt: skip
 HARMLESS = ["tokenizer", "tokenizer_name", "max_new_tokens", "num_input_tokens_seen", "pad_token", "eos_token",
             "eos_token_id", "decoder_start_token_id", "tokens", "tokens_per_second", "mean_token_accuracy",
             "num_key_value_heads", "keys_to_ignore_at_inference", "trainable_token_indices", "k_proj", "monkey",
             "TOKENIZERS_PARALLELISM", "image_token", "additional_special_tokens", "token_type_ids", "tokens_cut",
-            "average_tokens_across_devices", "KeyError", "keyboard"]  # fmt: skip
+            "average_tokens_across_devices", "KeyError", "keyboard", "last_pass", "compass"]  # fmt: skip
 SECRET = "Tr0ub4dor-horse"
 
 
@@ -88,6 +89,24 @@ def test_values_that_are_no_secrets() -> None:
     assert redact(plain) == plain
     assert redact({"password": 12345678}) == {"password": REDACTED}
     assert redact_text("KeyError: 'q_proj' of tokenizer=x") == "KeyError: 'q_proj' of tokenizer=x"
+
+
+def test_free_text_of_others() -> None:
+    """Lists and headers in their messages, and what a DeepSpeed config held."""
+    for text in (
+        f'{{"secrets": ["{SECRET}", "{SECRET}"]}}',
+        f"-H 'Authorization: Bearer {SECRET}'",
+        f"api_key={SECRET}",
+    ):
+        assert SECRET not in redact_text(text), text
+    assert redact_text("the bearer of this") == "the bearer of this"
+
+
+def test_secrets_of_the_deepspeed_config_are_remembered(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"comet": {"api_key": SECRET}}))
+    read_deepspeed_config(str(path))
+    assert SECRET not in redact_text(f"a library complains of {SECRET}")
 
 
 @pytest.mark.parametrize("task", TRAINING_CLASSES)

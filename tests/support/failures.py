@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from launch.checkpoint.resume import newest_complete, step_of
-from tests.support.forks import ROOT, run_ranks, start_forked
+from tests.support.forks import ROOT, Host, run_ranks, start_forked
 from tests.support.launch_support import (
     TRAIN,
     alpaca_rows,
@@ -134,6 +134,8 @@ class ForkedRun(Run):
         environment: added to that of this process.
         ranks: how many.
         script: what every rank runs.
+        port: of the rendezvous, which several hosts share; None: a free one.
+        host: where the ranks are, if not all of the run are on this machine.
     """
 
     def __init__(
@@ -143,11 +145,13 @@ class ForkedRun(Run):
         environment: dict[str, str] | None = None,
         ranks: int = 2,
         script: Path = TRAIN,
+        port: int | None = None,
+        host: Host | None = None,
     ) -> None:
         self.log = log
         log.write_text("")
         variables = {**launch_environment(), **(environment or {})}
-        words = str(script), arguments, ranks, variables, find_free_port(), str(log)
+        words = str(script), arguments, ranks, variables, port or find_free_port(), str(log), host
         self.forked = start_forked(run_ranks, *words, daemon=False)
 
     def code(self) -> int | None:

@@ -8,11 +8,13 @@ code. Variables that libraries read while they are imported (HF_HOME, DS_ACCELER
 from __future__ import annotations
 
 import atexit
+import ctypes
 import multiprocessing as mp
 import os
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
@@ -20,7 +22,31 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+CLONE_NEWNET = 0x40000000
 _context = mp.get_context("forkserver")
+
+
+@dataclass(frozen=True)
+class Host:
+    """One of several hosts of a run: a network namespace of this machine.
+
+    Args:
+        network: the namespace's name. first: the number of its first rank. world: ranks of all hosts together.
+        address: of rank 0's host.
+    """
+
+    network: str
+    first: int
+    world: int
+    address: str
+
+    def enter(self) -> None:
+        """Puts this process, and those that it starts, on the host."""
+        namespace = os.open(f"/run/netns/{self.network}", os.O_RDONLY)
+        libc = ctypes.CDLL(None, use_errno=True)  # os.setns came with Python 3.12
+        if libc.setns(namespace, CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"setns to {self.network}")
+        os.close(namespace)
 
 
 def start_forked(function: Callable[..., Any], *args: Any, daemon: bool = True) -> ForkServerProcess:
@@ -49,18 +75,28 @@ def _start_server() -> None:
 
 
 def run_ranks(
-    script: str, arguments: list[str], ranks: int, environment: dict[str, str], port: int, output: str
+    script: str,
+    arguments: list[str],
+    ranks: int,
+    environment: dict[str, str],
+    port: int,
+    output: str,
+    host: Host | None = None,
 ) -> None:
     """Does in a forked process what `deepspeed --num_gpus <ranks> <script> <arguments>` does on one machine.
 
-    A rank that fails ends the others, and its code becomes this process's. All are one session; what they print is
-    added to the file `output`, and their process numbers are in `<output>.pids`, by rank.
+    With `host`, what `deepspeed --no_ssh --node_rank` does on one of several. A rank that fails ends the others, and
+    its code becomes this process's. All are one session; what they print is added to the file `output`, and their
+    process numbers are in `<output>.pids`, by rank.
     """
     os.setsid()
+    if host is not None:
+        host.enter()
+    first, world, address = (host.first, host.world, host.address) if host else (0, ranks, "127.0.0.1")
     processes = []
     for rank in range(ranks):
-        own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-        own |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        own = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+        own |= {"RANK": str(first + rank), "LOCAL_RANK": str(rank)}
         words = [f"--local_rank={rank}", *arguments]
         process = mp.get_context("fork").Process(target=run_script, args=(script, words, environment | own, output))
         process.start()

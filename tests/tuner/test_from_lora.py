@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from ds_moelora import MoELoRAConfig, start_from_lora
 from tests.support.launch_support import tiny_model
+from tests.support.ranks import run_on_ranks
+from tests.support.training import engine_config
 
 IDS = torch.arange(4, 24).view(2, 10)
 
@@ -28,9 +32,12 @@ def save_lora(base: Path, folder: Path, **options: Any) -> Path:
     return folder
 
 
-def mixture(base: Path, **options: Any) -> PeftModel:
+def mixture(base: Path, inside: Any = None, **options: Any) -> PeftModel:
+    """`inside`: a context for making the adapter."""
     fields = {"r": 3, "num_experts": 4, "top_k": 2, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-    return get_peft_model(AutoModelForCausalLM.from_pretrained(base), MoELoRAConfig(**{**fields, **options}))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with inside or nullcontext():
+        return get_peft_model(model, MoELoRAConfig(**{**fields, **options}))
 
 
 @pytest.mark.parametrize("options", [
@@ -60,6 +67,36 @@ def test_experts_part(base: Path, tmp_path: Path) -> None:
     for name, factor in model.named_parameters():
         if "lora_" in name:
             assert all(not torch.equal(factor[0], other) for other in factor[1:]), name
+
+
+def spread_logits(base: str, lora: str) -> dict[str, torch.Tensor]:
+    """On each of two processes: the mixture's logits, its experts shared out, or cut up by ZeRO-3 as they are made."""
+    import deepspeed
+
+    def logits(model: PeftModel, stage: int) -> torch.Tensor:
+        start_from_lora(model, lora)
+        params = [p for p in model.parameters() if p.requires_grad]
+        config = engine_config(stage, "GateRiemannianAdamW")
+        engine = deepspeed.initialize(model=model, model_parameters=params, config=config)[0]
+        engine.eval()
+        with torch.no_grad():
+            return engine(input_ids=IDS).logits
+
+    found = {"ep_size 2": logits(mixture(Path(base), ep_size=2), 2)}
+    torch.manual_seed(dist.get_rank())  # what one process alone has would show
+    cut = deepspeed.zero.Init(config_dict_or_path=engine_config(3, "GateRiemannianAdamW"), dtype=torch.float32)
+    return found | {"stage 3": logits(mixture(Path(base), inside=cut, r=5), 3)}
+
+
+@pytest.mark.dist
+def test_the_mixture_is_the_lora_where_experts_are_spread(base: Path, tmp_path: Path) -> None:
+    folder = save_lora(base, tmp_path / "lora")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    wanted = model(input_ids=IDS).logits.detach()
+    for found in run_on_ranks(2, spread_logits, base=str(base), lora=str(folder)):
+        assert found.keys() == {"ep_size 2", "stage 3"}
+        for logits in found.values():
+            torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("lora", "options", "message"), [

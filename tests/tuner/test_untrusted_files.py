@@ -24,23 +24,24 @@ from ..support.adapter_support import adapted, llama
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HUGE = 10**400  # beyond the largest float
+SLOW = r"(([a-z_]+\.?)+)+!"  # a name of n letters takes 2^n steps
 WRONG = {
     "num_experts": [10**11, MOST_EXPERTS + 1, -1, 0, True, "8", 2.5, [8], {"a": 1}, None, HUGE],
     "r": [10**11, MOST_RANK + 1, -4, HUGE, None, []],
     "top_k": [10**11, None, []],
     "lora_alpha": [float("nan"), float("inf"), HUGE, "16", None, [1]],
     "lora_dropout": [1.0, -0.1, "x", [[]]],
-    "target_modules": [[1], [["q"]], {"a": 1}, 5, ["q"] * (MOST_ENTRIES + 1), [], "("],
-    "exclude_modules": [[{}], 7, "*"],
+    "target_modules": [[1], [["q"]], {"a": 1}, 5, ["q"] * (MOST_ENTRIES + 1), [], "(", SLOW, ".*.*.*.*.*.*.*!"],
+    "exclude_modules": [[{}], 7, "*", SLOW],
     "modules_to_save": [3, [3], {"a": 2}],
     "layers_to_transform": ["a", ["a"], [1.5], {}],
     "layers_pattern": [3],
     "rank_pattern": [
-        *({"q": 10**11}, {"q": -1}, {"(": 4}, [["q", 4, 5]], "x", {"q": None}),
+        *({"q": 10**11}, {"q": -1}, {"(": 4}, {SLOW: 4}, [["q", 4, 5]], "x", {"q": None}),
         {f"q{i}": 4 for i in range(MOST_ENTRIES + 1)},
     ],
     "num_experts_pattern": [{"q": 10**11}],
-    "alpha_pattern": [{"q": HUGE}, {"q": float("nan")}],
+    "alpha_pattern": [{SLOW: 1.0}, {"q": HUGE}, {"q": float("nan")}],
     "scaling": [None, [], {}, "x" * 10**6],
     "init_lora_weights": [None, [], {}, 3, "x"],
     "router_temperature": [0, float("nan"), HUGE],
@@ -124,9 +125,10 @@ def test_loading_names_the_file(saved: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{WEIGHTS} is damaged or cut short"):
             model.load_adapter(str(folder), "second")
         assert list(model.peft_config) == ["default"]
-    (folder / CONFIG).write_text("{")
-    with pytest.raises(ValueError, match=f"{CONFIG} cannot be used"):
-        PeftModel.from_pretrained(llama(), str(folder))
+    for text in ("{", '{"peft_type": ["MOELORA"]}', '{"r": 4}'):
+        (folder / CONFIG).write_text(text)
+        with pytest.raises(ValueError, match=f"{CONFIG} cannot be used"):
+            PeftModel.from_pretrained(llama(), str(folder))
     copied(saved, folder, num_experts=10**11)
     with pytest.raises(ValueError, match=f"{CONFIG} cannot be used: num_experts=100000000000 must be at most"):
         PeftModel.from_pretrained(llama(), str(folder))

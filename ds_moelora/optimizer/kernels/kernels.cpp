@@ -217,37 +217,44 @@ template <int R> void damped_inverse(const float* G, int64_t count, const float*
       for (int64_t l = 0; l < count; l++) out[(l * R + i) * R + j] = poison[l] == 0 ? X.at[i][j][l] : poison[l];
 }
 
-// Calls f(block, address, elements, matrix) for every expert of every block that is there.
-template <class F> void for_experts(int64_t blocks, const int64_t* addresses, const int64_t* layout, const int64_t* matrix, int r, int threads, F f) {
+// A block of rows: see RowLayout.table in optimizer/kernels/rows.py.
+struct Block {
+  int64_t unit, offset, experts, rows, stride, first;
+};
+
+// Calls f(block, offset in its unit, matrix) for every expert of every block whose unit is there.
+template <class F> void for_experts(int64_t count, const int64_t* units, const Block* blocks, const int64_t* matrix, int r, int threads, F f) {
 #pragma omp parallel num_threads(threads)
-  for (int64_t b = 0; b < blocks; b++) {
-    const int64_t *at = layout + 4 * b, elements = at[1] * r;
-    if (addresses[b])
-      for (int64_t e = 0; e < at[0]; e++)
-        if ((at[3] + e) % omp_get_num_threads() == omp_get_thread_num()) f(b, e * elements, matrix[at[3] + e]);
+  for (int64_t b = 0; b < count; b++) {
+    const Block& block = blocks[b];
+    if (units[block.unit])
+      for (int64_t e = 0; e < block.experts; e++)
+        if ((block.first + e) % omp_get_num_threads() == omp_get_thread_num())
+          f(block, block.offset + e * block.rows * r, matrix[block.first + e]);
   }
 }
 
 template <int R> struct Kernels {
-  static void add_grams(int64_t blocks, const int64_t* addresses, const int64_t* layout, const int64_t* matrix, float* grams, int threads) {
-    for_experts(blocks, addresses, layout, matrix, R, threads, [=](int64_t b, int64_t offset, int64_t which) {
-      const float* x = (const float*)addresses[b] + offset;
-      (layout[4 * b + 2] ? add_gram_rank_first<R> : add_gram<R>)(x, layout[4 * b + 1], grams + which * R * R);
+  static void add_grams(int64_t count, const int64_t* units, const Block* blocks, const int64_t* matrix, float* grams, int threads) {
+    for_experts(count, units, blocks, matrix, R, threads, [=](const Block& block, int64_t offset, int64_t which) {
+      const float* x = (const float*)units[block.unit] + offset;
+      (block.stride > 1 ? add_gram_rank_first<R> : add_gram<R>)(x, block.rows, grams + which * R * R);
     });
   }
 
-  template <class Use> static void multiply_one(const float* x, const int64_t* at, const float* M, Use use) {
-    if (at[2]) multiply_rank_first<R>(x, at[1], M, use);
-    else multiply<R>(x, at[1], M, use);
+  template <class Use> static void multiply_one(const float* x, const Block& block, const float* M, Use use) {
+    if (block.stride > 1) multiply_rank_first<R>(x, block.rows, M, use);
+    else multiply<R>(x, block.rows, M, use);
   }
 
-  static void precondition(int64_t blocks, const int64_t* addresses, const int64_t* layout, const int64_t* matrix, const float* inverses,
+  static void precondition(int64_t count, const int64_t* units, const Block* blocks, const int64_t* matrix, const float* inverses,
                            const int64_t* state, const double* settings, int threads) {
-    for_experts(blocks, addresses, layout, matrix, R, threads, [=](int64_t b, int64_t offset, int64_t which) {
-      float* x = (float*)addresses[b] + offset;
+    for_experts(count, units, blocks, matrix, R, threads, [=](const Block& block, int64_t offset, int64_t which) {
+      float* x = (float*)units[block.unit] + offset;
       const float* M = inverses + which * R * R;
-      if (state && state[4 * b]) multiply_one(x, layout + 4 * b, M, AdamW(state + 4 * b, offset, settings + 5 * b));
-      else multiply_one(x, layout + 4 * b, M, [=](int64_t i, V out, int64_t count) { store(x + i, out, count); });
+      const int64_t* kept = state ? state + 4 * block.unit : nullptr;
+      if (kept && kept[0]) multiply_one(x, block, M, AdamW(kept, offset, settings + 5 * block.unit));
+      else multiply_one(x, block, M, [=](int64_t i, V out, int64_t n) { store(x + i, out, n); });
     });
   }
 
@@ -273,13 +280,13 @@ template <int R> struct Kernels {
 
 extern "C" {
 
-void add_grams(int64_t rank, int64_t threads, int64_t blocks, const int64_t* addresses, const int64_t* layout, const int64_t* matrix, float* grams) {
-  FOR_RANK(add_grams(blocks, addresses, layout, matrix, grams, threads))
+void add_grams(int64_t rank, int64_t threads, int64_t count, const int64_t* units, const Block* blocks, const int64_t* matrix, float* grams) {
+  FOR_RANK(add_grams(count, units, blocks, matrix, grams, threads))
 }
 
-void precondition(int64_t rank, int64_t threads, int64_t blocks, const int64_t* addresses, const int64_t* layout, const int64_t* matrix,
+void precondition(int64_t rank, int64_t threads, int64_t count, const int64_t* units, const Block* blocks, const int64_t* matrix,
                   const float* inverses, const int64_t* state, const double* settings) {
-  FOR_RANK(precondition(blocks, addresses, layout, matrix, inverses, state, settings, threads))
+  FOR_RANK(precondition(count, units, blocks, matrix, inverses, state, settings, threads))
 }
 
 void invert(int64_t rank, int64_t threads, int64_t matrices, const float* grams, const float* damping, int64_t stride, float* out) {

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..factors import Factor
-from ..kernels.cpp import FLOAT, RANKS, AdamWState, Extents, Kernels
+from ..kernels.rows import AdamWState, Extents, Kernels
 from ..preconditioner import algebra_dtype, gram, precondition_
 from .placement import Placement
 from .plan import GRAD, WEIGHT, RowBlocks, Rows, StepPlan
@@ -31,10 +31,7 @@ class ShardedPreconditioner:
         settings: factor index -> numbers that `matrices` wants for that factor's gradient, the damping first.
         gradient_grams: `matrices` needs the Gram matrices of the gradients, too.
         comm_device: device on which the process groups communicate; None: where the weights are.
-        kernels: do the work on rows, if their rank is among RANKS; None: torch does.
-
-    Raises:
-        ValueError: there is nothing that `kernels` can do.
+        kernels: do the work on rows that they cover; None: torch does.
     """
 
     def __init__(
@@ -52,12 +49,6 @@ class ShardedPreconditioner:
         self.matrices, self.settings, self.gradient_grams, self.kernels = matrices, settings, gradient_grams, kernels
         # Called with (Gram matrices, damping), if somebody wants to look at them.
         self.watch: Callable[[Tensor, Tensor | float], None] | None = None
-        ranks = {f.rank for f in factors}
-        if kernels is not None and not ranks & {*RANKS}:
-            raise ValueError(
-                f'"compiled": true would have no effect: there are pairs of rank {sorted(ranks)}, and C++ kernels for '
-                f'{RANKS}; set "compiled": false, or use one of these ranks.'
-            )
         self._plans: dict[tuple[int, frozenset[Hashable], frozenset[int]], StepPlan] = {}
         self._stepped: set[Hashable] = set()
         self._grams: dict[int, Tensor] = {}  # of factors whose partner is still to be stepped, too
@@ -103,12 +94,12 @@ class ShardedPreconditioner:
         for rank, due in plan.weights.order.items():
             for i in due:
                 wanted = plan.weights.wanted[i]
-                self._grams[i] = grams[rank][wanted.start : wanted.stop]
+                self._grams[i] = grams[rank].narrow(0, wanted.start, len(wanted))
         found = {}
         for rank, active in plan.grads.order.items():
             carried = [self._grams[i] for i in plan.carried if self.factors[i].rank == rank]
             fresh = plan.grads.num[rank] - sum(map(len, carried))
-            parts = [*([grams[rank][:fresh]] if rank in grams else []), *carried]
+            parts = [*([grams[rank].narrow(0, 0, fresh)] if rank in grams else []), *carried]
             partners = torch.cat(parts) if len(parts) > 1 else parts[0]
             damping, *others = self._per_matrix(active, [len(plan.grads.wanted[i]) for i in active], partners)
             if self.watch is not None:
@@ -153,12 +144,6 @@ class GroupCall:
         self.dtype, self.device = algebra_dtype(*(w.dtype for w in weights)), weights[0].device
         # Roots of gradients' Gram matrices lose half of their digits: these are summed in float64.
         self.wide = plan.gradient_grams
-        for w in weights if kernels else []:
-            if w.dtype != torch.float32 or not w.is_cpu:
-                raise ValueError(
-                    f'"compiled": true has kernels for float32 weights on CPUs, and the optimizer holds {w.dtype} on '
-                    f'{w.device}; set "compiled": false.'
-                )
 
     def grams(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Phases 0 to 2, and the outer products of phase 3: the wanted Gram matrices whole, by rank.
@@ -178,7 +163,7 @@ class GroupCall:
             for (unit, rank), c in rows.copies.items():
                 source = self.flats[unit][which]
                 if source is not None:
-                    values = source[c.local.on(self.device)].to(like["dtype"])
+                    values = source.index_select(0, c.local.on(self.device)).to(like["dtype"])
                     tables[which, rank, "rows"].view(-1).index_copy_(0, c.table.on(self.device), values)
         plan.exchange(tables, self.group, self.comm_device)
         for rows, which in both:
@@ -186,9 +171,11 @@ class GroupCall:
             for rank in rows.sums:
                 for positions, targets in rows.cut[rank].rounds:
                     values = tables[which, rank, "rows"].index_select(0, positions.on(self.device))
-                    outer = (values[:, :, None] * values[:, None, :]).flatten(1)
+                    outer = (values.unsqueeze(2) * values.unsqueeze(1)).flatten(1)
                     tables[which, rank, "grams"].index_add_(0, targets.on(self.device), outer)
-        found = [{r: tables[w, r, "grams"][: rows.num[r]].view(-1, r, r) for r in rows.sums} for rows, w in both]
+        found = [
+            {r: tables[w, r, "grams"].narrow(0, 0, rows.num[r]).view(-1, r, r) for r in rows.sums} for rows, w in both
+        ]
         return found[WEIGHT], found[GRAD]
 
     def apply(self, matrices: dict[int, Tensor], adamw: StateOf) -> Extents:
@@ -196,10 +183,10 @@ class GroupCall:
         stepped: Extents = {}
         matrices = {rank: own.to(self.dtype) for rank, own in matrices.items()}
         for blocks in (*self.plan.grads.own, *self.plan.grads.assembled):
-            if self.kernels and blocks.rank in RANKS and not blocks.interleaved:
-                self._apply_cpp(self.kernels, blocks, matrices[blocks.rank], adamw, stepped)
+            if self.kernels and self.kernels.covers(blocks.rank, blocks.interleaved):
+                self._apply_kernels(self.kernels, blocks, matrices[blocks.rank], adamw, stepped)
                 continue
-            ordered = matrices[blocks.rank][blocks.matrix.on(self.device)]
+            ordered = matrices[blocks.rank].index_select(0, blocks.matrix.on(self.device))
             for b, own in zip(blocks.blocks, ordered.split(blocks.counts), strict=True):
                 grad = self.flats[b.source][GRAD]
                 if grad is not None:
@@ -217,11 +204,11 @@ class GroupCall:
         """Adds the Gram matrices of blocks of weights or gradients to those of `rows`, if the plan wants them."""
         for blocks in equal if rows.sums else []:
             target = self.tables[which, blocks.rank, "grams"].view(-1, blocks.rank, blocks.rank)
-            sources = [self.flats[b.source][which] for b in blocks.blocks]
-            if self.kernels and blocks.rank in RANKS and not blocks.interleaved:
-                addresses = [_address(source, b.offset) for b, source in zip(blocks.blocks, sources, strict=True)]
-                self.kernels.add_grams_(target, blocks.layout, addresses)
+            if self.kernels and self.kernels.covers(blocks.rank, blocks.interleaved) and not self.wide:
+                layout = blocks.layout
+                self.kernels.add_grams_(target, layout, [self.flats[unit][which] for unit in layout.units])
                 continue
+            sources = [self.flats[b.source][which] for b in blocks.blocks]
             sums = [
                 target.new_zeros(b.experts, b.rank, b.rank) if source is None else gram(b.view(source), target.dtype)
                 for b, source in zip(blocks.blocks, sources, strict=True)
@@ -232,28 +219,27 @@ class GroupCall:
         for rank, cut in self.plan.grads.cut.items():
             if cut.rows:
                 rows, table = cut.rows.on(self.device), self.tables[GRAD, rank, "rows"]
-                own = matrices[rank][cut.matrix.on(self.device)].to(table.dtype)
-                table.index_copy_(0, rows, torch.bmm(table[rows][:, None, :], own)[:, 0])
+                own = matrices[rank].index_select(0, cut.matrix.on(self.device)).to(table.dtype)
+                table.index_copy_(0, rows, torch.bmm(table.index_select(0, rows).unsqueeze(1), own).squeeze(1))
         for (unit, rank), c in self.plan.grads.copies.items():
             grad = self.flats[unit][GRAD]
             if grad is not None:
-                values = self.tables[GRAD, rank, "rows"].view(-1)[c.table.on(self.device)].to(grad.dtype)
+                values = (
+                    self.tables[GRAD, rank, "rows"].view(-1).index_select(0, c.table.on(self.device)).to(grad.dtype)
+                )
                 grad.index_copy_(0, c.local.on(self.device), values)
 
-    def _apply_cpp(
+    def _apply_kernels(
         self, kernels: Kernels, blocks: RowBlocks, matrices: Tensor, adamw: StateOf, stepped: Extents
     ) -> None:
         """Steps the blocks of units that have a state, and preconditions the gradients of the others."""
-        addresses: list[int] = []
-        updates: list[tuple[AdamWState, int] | None] = []
-        for b in blocks.blocks:
-            grad = self.flats[b.source][GRAD]
-            state = None if grad is None else adamw(b.source)
-            addresses.append(_address(grad, b.offset))
-            updates.append(None if state is None else (state, b.offset))
+        layout = blocks.layout
+        gradients = [self.flats[unit][GRAD] for unit in layout.units]
+        states = [None if g is None else adamw(unit) for g, unit in zip(gradients, layout.units, strict=True)]
+        for unit, state in zip(layout.units, states, strict=True):
             if state is not None:
-                stepped.setdefault(b.source, []).append((b.offset, b.end))
-        kernels.precondition_(matrices, blocks.layout, addresses, updates)
+                stepped.setdefault(unit, []).extend(layout.extents[unit])
+        kernels.precondition_(matrices, layout, gradients, states)
 
     def _assemble(self) -> None:
         """Phase 0: adds whole copies of the cut experts stored rank first to `flats`, as sources of their own."""
@@ -271,7 +257,3 @@ class GroupCall:
                 weight, grad = self.flats.get(("assembled", i, expert), (whole, None))
                 self.flats["assembled", i, expert] = (weight, whole if which == GRAD else grad)
         plan.assembly(tables, self.group, self.comm_device)
-
-
-def _address(flat: Tensor | None, offset: int) -> int:
-    return 0 if flat is None else flat.data_ptr() + FLOAT * offset

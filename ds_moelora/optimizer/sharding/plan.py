@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..factors import Factor
-from ..kernels.cpp import RowLayout
+from ..kernels.rows import Block, RowLayout
 from .placement import Placement, expert_blocks, split_slice
 from .transfer import Index, Processes, Transfer, rounds
 
@@ -40,12 +40,17 @@ class RowBlock(NamedTuple):
     def end(self) -> int:
         return self.offset + self.experts * self.rows * self.rank
 
-    def view(self, flat: Tensor) -> Tensor:
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Between experts, rows, and the elements of a row."""
         r, rows = self.rank, self.rows
-        strides = (rows * r, 1, rows) if self.transposed else (rows * r, r, 1)
         if self.interleaved:
-            strides = (1, self.experts * r, self.experts)
-        return flat.as_strided((self.experts, rows, r), strides, flat.storage_offset() + self.offset)
+            return 1, self.experts * r, self.experts
+        return (rows * r, 1, rows) if self.transposed else (rows * r, r, 1)
+
+    def view(self, flat: Tensor) -> Tensor:
+        shape = (self.experts, self.rows, self.rank)
+        return flat.as_strided(shape, self.strides, flat.storage_offset() + self.offset)
 
     def continued_by(self, other: RowBlock) -> bool:
         """True if `other` lies directly behind, looks the same, and both together are not too many for the caches."""
@@ -58,7 +63,7 @@ class RowBlocks:
     """All blocks of equal rank, as few as possible, and the r x r matrix of every expert in them.
 
     Args:
-        rank: r of all of them. interleaved: of all of them; the C++ kernels know no such blocks.
+        rank, interleaved: of all of them.
     """
 
     def __init__(self, rank: int, interleaved: bool = False) -> None:
@@ -80,8 +85,10 @@ class RowBlocks:
 
     @cached_property
     def layout(self) -> RowLayout:
-        """For the C++ kernels."""
-        return RowLayout([(b.experts, b.rows, b.transposed) for b in self.blocks], self.matrix)
+        """For kernels."""
+        number = {unit: k for k, unit in enumerate(dict.fromkeys(b.source for b in self.blocks))}
+        blocks = [Block(number[b.source], b.offset, b.experts, b.rows, b.strides) for b in self.blocks]
+        return RowLayout(list(number), blocks, self.matrix, self.rank)
 
 
 @dataclass

@@ -24,7 +24,8 @@ def load_checked(original: Callable[..., Any]) -> Callable[..., Any]:
         given = (*args, kwargs.get("model_id"))
         model_id = next((arg for arg in given if isinstance(arg, str | os.PathLike)), "")
         folder = Path(model_id, kwargs.get("subfolder") or "")
-        if (folder / CONFIG_NAME).is_file() and saved_fields(folder).get("peft_type") in PEFT_TYPES:
+        kind = saved_fields(folder).get("peft_type") if (folder / CONFIG_NAME).is_file() else ""
+        if kind in PEFT_TYPES or not isinstance(kind, str):
             read_config(folder)
             if (folder / SAFETENSORS_WEIGHTS_NAME).exists():  # PEFT reads other formats, too
                 check_weights_file(folder / SAFETENSORS_WEIGHTS_NAME)
