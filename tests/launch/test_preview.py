@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,8 @@ from ds_moelora.cli import main
 from launch.data import preview
 from launch.demo.base import byte_tokenizer
 from tests.support import layout_examples as examples
-from tests.support.launch_support import ROOT
+from tests.support.forks import run_script, start_forked
+from tests.support.launch_support import ROOT, launch_environment
 
 
 def test_the_previews_in_the_docs_are_what_the_command_prints() -> None:
@@ -65,16 +65,17 @@ def test_colours_and_brackets_mark_the_same() -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
+    """What `python -m ds_moelora preview` starts, into a file."""
     examples.write_examples(tmp_path)
-    command = [sys.executable, "-m", "ds_moelora", "preview", "--model_name_or_path"]  # in a pipe
-    done = subprocess.run(
-        [*command, str(tmp_path / "model"), "--dataset_name", str(tmp_path / "pairs.csv"), "--rows", "2"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert preview.LEGEND in done.stdout
-    assert "Three primes: [[2, 3, 5<eos>]]" in done.stdout
-    assert "2 + 3 = [[5<eos>]]" in done.stdout
+    words = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "pairs.csv")]
+    log = tmp_path / "log"
+    process = start_forked(run_script, preview.__file__, [*words, "--rows", "2"], launch_environment(), str(log))
+    process.join(300)
+    printed = log.read_text()
+    assert process.exitcode == 0, printed
+    assert preview.LEGEND in printed
+    assert "Three primes: [[2, 3, 5<eos>]]" in printed
+    assert "2 + 3 = [[5<eos>]]" in printed
 
 
 def test_the_command_hands_flags_and_exit_code_on(
@@ -83,6 +84,7 @@ def test_the_command_hands_flags_and_exit_code_on(
     calls: list[list[str]] = []
     monkeypatch.setattr(subprocess, "run", lambda command, **_: calls.append(command) or SimpleNamespace(returncode=7))
     assert main(["preview", "--rows", "3", "--dataset_name", "a", "b", "--packing"]) == 7
+    assert Path(calls[0][1]) == Path(preview.__file__)
     assert calls[0][2:] == ["--rows", "3", "--dataset_name", "a", "b", "--packing"]
     assert main(["preview", "--rows", "0"]) == 2
     assert re.search("--rows 0 must be at least 1", capsys.readouterr().err)

@@ -28,27 +28,67 @@ ROOT = Path(__file__).resolve().parents[2]
 ENTRY_POINT = "[torch.backends]\nds_moelora = ds_moelora_autoload:autoload\n"  # test_packaging.py: the wheel's
 
 
-@pytest.fixture
-def installed(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which Python finds this package as installed."""
-    folder = tmp_path / "ds_moelora-0.1.0.dist-info"
+    root = tmp_path_factory.mktemp("installed")
+    folder = root / "ds_moelora-0.1.0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: ds_moelora\nVersion: 0.1.0\n")
     (folder / "entry_points.txt").write_text(ENTRY_POINT)
-    return tmp_path
+    return root
 
 
-def run_python(code: str, *path: Path, **env: str) -> list[str]:
+# One process imports torch, PEFT and transformers; each program then runs in a fork of it.
+FORKS = """
+import json, os, sys, torch, peft, transformers
+for name, program in json.loads(sys.stdin.read()).items():
+    print("\\n#", name, flush=True)
+    child = os.fork()
+    if child == 0:
+        exec(program, {"__name__": "__main__"})
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, name
+"""
+
+
+def run_python(code: str, *path: Path, given: str = "", **env: str) -> list[str]:
+    """The lines that begin with "> " or "# "."""
     command = [sys.executable, "-W", "ignore", "-c", code]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "DS_ACCELERATOR": "cpu", **env}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, cwd=path[0])
+    done = subprocess.run(command, input=given, capture_output=True, text=True, env=env, timeout=300, cwd=path[0])
     assert done.returncode == 0, done.stderr
-    return [line for line in done.stdout.splitlines() if line.startswith("> ")]
+    return [line for line in done.stdout.splitlines() if line[:2] in ("> ", "# ")]
+
+
+@pytest.fixture(scope="module")
+def printed(installed: Path) -> dict[str, list[str]]:
+    """What each program prints where the package is installed."""
+    programs = {"look-ups": LOOK_UPS, "asks": ASKS, "engine": ENGINE}
+    llama().save_pretrained(installed / "base")
+    torch.save(batch(), installed / "batch.pt")
+    for start, options in STARTS.items():
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(installed / "base"), config(**options))
+        model.save_pretrained(installed / start)
+        with torch.no_grad():
+            torch.save(model.eval()(**batch()).logits, installed / f"{start}.pt")
+        for loader, call in LOADERS.items():
+            if loader != "transformers" or not TRANSFORMERS_LOADS_NO_ADAPTER:
+                programs[f"{loader} {start}"] = LOAD.format(call=call.format(start=start), start=start)
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    found: dict[str, list[str]] = {}
+    for line in run_python(FORKS, installed, ROOT, given=json.dumps(programs), **ranks):
+        if line.startswith("# "):
+            lines = found[line[2:]] = []
+        else:
+            lines.append(line)
+    return found
 
 
 LOOK_UPS = """
 import sys, json, torch
-found = {"after torch": "ds_moelora" in sys.modules}
+found = {"at first": "ds_moelora" in sys.modules}
 try:
     torch.optim.Gate
 except AttributeError as error:
@@ -68,8 +108,8 @@ def test_it_knows_all_optimizers() -> None:
     assert ds_moelora_autoload.OPTIMIZERS == OURS == tuple(optimizer.__name__ for optimizer in OPTIMIZERS)
 
 
-def test_other_names_are_looked_up_as_before(installed: Path) -> None:
-    on, off = (json.loads(run_python(LOOK_UPS, *path)[0][2:]) for path in ((installed, ROOT), (ROOT,)))
+def test_other_names_are_looked_up_as_before(printed: dict[str, list[str]]) -> None:
+    on, off = (json.loads(lines[0][2:]) for lines in (printed["look-ups"], run_python(LOOK_UPS, ROOT)))
     assert on == off
     assert not on["after look-ups"]
 
@@ -87,13 +127,13 @@ except AttributeError as error:
 """
 
 
-@pytest.mark.parametrize("switch", [None, "DS_MOELORA_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
-def test_our_names_are_found_unless_switched_off(switch: str | None, installed: Path) -> None:
-    found = run_python(ASKS, installed, ROOT, **({switch: "0"} if switch else {}))
-    if switch is None:
-        assert found == ["> MoELoRAConfig", "> ds_moelora.optimizer.riemannian"]
-    else:
-        assert found == ["> 'MOELORA'", "> module 'torch.optim' has no attribute 'GateRiemannianSGD'"]
+def test_our_names_are_found(printed: dict[str, list[str]]) -> None:
+    assert printed["asks"] == ["> MoELoRAConfig", "> ds_moelora.optimizer.riemannian"]
+
+
+def test_our_names_are_not_found_if_switched_off(installed: Path) -> None:
+    found = run_python(ASKS, installed, ROOT, DS_MOELORA_AUTOLOAD="0")
+    assert found == ["> 'MOELORA'", "> module 'torch.optim' has no attribute 'GateRiemannianSGD'"]
 
 
 def test_a_package_that_cannot_be_imported_does_not_disturb_torch(installed: Path) -> None:
@@ -102,7 +142,7 @@ def test_a_package_that_cannot_be_imported_does_not_disturb_torch(installed: Pat
     (broken / "ds_moelora" / "__init__.py").write_text("raise OSError('the disk is gone')\n")
     (broken / "ds_moelora_autoload.py").symlink_to(ROOT / "ds_moelora_autoload.py")
     code = """
-import torch, peft
+import torch
 print(">", torch.ones(2).sum().item(), hasattr(torch.optim, "Other"))
 for _ in range(2):
     try:
@@ -145,38 +185,32 @@ print("\\n>", type(engine.basic_optimizer).__name__, len(engine.basic_optimizer.
 """
 
 
-def test_one_word_in_a_deepspeed_config_is_all(installed: Path) -> None:
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    assert run_python(ENGINE, installed, ROOT, **ranks) == ["> GateRiemannianAdamW 2"]
+def test_one_word_in_a_deepspeed_config_is_all(printed: dict[str, list[str]]) -> None:
+    assert printed["engine"] == ["> GateRiemannianAdamW 2"]
 
 
+STARTS = {"lora": {}, "goat": GOAT}
 LOADERS = {
-    "PEFT": 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter")',
-    "transformers": 'AutoModelForCausalLM.from_pretrained("adapter")',  # and so pipeline(model="adapter")
+    "PEFT": 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "{start}")',
+    "transformers": 'AutoModelForCausalLM.from_pretrained("{start}")',  # and so pipeline(model="adapter")
 }
-
-
-@pytest.mark.parametrize("options", [{}, GOAT], ids=["LoRA's start", "GOAT's start"])
-@pytest.mark.parametrize("loader", LOADERS)
-def test_an_adapter_is_loaded_without_an_import(loader: str, options: dict, installed: Path) -> None:
-    if loader == "transformers" and TRANSFORMERS_LOADS_NO_ADAPTER:
-        pytest.skip(TRANSFORMERS_LOADS_NO_ADAPTER)
-    llama().save_pretrained(installed / "base")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(installed / "base"), config(**options))
-    model.save_pretrained(installed / "adapter")
-    torch.save(batch(), installed / "batch.pt")
-    with torch.no_grad():
-        torch.save(model.eval()(**batch()).logits, installed / "logits.pt")
-    code = f"""
+LOAD = """
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-model = {LOADERS[loader]}.eval()
+model = {call}.eval()
 with torch.no_grad():
-    difference = model(**torch.load("batch.pt")).logits - torch.load("logits.pt")
-print(">", difference.abs().max().item() < 1e-5, model.peft_config["default"].weights_follow)
+    difference = model(**torch.load("batch.pt")).logits - torch.load("{start}.pt")
+print("\\n>", difference.abs().max().item() < 1e-5, model.peft_config["default"].weights_follow)
 """
-    assert run_python(code, installed, ROOT) == ["> True False"]
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_an_adapter_is_loaded_without_an_import(loader: str, start: str, printed: dict[str, list[str]]) -> None:
+    if loader == "transformers" and TRANSFORMERS_LOADS_NO_ADAPTER:
+        pytest.skip(TRANSFORMERS_LOADS_NO_ADAPTER)
+    assert printed[f"{loader} {start}"] == ["> True False"]
 
 
 def test_the_first_load_decomposes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

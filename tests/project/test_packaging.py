@@ -43,7 +43,7 @@ def test_wheel(tmp_path: Path) -> None:
     assert set(names) == {*modules, *launcher, "ds_moelora_autoload.py"}
     assert "".join(entry_points).split() == f"{COMMAND}{ENTRY_POINT}".split()
     assert licences
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "mpi", "bench", "docs", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"train", "triton", "mpi", "bench", "docs", "dev"}
     assert metadata["Description-Content-Type"] == "text/markdown"
     with zipfile.ZipFile(path) as wheel:
         wheel.extractall(tmp_path / "site")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -195,12 +193,11 @@ def test_checkpointed_layer_runs_the_same_operations_with_and_without_a_listener
     assert_same(results[1], results[0])
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_model_has_equal_loss_and_gradients(backend):
+def test_compiled_model_has_equal_loss_and_gradients():
     model, inputs = adapted(router_aux_loss_coef=0.5), batch()
     loss, grads = train_step(model, inputs)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=backend)
+    compiled = torch.compile(model, backend="aot_eager")
     compiled_loss, _ = train_step(compiled, inputs)
     torch.testing.assert_close(compiled_loss, loss)
     # float32; the compiled parts of the base model round differently
@@ -236,16 +233,3 @@ def test_encoder_decoder():
     assert grads
     assert torch.isfinite(loss)
     assert model.base_model.last_aux_loss >= 0
-
-
-def test_use_without_deepspeed(tmp_path):
-    code = (
-        "import importlib.util as u, sys; sys.modules['deepspeed'] = None; find = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name == 'deepspeed' else find(name, *a)\n"
-        "import torch, peft; from ds_moelora import MoELoRAConfig\n"
-        "m = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 3)), MoELoRAConfig(target_modules=['0']))\n"
-        "assert m(torch.zeros(1, 2)).shape == (1, 3); print('fine')"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert done.stdout.strip() == "fine", done.stderr
