@@ -74,7 +74,7 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
 def show(rows: list[dict[str, Any]]) -> str:
     """README's rows: the study's scores beside what was measured here."""
     study, lines = Study(read_rows(ROOT / "results" / "language_model.csv")), []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: list(ROWS).index(row["setting"])):
         cell = study.cell("mawps", ROWS[row["setting"]][0])
         scores = entry(cell, "test_accuracy", 100, 1), entry(cell, "test_loss")
         seen = [TOKENS * int(run["batch"]) * int(run["steps"]) for run in cell.reported]
