@@ -25,8 +25,8 @@ from .language_model.runs import Run, train
 from .language_model.tasks import load
 
 SPREAD = ("gate_cv", "expert_gate_cv", "load_cv")
-OUTCOMES = ("train_loss", "test_loss", "test_accuracy", "value_accuracy", "mutual_information", *SPREAD)
-OUTCOMES = (*OUTCOMES, "seconds", "curve")
+ANSWERS = ("test_accuracy", "value_accuracy", "mutual_information")
+OUTCOMES = ("train_loss", "test_loss", *ANSWERS, *SPREAD, "seconds", "curve")
 SAMPLE_STEPS = 6
 
 

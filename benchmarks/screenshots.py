@@ -1,9 +1,10 @@
-"""Pictures of TensorBoard in a real browser, for docs/tensorboard.md: `python -m benchmarks.screenshots LOGDIR`.
+"""Pictures of TensorBoard, the console and the site in a real browser: `python -m benchmarks.screenshots LOGDIR`.
 
-LOGDIR is the output of a run of the launcher, e.g. of
+LOGDIR is the output of a run of the launcher, that of docs/getting_started.md:
 
-    OMP_NUM_THREADS=1 deepspeed --num_gpus 2 launch/train.py --deepspeed configs/zero2.json --max_steps 240 \
-        --logging_steps 4 --per_device_train_batch_size 16 --output_dir outputs/board
+    python -m benchmarks.screenshots outputs/words --console words.log --site site
+
+`--console`: a file with what the run printed. `--site`: what `make docs` built.
 
 Needs Chromium (`apt-get install chromium`, or any headless build of it: --browser) and `pip install playwright`, which
 drives it; playwright's own download of a browser is not needed.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import html
 import shutil
 import subprocess
 import sys
@@ -29,6 +31,7 @@ from .harness import ROOT
 
 IMAGES = ROOT.parent / "docs" / "images"
 WIDTH = 1500
+SITE_PAGES = {"site_first_page": "", "site_choosing": "choosing/"}
 
 
 @contextlib.contextmanager
@@ -65,15 +68,31 @@ def take(browser: Any, address: str, name: str, tab: str, tags: str, waits_for: 
     if tab == "images":
         page.get_by_text("Show actual image size").click()
     page.wait_for_timeout(5_000)  # curves are drawn after their cards
+    shoot(page, name)
+
+
+def shoot(page: Any, name: str) -> None:
+    """Writes docs/images/NAME.png."""
     path = IMAGES / f"{name}.png"
     page.screenshot(path=str(path))
     page.close()
     print(f"{path} ({path.stat().st_size / 1024:.0f} KB)")
 
 
+def console(browser: Any, log: Path) -> None:
+    """What a run printed, as a terminal shows it."""
+    text = html.escape(log.read_text())
+    page = browser.new_page(viewport={"width": 1020, "height": 200})
+    page.set_content(f"<pre style='font: 12px/1.25 monospace; margin: 12px'>{text}</pre>")
+    page.set_viewport_size({"width": 1020, "height": page.evaluate("document.documentElement.scrollHeight")})
+    shoot(page, "console")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logdir", type=Path)
+    parser.add_argument("--console", type=Path)
+    parser.add_argument("--site", type=Path)
     parser.add_argument("--browser", default=shutil.which("chromium"), help="path of Chromium (%(default)s)")
     args = parser.parse_args()
     from playwright.sync_api import sync_playwright
@@ -84,6 +103,13 @@ def main() -> None:
         take(browser, address, "tensorboard_scalars", "timeseries", scalars, "scalar-card svg", 1970)
         take(browser, address, "tensorboard_heat_map", "images", "^moe/load$", "tf-image-loader img", 790)
         take(browser, address, "tensorboard_hparams", "hparams", "", "tf-hparams-dashboard", 500)
+        if args.console:
+            console(browser, args.console)
+        for name, place in SITE_PAGES.items() if args.site else ():
+            page = browser.new_page(viewport={"width": 1300, "height": 800})
+            page.goto(f"file://{args.site.resolve()}/{place}index.html")
+            page.wait_for_timeout(1_000)
+            shoot(page, name)
         browser.close()
 
 

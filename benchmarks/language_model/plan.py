@@ -96,7 +96,7 @@ def plan(size: str = "full", device: str = "cpu") -> Iterator[tuple[str, list[Jo
         return [(procedure, cell(size, device, task, method, **options)) for method in methods]
 
     yield "on this device", jobs(on_this_device, "mawps", ON_BOTH)
-    first = [*jobs(untrained, "mawps", ("AdamW",)), *jobs(tuned_near, "mawps", MAIN), *jobs(tuned, "mawps", ("SGD",))]
+    first = [*jobs(untrained, "mawps", ("AdamW",)), *jobs(tuned, "mawps", ("SGD",)), *jobs(tuned_near, "mawps", MAIN)]
     yield "MAWPS, k = 2", first
     yield "MAWPS, more methods", jobs(tuned_near, "mawps", MORE)
     yield "GOAT", jobs(tuned_near, "mawps", ("AdamW", "Muon"), start="goat")

@@ -292,7 +292,11 @@ def starts(study: Study) -> str:
 
 def sections(study: Study) -> dict[str, str]:
     """All tables, by the names of their markers."""
-    more = {"k = E / 2": {"top_k": 4}, "k = E": {"top_k": 8}, "slow routers": {"gate_lr_scale": 1e-3}}
+    more: dict[str, dict[str, object]] = {
+        "k = E / 2": {"top_k": 4},
+        "k = E": {"top_k": 8},
+        "slow routers": {"gate_lr_scale": 1e-3},
+    }
     found = {
         "origin": "\n\n".join(
             f"{device}: {origin([row for row in study.rows if row['device'] == device], 'time')}"

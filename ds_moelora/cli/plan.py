@@ -65,7 +65,10 @@ def add_model_arguments(group: Any) -> None:
     group.add_argument("--r", nargs="+", type=int, default=[4], help="rank of one expert (default 4)")
     group.add_argument("--top-k", type=int, default=2, metavar="K", help="experts per token (default 2)")
     group.add_argument(
-        "--expert-compute", choices=COMPUTES, default="dense", help="dense (default) is what auto takes on GPUs"
+        "--expert-compute",
+        choices=COMPUTES,
+        default="dense",
+        help="default dense (or fused: what auto takes on GPUs)",
     )
 
 

@@ -144,6 +144,7 @@ class ShardedExperts(MoE):
         if self.dispatch == "weights":
             self.gathers.start(self, self._dtype or _compute_dtype(x))
 
+    @torch.compiler.disable
     def mix(self, x: Tensor, base_out: Tensor, inplace: bool, **options: Any) -> Tensor:
         """base_out + s * sum_i g_i(x) B_i A_i x over the experts of all processes; (T, I) -> (T, O).
 

@@ -26,6 +26,7 @@ from .routing import gates_backward, route
 
 MAX_EXPERTS, MAX_RANK = 256, 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _LIBRARY = torch.library.Library("ds_moelora", "FRAGMENT")
 
@@ -38,7 +39,7 @@ def why_not(num_experts: int, rank: int, dtype: torch.dtype, device: str) -> str
         return f"its kernels compute in 16 or 32 bits, not in {dtype}"
     if device not in ("cpu", "cuda"):
         return f"its kernels run on CUDA devices, not on {device}"
-    if device == "cuda" and importlib.util.find_spec("triton") is None:
+    if device == "cuda" and not HAS_TRITON:
         return "Triton is not installed (pip install 'ds_moelora[triton]')"
     return None
 
@@ -107,7 +108,7 @@ def route_at_once(logits: Tensor, top_k: int, top_p: float | None = None) -> Ten
 def _rows(like: Tensor, rows: int, columns: int) -> Tensor:
     """(rows, columns), uninitialised; rows begin at multiples of 16 bytes, which matrix products on GPUs want."""
     aligned = -(-columns * like.itemsize // 16) * 16 // like.itemsize
-    return like.new_empty(rows, aligned)[:, :columns]
+    return like.new_empty(rows, aligned).narrow(1, 0, columns)
 
 
 def _routing(o: Operands) -> tuple[int, float | None]:
@@ -131,23 +132,27 @@ def _stacked(o: Operands, dtype: torch.dtype, of_A: bool = True, of_B: bool = Tr
     up = o.lora_B.new_empty(E * R if of_B else 0, O, dtype=dtype)
     A, B = (o.lora_A if of_A else None), (o.lora_B if of_B else None)
     if of_A or of_B:
-        targets = [down[: num_A * R] if of_A else None, up if of_B else None, None if router is None else down[-E:]]
+        to_A, to_router = _parts(down, num_A * R) if of_A else (None, None)
+        targets = (to_A, up if of_B else None, None if router is None else to_router)
         torch.ops.ds_moelora.restack(A, B, router, *targets, _router_factor(o), R, True)
     return down, up
 
 
+def _parts(down: Tensor, rows_of_A: int) -> tuple[Tensor, ...]:
+    return down.split([rows_of_A, len(down) - rows_of_A])
+
+
 def _gradients(o: Operands, down: Tensor | None, up: Tensor | None) -> tuple[Tensor | None, ...]:
     """dA, dB and drouter, in the shape and dtype of their parameters, from the gradients of `_stacked`; one launch."""
-    (E, _, R), num_A = o.lora_B.shape, len(o.lora_A)
+    R, num_A = o.lora_B.shape[2], len(o.lora_A)
     dA = None if down is None else torch.empty_like(o.lora_A, memory_format=torch.contiguous_format)
     dB = None if up is None else torch.empty_like(o.lora_B, memory_format=torch.contiguous_format)
     drouter = None
     if down is not None and o.router is not None:
         drouter = torch.empty_like(o.router, memory_format=torch.contiguous_format)
     if down is not None or up is not None:
-        sources = [None if down is None else down[: num_A * R], up, None]
-        if down is not None and drouter is not None:
-            sources[2] = down[-E:]
+        of_A, of_router = (None, None) if down is None else _parts(down, num_A * R)
+        sources = (of_A, up, None if drouter is None else of_router)
         torch.ops.ds_moelora.restack(*sources, dA, dB, drouter, _router_factor(o), R, False)
     return dA, dB, drouter
 

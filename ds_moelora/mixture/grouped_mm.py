@@ -42,7 +42,7 @@ def sorted_pairs(gates: Tensor, top_k: int) -> tuple[Tensor, ...]:
     offsets = chosen.sum(0).cumsum(0, dtype=torch.int32)
     expert, token = pairs.unbind(1)
     order = token.argsort(stable=True).view(len(gates), top_k)
-    return pairs, offsets, order, gates[token, expert].unsqueeze(1)
+    return pairs, offsets, order, torch.ops.aten.index.Tensor(gates, [token, expert]).unsqueeze(1)
 
 
 def grouped_mm(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class _GroupedMM(Products):
         o, dtype = operands, base_out.dtype
         assert o.rule is not None
         sorted_by_expert = pairs, offsets, order, gate = sorted_pairs(o.token_gates(), o.rule.top_k)
-        p = grouped_mm(o.x[pairs[:, 1]], o.lora_A.to(dtype), offsets)
+        p = grouped_mm(o.x.index_select(0, pairs.select(1, 1)), o.lora_A.to(dtype), offsets)
         weighted = torch.empty_like(p)
         torch.ops.ds_moelora.gate_forward(p, gate, weighted, o.scaling, 0, None)
         rows = grouped_mm(weighted, o.lora_B.to(dtype).transpose(1, 2), offsets)
@@ -80,7 +80,7 @@ class _GroupedMM(Products):
         check_gate_scaling(o.settings.gate_scaling)
         (pairs, offsets, order, gate), A = o.pairs, o.lora_A.to(dtype)
         expert, token = pairs.unbind(1)
-        dy_N = dy[token]
+        dy_N = dy.index_select(0, token)
         q = grouped_mm(dy_N, o.lora_B.to(dtype), offsets) if needs.x or needs.gates or needs.A else None
         same = o.settings.gate_scaling == "none" or o.settings.scale_input_grad
         rows_x = torch.empty_like(p) if needs.x else None
@@ -95,7 +95,7 @@ class _GroupedMM(Products):
         dB = None if weighted is None else grouped_mm(dy_N.t(), weighted, offsets).to(o.lora_B.dtype)
         dA = None
         if needs.A and of_A is not None:
-            dA = grouped_mm(o.x[token].t(), of_A, offsets).to(o.lora_A.dtype)
+            dA = grouped_mm(o.x.index_select(0, token).t(), of_A, offsets).to(o.lora_A.dtype)
         dx = dgates = below = drouter = None
         if dgate is not None:
             dgates = torch.zeros_like(o.token_gates()).index_put_((token, expert), dgate.squeeze(1))

@@ -90,7 +90,8 @@ def _forward(operands: Operands, base_out: Tensor, inplace: bool, products: Prod
         y, kept, p = products.forward(operands._replace(x=x, gates=gates), base_out, inplace)
         if operands.router is not None and products.routes:
             gates, kept = kept.gates, kept._replace(gates=None)
-            logits = p[:, p.shape[1] - len(operands.router) :]
+            E = len(operands.router)
+            logits = p.narrow(1, p.shape[1] - E, E)
     return Mixed(y, logits, None if logits is None else gates), kept, p
 
 

@@ -34,7 +34,7 @@ class Workload:
             for 4 bits); None: as dtype.
         optimizer: "adamw", "sgd" or "sgd-momentum".
         checkpointing: gradient checkpointing of every block.
-        expert_compute: "dense" (what "auto" is on GPUs) or "grouped".
+        expert_compute: "dense" (the products of "fused" too, which "auto" is on GPUs) or "grouped".
         riemannian: GateRiemannianAdamW or GateRiemannianSGD; False: the plain optimizer.
 
     Raises:

@@ -94,8 +94,8 @@ class MoELoRAConfig(PeftConfig):
         ep_size: ranks that share the experts; divides num_experts and the world size. 1: every rank has all of them.
         ep_dispatch: with ep_size > 1: "weights" moves experts to tokens, "tokens" moves tokens to experts, "auto" takes
             what moves fewer bytes with 2,048 tokens per process (`expert_parallel.dispatch`).
-        expert_compute: "dense" computes all experts in one product, "grouped" the chosen ones alone; "auto" is one of
-            them, by size (`mixture.choice`).
+        expert_compute: "dense" computes all experts in one product, "grouped" the chosen ones alone, "fused" all of
+            them in few launches; "auto" is one of them, by device and size (`mixture.choice`).
         modules_to_save: modules to train and save whole, beside the adapter (e.g. a new classification head).
         target_parameters: beside the mixtures, PEFT's LoRA of rank r on these stacked experts of a MoE base (names or
             their endings, e.g. "experts.down_proj"; docs/moe_base_models.md), without dropout.
@@ -136,7 +136,7 @@ class MoELoRAConfig(PeftConfig):
     top_k_pattern: dict[str, int] = _option(dict, "{name or regular expression: top_k} where it differs.")
     ep_size: int = _option(1, "Ranks that share the experts. Not saved: it is the run's.")
     ep_dispatch: str = _option("auto", "With ep_size > 1: move 'weights', 'tokens', or 'auto'. Not saved.")
-    expert_compute: str = _option("auto", "'auto', 'dense' or 'grouped'. Not saved.")
+    expert_compute: str = _option("auto", "'auto', 'dense', 'grouped' or 'fused'. Not saved.")
     modules_to_save: list[str] | None = _option(None, "Modules to train and save whole, beside the adapter.")
     target_parameters: list[str] | None = _option(None, "Stacked experts of a MoE base that get PEFT's LoRA.")
     layers_to_transform: list[int] | int | None = _option(None, "Indices of the layers to adapt.")

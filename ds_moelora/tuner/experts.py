@@ -206,8 +206,6 @@ class MoELoRAExperts(nn.Module):
         """Whether the experts' input is the base layer's, so that one buffer can take the gradients of both."""
         return not self.is_sharded and not (self.training and self.dropout.p > 0)
 
-    # Compiled code may not read the collector or the gate settings at trace time: both change between calls.
-    @torch.compiler.disable
     def forward(self, x: Tensor, base_out: Tensor, inplace: bool = False, base_weight: Tensor | None = None) -> Tensor:
         """base_out + s * sum_{i in topk} g_i(x) B_i A_i x, and + s * B A x of the shared expert.
 
@@ -224,8 +222,8 @@ class MoELoRAExperts(nn.Module):
         x_TI = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         # A reshape to the same shape would be a view, onto which nothing may be added in place.
         base_TO = base_out if base_out.dim() == 2 else base_out.reshape(-1, base_out.shape[-1])
-        # ZeRO-3's hooks hand this module a view, which may not be changed in place.
-        inplace = inplace and not base_TO._is_view()
+        # ZeRO-3's hooks hand this module a view, which may not be changed in place. A compiler finds out for itself.
+        inplace = inplace and not torch.compiler.is_compiling() and not base_TO._is_view()
         dropped_TI = self.dropout(x_TI) if self.training else x_TI
         if self.shared is not None:
             base_TO = self.shared(dropped_TI, base_TO, inplace, base_weight)
@@ -259,16 +257,25 @@ class MoELoRAExperts(nn.Module):
         collector = active_collector()
         if not (self.training or (collector is not None and collector.asked)):
             return
-        if any(self.coefs):  # also without a collector, as in a recomputation: the same is saved for backward
+        compiling = torch.compiler.is_compiling()
+        # Also without a collector, as in a recomputation: the same is saved for backward.
+        if any(self.coefs) and not (compiling and collector is None):
             layout = None if collector is None else collector.layout
             losses = router_losses(logits, gates, self.coefs, lead, layout)
             if collector is not None:
-                grad_enabled = torch.is_grad_enabled()
+                node, grad_enabled = None if compiling else logits.grad_fn, torch.is_grad_enabled()
                 names = (self.adapter_name, self.coefs, self.pair.name)
-                collector.records.append(RouterRecord(*names, losses, logits.grad_fn, grad_enabled))
+                collector.last = RouterRecord(*names, losses, node, grad_enabled, collector.last)
         if collector is not None and collector.listener is not None and self.training:
-            collector.listener.saw_experts(self)
-            collector.listener.saw_router(self, *sequences_of(logits.detach(), gates, lead, collector.layout))
+            self._show(logits.detach(), gates, lead)
+
+    @torch.compiler.disable
+    def _show(self, logits: Tensor, gates: Tensor, lead: tuple[int, ...]) -> None:
+        collector = active_collector()
+        assert collector is not None
+        assert collector.listener is not None
+        collector.listener.saw_experts(self)
+        collector.listener.saw_router(self, *sequences_of(logits, gates, lead, collector.layout))
 
     def _sees_what_router_sees(self) -> bool:
         """Whether router and experts get the same input, here, and nobody wants the router to be called."""

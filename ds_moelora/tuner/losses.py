@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from ..mixture.routing import chosen_by, sequence_balance_loss, sequence_z_loss
 from .config import MoELoRAConfig
 
 _ACTIVE: ContextVar[Collector | None] = ContextVar("ds_moelora_collector", default=None)
+_active_in_graphs: Collector | None = None  # the same; compilers do not read context variables
 
 
 class AuxLosses(NamedTuple):
@@ -47,8 +48,9 @@ class RouterRecord:
         adapter: the adapter's name. coefs: its `router_aux_loss_coef` and `router_z_loss_coef`; 0: not computed.
         layer: the layer's name, for messages.
         losses: 0-dim, weighted means over the sequences; 0 where the coefficient is.
-        node: the autograd node of the router's logits; None without a gradient.
+        node: the autograd node of the router's logits; None without a gradient, or in a compiled graph.
         grad_enabled: whether autograd was recording.
+        before: the record before it. (A compiler would guard the length of a list.)
     """
 
     adapter: str
@@ -57,6 +59,7 @@ class RouterRecord:
     losses: AuxLosses
     node: Any
     grad_enabled: bool
+    before: RouterRecord | None = None
 
 
 class RouterListener(Protocol):
@@ -82,12 +85,26 @@ class Collector:
     layout: BatchLayout
     listener: RouterListener | None = None
     asked: bool = False
-    records: list[RouterRecord] = field(default_factory=list)
+    last: RouterRecord | None = None
+
+    def records(self) -> list[RouterRecord]:
+        """In the order of the layers' calls."""
+        found, record = [], self.last
+        while record is not None:
+            found.append(record)
+            record = record.before
+        return found[::-1]
 
 
 def active_collector() -> Collector | None:
     """The collector that this thread's forward pass reports to, or None."""
-    return _ACTIVE.get()
+    return _active_in_graphs if torch.compiler.is_compiling() else _ACTIVE.get()
+
+
+def _activate(collector: Collector | None) -> None:
+    global _active_in_graphs
+    _ACTIVE.set(collector)
+    _active_in_graphs = collector
 
 
 def start_collecting(
@@ -95,7 +112,7 @@ def start_collecting(
 ) -> None:
     """Makes a new collector for `owner` active. What an earlier, aborted pass of the same owner left is dropped."""
     stop_collecting(owner)
-    _ACTIVE.set(Collector(owner, _ACTIVE.get(), layout, listener, asked))
+    _activate(Collector(owner, _ACTIVE.get(), layout, listener, asked))
 
 
 def stop_collecting(owner: Any) -> list[RouterRecord]:
@@ -105,8 +122,8 @@ def stop_collecting(owner: Any) -> list[RouterRecord]:
         collector = collector.outer
     if collector is None:
         return []
-    _ACTIVE.set(collector.outer)
-    return collector.records
+    _activate(collector.outer)
+    return collector.records()
 
 
 @dataclass(frozen=True)
@@ -241,6 +258,9 @@ def router_losses(
     Args:
         logits, gates: (T, E). lead: see `sequences_of`. layout: None computes nothing, but saves the same for backward.
     """
+    if torch.compiler.is_compiling():  # what is kept for the backward pass is the compiler's choice
+        assert layout is not None
+        return AuxLosses(*_weighted_losses(logits, gates, coefs, lead, layout))
     return AuxLosses(*_RouterLosses.apply(logits, gates, coefs, lead, layout))
 
 

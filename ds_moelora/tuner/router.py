@@ -59,6 +59,8 @@ def as_in_forward(owner: nn.Module, name: str, found: bool) -> bool:
     Args:
         owner: remembers the answer under `name`.
     """
+    if torch.compiler.is_compiling():  # a graph has forward and recomputation from one trace
+        return found
     if torch._C._current_graph_task_id() != -1:  # inside a backward pass
         return getattr(owner, name, found)
     owner.__dict__[name] = found  # nn.Module's own setattr takes microseconds

@@ -14,6 +14,7 @@ from torch import Tensor
 from ds_moelora.expert_parallel.exchange import Exchanged
 from ds_moelora.expert_parallel.gather import Gathered, Gathers
 from ds_moelora.mixture.dense import DENSE
+from ds_moelora.mixture.fused import FUSED
 from ds_moelora.mixture.grouped import GROUPED
 from ds_moelora.mixture.mixture import mix
 from ds_moelora.mixture.operands import Operands, Products
@@ -127,7 +128,8 @@ def layer(
     whole_A, whole_B, W = (torch.randn(E, n, R, generator=generator, dtype=torch.float64) for n in (I, O, I))
     xs = [torch.randn(n, I, generator=generator, dtype=torch.float64) for n in counts]
     dys = [torch.randn(n, O, generator=generator, dtype=torch.float64) for n in counts]
-    settings, here = GateSettings(gate_scaling, scale_input_grad), GROUPED if grouped else DENSE
+    settings = GateSettings(gate_scaling, scale_input_grad)
+    here = GROUPED if grouped else DENSE if gate_scaling == "none" else FUSED
     per_rank = E // world
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
 

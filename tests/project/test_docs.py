@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import ds_moelora
+from ds_moelora.monitoring import TAGS
 from launch.demo.defaults import DEFAULTS
 from tests.support import doc_blocks
 from tests.support.doc_blocks import PAGES, ROOT, blocks
@@ -114,6 +115,14 @@ def test_links_lead_somewhere():
             if "://" not in target and not (page.parent / target).exists():
                 broken.append(f"{page.relative_to(ROOT)}: {target}")
     assert not broken
+
+
+def test_pages_agree_on_the_number_of_curves():
+    """docs/tensorboard.md has a line for each; it and README say how many."""
+    page = (ROOT / "docs/tensorboard.md").read_text()
+    assert [tag for tag in TAGS if f"| `{tag}` |" not in page] == []
+    assert len(TAGS) == 11
+    assert all("eleven curves" in text for text in (page, (ROOT / "README.md").read_text()))
 
 
 def test_every_page_is_in_the_site():

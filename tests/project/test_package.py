@@ -35,8 +35,8 @@ SIBLINGS = ({"optimizer", "expert_parallel"}, {"integrations", "monitoring", "pl
 LIBRARIES = {
     "redaction": set(),
     "pairs": {"torch"},
-    "mixture": {"torch"},
-    "optimizer": {"torch"},
+    "mixture": {"torch", "triton"},
+    "optimizer": {"torch", "triton"},
     "expert_parallel": {"torch", "deepspeed"},
     "checkpoint": {"torch", "deepspeed", "safetensors"},
     "tuner": {"torch", "peft", "transformers", "huggingface_hub", "safetensors", "deepspeed"},

@@ -100,7 +100,7 @@ SINGLE = {
     "router_jitter": _number(0, 0.9, [1, -0.1]),
     "top_p": _number(0.1, 0.9, [0, 1, 1.1]),
     "shared_expert": _one_of([True, False], ["perhaps"]),
-    "expert_compute": _one_of(["dense", "grouped", "auto"], ["sparse"]),
+    "expert_compute": _one_of(["dense", "grouped", "fused", "auto"], ["sparse"]),
     "init_lora_weights": _one_of(["true", "false", "goat", "pissa"], ["magic", ""]),
     "target_modules": st.lists(st.sampled_from(LINEARS), min_size=1, max_size=3, unique=True).map(lambda v: (v, True))
     | _one_of(

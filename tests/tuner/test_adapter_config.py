@@ -35,7 +35,7 @@ from ds_moelora import MoELoRAConfig
         ({"ep_size": 3, "num_experts": 8}, r"ep_size=3 must divide num_experts; with num_experts=8.*: 1, 2, 4, 8\."),
         ({"ep_dispatch": "experts"}, r"ep_dispatch='experts' is unknown; use one of auto, weights, tokens"),
         ({"ep_dispatch": "tokens"}, r"ep_dispatch='tokens' has no effect without ep_size > 1"),
-        ({"expert_compute": "fast"}, r"expert_compute='fast' is unknown; use one of auto, dense, grouped"),
+        ({"expert_compute": "fast"}, r"expert_compute='fast' is unknown; use one of auto, dense, grouped, fused"),
         ({"target_modules": []}, r"target_modules=set\(\) is empty"),
         ({"target_modules": "q.*", "layers_to_transform": [0]}, r"layers_to_transform=\[0\] cannot be used"),
         ({"target_modules": ["q"], "layers_pattern": "h"}, r"layers_pattern='h' has no effect"),

@@ -193,8 +193,9 @@ def test_checkpointed_layer_runs_the_same_operations_with_and_without_a_listener
     assert_same(results[1], results[0])
 
 
-def test_compiled_model_has_equal_loss_and_gradients():
-    model, inputs = adapted(router_aux_loss_coef=0.5), batch()
+@pytest.mark.parametrize("compute", ["grouped", "fused"])
+def test_compiled_model_has_equal_loss_and_gradients(compute):
+    model, inputs = adapted(router_aux_loss_coef=0.5, expert_compute=compute), batch()
     loss, grads = train_step(model, inputs)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
@@ -210,6 +211,25 @@ def test_compiled_model_has_equal_loss_and_gradients():
     assert_same(full, eager_full, rtol=1e-4)
     name = next(n for n in grads if n.endswith("lora_B"))
     assert not torch.allclose(full[name], grads[name])
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compute", ["dense", "fused"])
+def test_no_graph_break_in_a_layer_that_hands_its_losses_over(compute):
+    name, layer = next(iter(layers(adapted(router_aux_loss_coef=0.5, expert_compute=compute)).items()))
+    x = torch.randn(2, 3, layer.in_features)
+
+    def losses(call):
+        start_collecting(layer, BatchLayout(grid=(2, 3)))
+        call(x)
+        (record,) = stop_collecting(layer)
+        assert record.layer.endswith(name.removeprefix("base_model.model."))
+        return torch.autograd.grad(record.losses.balance, layer.experts("default").router.weight)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(type(layer).forward, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(losses(lambda x: compiled(layer, x)), losses(layer))
     torch._dynamo.reset()
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ds_moelora.cli import main
 from ds_moelora.mixture.reference import max_relative_error
@@ -139,3 +139,14 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for file in sorted(p.relative_to(out) for p in out.rglob("*") if p.is_file()):
         assert (out / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")], "nothing temporary is left"
+
+
+def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path):
+    saved_mixture(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[next(name for name in tensors if name.endswith("lora_B"))][0, 0, 0] = torch.inf
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"lora_B.weight is not finite"):
+        export_adapter(tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

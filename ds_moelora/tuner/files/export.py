@@ -23,6 +23,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checks import check_finite
 from .adapter_file import MODEL_PREFIX, SavedAdapter, SavedLayer, read_adapter
 
 DESCRIPTION, ROUTER_FILE, ALWAYS = "mixture.json", "router.safetensors", "always"
@@ -46,7 +47,8 @@ def export_adapter(folder: str | os.PathLike[str], output: str | os.PathLike[str
         the PEFT folders, relative to `output`; "." for `output` itself.
 
     Raises:
-        ValueError: the adapter cannot be read or has LoRA on stacked experts, or `output` has something in it.
+        ValueError: the adapter cannot be read, has LoRA on stacked experts or weights that are not finite, or `output`
+            has something in it.
     """
     target = Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -140,6 +142,7 @@ def _write_lora(adapter: SavedAdapter, folder: Path, factors_of: Callable[[Saved
             A, B = (torch.nn.functional.pad(factor, (0, rank - factor.shape[1])) for factor in (A, B))
         tensors[f"{MODEL_PREFIX}{name}.lora_A.weight"] = A.T.contiguous()
         tensors[f"{MODEL_PREFIX}{name}.lora_B.weight"] = B.contiguous()
+    check_finite(tensors)
     alpha = rank * next(iter(scalings.values())) if alike else rank
     folder.mkdir(exist_ok=True)
     _lora_config(adapter, rank, alpha).save_pretrained(str(folder), auto_mapping_dict=adapter.config.auto_mapping)
