@@ -71,7 +71,7 @@ class FusedAdamW:
                 return None
             found = self._states[unit] = AdamWState(*tensors, settings)
         found.settings = settings
-        if found.weight.data_ptr() != p.data_ptr():  # `p.data` is another tensor now
+        if not p.is_cpu or found.weight.data_ptr() != p.data_ptr():  # `p.data` is another tensor now
             found.weight = p.detach()
         return found
 
@@ -93,7 +93,9 @@ class FusedAdamW:
         for p in held:
             p.grad = None
         if done:
-            torch._foreach_add_([state.step for state in states], 1)
+            steps = [state.step for state in states]
+            # As torch does it: a number is made a tensor for each of those on a CPU.
+            torch._foreach_add_(steps, torch.ones(()) if steps[0].is_cpu else 1)
         try:
             yield
         finally:

@@ -79,7 +79,9 @@ def move(addresses, lines, parts, BLOCK: tl.constexpr):
                     place = tl.where(tl.load(parts + p * 3 + 2) != 0, in_triangle, at)
                     total += tl.load(_tensor(addresses, source) + tl.load(parts + p * 3 + 1) + place, there, 0.0)
             tl.store(target + tl.where(packed != 0, in_triangle, at), total, there)
-            tl.store(target + j * side + i, total, there & (packed == 0) & (numel > side))
+            if packed == 0:
+                if numel > side:
+                    tl.store(target + j * side + i, total, there)
 
 
 @triton.jit

@@ -35,7 +35,7 @@ class RowBlock(NamedTuple):
     rank: int
     transposed: bool
     interleaved: bool = False  # (rows, rank, experts)
-    table: bool = False  # (rows, experts, rank): of cut rows, interleaved elsewhere
+    distance: int = 0  # in a table of interleaved rows: (rows, distance, rank), of which `experts` are meant
 
     @property
     def end(self) -> int:
@@ -45,8 +45,8 @@ class RowBlock(NamedTuple):
     def strides(self) -> tuple[int, int, int]:
         """Between experts, rows, and the elements of a row."""
         r, rows = self.rank, self.rows
-        if self.table:
-            return r, self.experts * r, 1
+        if self.distance:
+            return r, self.distance * r, 1
         if self.interleaved:
             return 1, self.experts * r, self.experts
         return (rows * r, 1, rows) if self.transposed else (rows * r, r, 1)
@@ -315,14 +315,18 @@ class StepPlan:
         rows.cut[r] += int(mine.sum()) * per_row
         for k in range(per_row):
             self.exchange.add((which, r, "rows"), r, held, wanted_of[k], starts + k)
-        # All cut rows of an expert are wanted where one is, and follow each other in the table.
+        # All cut rows of an expert are wanted where one is, and lie in the table at equal distances.
         source, kind = ("cut", which, r), (r, f.experts_last)
-        wanted = list(zip(starts[wants[0]].tolist(), experts[wants[0]].tolist(), strict=True))
-        for expert in dict.fromkeys(e for _, e in wanted):
-            found = [start for start, e in wanted if e == expert]
-            block = RowBlock(source, found[0] * r, per_row, len(found), r, False, f.experts_last, f.experts_last)
-            blocks = rows.cut_blocks.setdefault(kind, RowBlocks(*kind))
-            blocks.add(block, numbers[expert : expert + per_row].tolist())
+        wanted: dict[int, list[int]] = {}  # expert -> its rows in the table
+        for k in range(per_row):
+            for start, expert in zip((starts + k)[wants[k]].tolist(), (experts + k)[wants[k]].tolist(), strict=True):
+                wanted.setdefault(expert, []).append(start)
+        # Interleaved experts are neighbours in every row.
+        for together in [list(wanted)] if f.experts_last and wanted else [[expert] for expert in wanted]:
+            found = wanted[together[0]]
+            distance = per_row if f.experts_last else 0
+            block = RowBlock(source, found[0] * r, len(together), len(found), r, False, f.experts_last, distance)
+            rows.cut_blocks.setdefault(kind, RowBlocks(*kind)).add(block, numbers[together].tolist())
         p, position = self.places[i], dict(zip(cut, starts.tolist(), strict=True))
         for piece in split_slice(p.start, p.stop, size)[0]:
             local, columns = p.local_offset + piece.offset, range(piece.column, piece.column + piece.length)

@@ -179,7 +179,8 @@ class WholeStorage:
             # Rows must be consecutive, and torch's fused step wants weight and gradient in the same order.
             p.data = p.data.contiguous()
         view, grad = self._views[unit], p.grad  # type: ignore[index]
-        if view is None or view.data_ptr() != p.data_ptr() or view.dtype != p.dtype:  # `p.data` is another tensor now
+        moved = view is None or not p.is_cpu or view.data_ptr() != p.data_ptr() or view.dtype != p.dtype
+        if moved:  # `p.data` is another tensor now (FakeTensors cannot tell)
             view = self._views[unit] = p.detach().view(-1)  # type: ignore[index]
         if grad is not None:
             if grad.layout is not torch.strided:
