@@ -317,15 +317,14 @@ class StepPlan:
             self.exchange.add((which, r, "rows"), r, held, wanted_of[k], starts + k)
         # All cut rows of an expert are wanted where one is, and lie in the table at equal distances.
         source, kind = ("cut", which, r), (r, f.experts_last)
-        wanted: dict[int, list[int]] = {}  # expert -> its rows in the table
+        lines: dict[int, list[int]] = {}  # expert -> its rows in the table
         for k in range(per_row):
             for start, expert in zip((starts + k)[wants[k]].tolist(), (experts + k)[wants[k]].tolist(), strict=True):
-                wanted.setdefault(expert, []).append(start)
+                lines.setdefault(expert, []).append(start)
         # Interleaved experts are neighbours in every row.
-        for together in [list(wanted)] if f.experts_last and wanted else [[expert] for expert in wanted]:
-            found = wanted[together[0]]
-            distance = per_row if f.experts_last else 0
-            block = RowBlock(source, found[0] * r, len(together), len(found), r, False, f.experts_last, distance)
+        for together in [list(lines)] if f.experts_last and lines else [[expert] for expert in lines]:
+            own, distance = lines[together[0]], per_row if f.experts_last else 0
+            block = RowBlock(source, own[0] * r, len(together), len(own), r, False, f.experts_last, distance)
             rows.cut_blocks.setdefault(kind, RowBlocks(*kind)).add(block, numbers[together].tolist())
         p, position = self.places[i], dict(zip(cut, starts.tolist(), strict=True))
         for piece in split_slice(p.start, p.stop, size)[0]:

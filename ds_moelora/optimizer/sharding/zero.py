@@ -174,14 +174,15 @@ class WholeStorage:
         return self._held[unit]
 
     def flat(self, unit: Hashable) -> Flat:
-        p = self.held(unit)
+        assert isinstance(unit, int)
+        p = self._held[unit]
         if not p.is_contiguous():
             # Rows must be consecutive, and torch's fused step wants weight and gradient in the same order.
             p.data = p.data.contiguous()
-        view, grad = self._views[unit], p.grad  # type: ignore[index]
+        view, grad = self._views[unit], p.grad
         moved = view is None or not p.is_cpu or view.data_ptr() != p.data_ptr() or view.dtype != p.dtype
         if moved:  # `p.data` is another tensor now (FakeTensors cannot tell)
-            view = self._views[unit] = p.detach().view(-1)  # type: ignore[index]
+            view = self._views[unit] = p.detach().view(-1)
         if grad is not None:
             if grad.layout is not torch.strided:
                 raise ValueError(
