@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..preconditioner import RELATIVE_DAMPING
 from .rows import AdamWState, Moves, RowLayout, capturing
-from .triton_kernels import add_grams, damped_inverse, move, square_of, step_rows, tile_of
+from .triton_kernels import MOVED, add_grams, damped_inverse, move, square_of, step_rows, tile_of
 
 MAX_RANK = 64
 ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
@@ -85,7 +85,7 @@ def _step_rows(
 
 
 def _move(flats: list[Tensor], lines: Tensor, parts: Tensor) -> None:
-    move[(len(lines),)](_addresses(lines.device, flats), lines, parts, BLOCK=256)
+    move[(len(lines),)](_addresses(lines.device, flats), lines, parts, BLOCK=MOVED)
 
 
 _OPERATORS = {"add_grams": _add_grams, "damped_inverse": _damped_inverse, "step_rows": _step_rows, "move": _move}

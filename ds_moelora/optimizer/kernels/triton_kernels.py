@@ -8,6 +8,8 @@ import triton.language as tl
 
 LINE: tl.constexpr = tl.constexpr(6)  # unit, offset, rows, stride of rows, stride of their elements, matrix
 
+MOVED = 256  # elements at once
+
 
 def tile_of(rank: int, cubic: bool = False) -> dict[str, int]:
     """R_PAD, BLOCK and num_warps; `cubic`: small rows are multiplied with each other element by element."""
@@ -79,9 +81,8 @@ def move(addresses, lines, parts, BLOCK: tl.constexpr):
                     place = tl.where(tl.load(parts + p * 3 + 2) != 0, in_triangle, at)
                     total += tl.load(_tensor(addresses, source) + tl.load(parts + p * 3 + 1) + place, there, 0.0)
             tl.store(target + tl.where(packed != 0, in_triangle, at), total, there)
-            if packed == 0:
-                if numel > side:
-                    tl.store(target + j * side + i, total, there)
+            if (packed == 0) & (numel > side):
+                tl.store(target + j * side + i, total, there)
 
 
 @triton.jit
