@@ -93,9 +93,7 @@ class FusedAdamW:
         for p in held:
             p.grad = None
         if done:
-            steps = [state.step for state in states]
-            # As torch does it: a number is made a tensor for each of those on a CPU.
-            torch._foreach_add_(steps, torch.ones(()) if steps[0].is_cpu else 1)
+            torch._foreach_add_([state.step for state in states], 1)
         try:
             yield
         finally:
