@@ -84,6 +84,7 @@ def test_causal_lm_and_resume(model: Path, alpaca: Path, tmp_path: Path):
     assert math.isfinite(summary["eval"]["eval_loss"])
     assert 0 <= summary["eval"]["eval_mean_token_accuracy"] <= 1
     assert [Path(path).name for path in summary["checkpoints"]] == ["checkpoint-2", "checkpoint-4"]
+    assert [path.name for path in whole.rglob("README.md")] == ["README.md"], "checkpoints have no card"
     assert "Training summary" in finished.output
     check_console(finished.output, 1, 4)
     assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
