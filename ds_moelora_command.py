@@ -53,7 +53,8 @@ def script(name: str) -> Path:
         ValueError: neither beside the package nor in it.
     """
     spec = importlib.util.find_spec("ds_moelora")  # imports nothing
-    assert spec is not None and spec.origin is not None, "this module is installed with the package"
+    assert spec is not None, "this module is installed with the package"
+    assert spec.origin is not None
     package = Path(spec.origin).resolve().parent
     places = [folder / "launch" / name for folder in (package.parent, package / "_launcher", Path.cwd())]
     file = next((place for place in places if place.is_file()), None)
