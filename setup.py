@@ -50,10 +50,10 @@ setup(
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    py_modules=["ds_moelora_autoload"],
+    py_modules=["ds_moelora_autoload", "ds_moelora_command"],
     entry_points={
         "torch.backends": ["ds_moelora = ds_moelora_autoload:autoload"],
-        "console_scripts": ["ds-moelora = ds_moelora.cli:main"],
+        "console_scripts": ["ds-moelora = ds_moelora_command:main"],
     },
     cmdclass={"build_py": BuildWithLauncher},
     packages=find_packages(include=["ds_moelora", "ds_moelora.*"]),

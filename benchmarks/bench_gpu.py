@@ -3,13 +3,13 @@
     python -m benchmarks.bench_gpu [--device cuda] [--tiny] [--minutes 8]
 
 Needs torch and peft. Triton's kernels and DeepSpeed's training steps are measured where these are installed; what is
-missing is said. First layer and optimizer are compared with float64 on the device, and a deviation that is too large
-ends the run. Then two ceilings are measured, a large copy (bytes read and written) and a large bfloat16 GEMM; `of_gemm`
-is (FLOPs that the layer must do) / time / (rate of the GEMM), `of_copy` the same for the bytes that an AdamW step must
-move. Last come training steps of a Llama of 1.1 billion parameters in bfloat16 under DeepSpeed (ZeRO-2, NCCL): PEFT's
-LoRA with torch's AdamW, and the mixture with GateRiemannianAdamW. Times lie between CUDA events, after warm-up;
-otherwise columns are those of bench_layer.py. Rows go to results/gpu.csv, a plot to results/gpu.svg. Cases for which no
-time is left are named.
+missing is said. First layer, router losses and optimizer are compared with float64 on the device, and a deviation that
+is too large ends the run. Then two ceilings are measured, a large copy (bytes read and written) and a large bfloat16
+GEMM; `of_gemm` is (FLOPs that the layer must do) / time / (rate of the GEMM), `of_copy` the same for the bytes that an
+AdamW step must move. Last come training steps of a Llama of 1.1 billion parameters in bfloat16 under DeepSpeed (ZeRO-2,
+NCCL): PEFT's LoRA with torch's AdamW, and the mixture, balance loss included, with GateRiemannianAdamW. Times lie
+between CUDA events, after warm-up; otherwise columns are those of bench_layer.py. Rows go to results/gpu.csv, a plot to
+results/gpu.svg. Cases for which no time is left are named.
 
 `--device cpu --tiny` runs every line in seconds, for a test; its figures mean nothing.
 """
@@ -34,11 +34,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ds_moelora import GateRiemannianAdamW, GateRiemannianSGD
+from ds_moelora.mixture import grouped_mm
 from ds_moelora.mixture.choice import BY_NAME
+from ds_moelora.mixture.fused_losses import Sequences, fused_losses
+from ds_moelora.mixture.grouped_mm import GROUPED_MM
 from ds_moelora.mixture.mixture import mix
 from ds_moelora.mixture.operands import Operands, Products, RoutingRule
 from ds_moelora.mixture.reference import max_relative_error, reference_layer
-from ds_moelora.mixture.routing import chosen_by
+from ds_moelora.mixture.routing import chosen_by, route, sequence_balance_loss, sequence_z_loss
 from ds_moelora.optimizer.reference import ReferenceAdamW, ReferenceSGD
 from ds_moelora.pairs import GateSettings, LoraPair, tag_pair
 
@@ -66,7 +69,7 @@ def layer_sizes(tiny: bool) -> Iterator[Size]:
 def layer_deviation(device: str, dtype: torch.dtype, products: Products) -> float:
     """The largest relative error of output and gradients against the per-expert formula in float64."""
     generator = torch.Generator().manual_seed(1)
-    T, I, O, E, k, r = 256, 512, 384, 20, 10, 4
+    T, I, O, E, k, r = 256, 512, 384, 20, 10, 8
     sizes = [((T, O), 1.0), ((T, I), 1.0), ((E, I), I**-0.5), ((E, I, r), I**-0.5), ((E, O, r), r**-0.5)]
 
     def draw(size: tuple[int, ...], std: float) -> Tensor:
@@ -85,6 +88,21 @@ def layer_deviation(device: str, dtype: torch.dtype, products: Products) -> floa
     expected.backward(dy.double())
     pairs = [(y, expected), *((leaf.grad, exact.grad) for leaf, exact in zip(leaves, wide, strict=True))]
     return max(max_relative_error(actual, exact) for actual, exact in pairs)  # type: ignore[arg-type]
+
+
+def losses_deviation(device: str, dtype: torch.dtype) -> float:
+    """The largest relative error of the routers' losses and their gradient against the formulas in float64."""
+    S, N, E, k = 3, 700, 20, 4
+    wide = torch.randn(S * N, E, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    mask = (torch.arange(S * N, device=device) % 7 > 0).view(S, N)
+    gates, logits, exact = route(wide, k), wide.clone().requires_grad_(), wide.double().requires_grad_()
+    found = fused_losses(logits, gates, Sequences((S, N), mask=mask), True, True)
+    shaped, chosen = exact.view(S, N, E), chosen_by(gates).view(S, N, E)
+    expected = sequence_balance_loss(shaped, chosen, mask).mean(), sequence_z_loss(shaped, mask).mean()
+    for balance, z in (found, expected):
+        (balance + 0.1 * z).backward()
+    pairs = [*zip(found, expected, strict=True), (logits.grad, exact.grad)]
+    return max(max_relative_error(actual, wanted) for actual, wanted in pairs)  # type: ignore[arg-type]
 
 
 def tagged_factors(modules: int, size: Size, device: str, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -123,6 +141,13 @@ def check(device: str) -> None:
         for dtype, bound in TOLERANCE.items()
         for products in BY_NAME.values()
     }
+    if (reason := grouped_mm.why_not(8, torch.bfloat16, None, 20)) is None:
+        bound = TOLERANCE[torch.bfloat16]
+        deviations["layer torch.bfloat16, grouped_mm"] = (layer_deviation(device, torch.bfloat16, GROUPED_MM), bound)
+    else:
+        print(f"grouped_mm is left out: {reason}")
+    for dtype, bound in TOLERANCE.items():
+        deviations[f"router losses {dtype}"] = (losses_deviation(device, dtype), bound)
     for kernels in step_kernels(device):
         for kind in OPTIMIZERS:  # inverses of Gram matrices amplify 6e-8
             deviations[f"{kind}, {kernels}"] = (optimizer_deviation(device, kernels, kind), 1e-3)
@@ -237,7 +262,7 @@ def training_engine(name: str, size: Size, device: str, tiny: bool) -> Step:
     dtype = torch.float32 if tiny else torch.bfloat16
     with torch.device(device):
         model = LlamaForCausalLM(config).to(dtype)
-    adapter = lora(size) if name == "peft" else mixture(size, "auto")
+    adapter = lora(size) if name == "peft" else mixture(size, "auto", balance=0.01)
     adapter.target_modules = ["q_proj", "v_proj", "up_proj", "down_proj"]
     model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
     kind = {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}}

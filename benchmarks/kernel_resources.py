@@ -19,12 +19,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ds_moelora.mixture import kernels
+from ds_moelora.mixture import fused_losses, kernels
 from ds_moelora.optimizer.kernels import triton_kernels
 
 CAPABILITIES = (80, 90)
+TOKENS = 4096  # of a sequence
 CASES = ((8, 4, 2), (20, 4, 10), (64, 4, 2), (64, 16, 2), (256, 64, 8))  # E, r, k
 _DTYPES = {"gates_ptr": "*fp32", "dgates_ptr": "*fp32", "order_ptr": "*i64", "scaling": "fp32", "top_p": "fp32"}
+_DTYPES |= dict.fromkeys(("sums_ptr", "weights_ptr", "losses_ptr", "slopes_ptr", "dbalance_ptr", "dz_ptr"), "*fp32")
+_DTYPES |= {"mask_ptr": "*i64", "weight": "fp32"}
 
 
 STEP_RANKS = (4, 16, 64)  # of the optimizer's kernels
@@ -65,11 +68,16 @@ def resources(cases: Sequence[tuple[int, int, int]], capability: int) -> Iterato
         backward = {"GATE_SCALING": "sqrt", "SCALE_INPUT": False, "gates_ptr": None, "dgates_ptr": None}
         padded = triton.next_power_of_2(R)
         blocks = {"BLOCK_F": kernels.COPIED_AT_ONCE // padded, "BLOCK_W": kernels.COPIED_AT_ONCE}
+        losses = {"E": E, **fused_losses.tile_of(E, TOKENS)}
+        finish = {"E": E, "BALANCE": True, "Z": True, **fused_losses.tile_of(E, fused_losses.MOST_PARTS)}
         for kernel, constants, num_warps in (
             (kernels.gate_forward, sizes, warps),
             (kernels.gate_backward, sizes | backward, warps),
             (kernels.restack, {"R": R, "R_PAD": padded, "STACK": True, **blocks}, 4),
             (kernels.combine, {"K": k, "BLOCK": kernels.TILE}, 4),
+            (kernels.router_sums, {**losses, "packed_ptr": None}, 4),
+            (kernels.router_losses, finish, 4),
+            (kernels.router_gradient, {**losses, "packed_ptr": None}, 4),
         ):
             yield Row(kernel.__name__, E, R, capability, *_compiled(kernel, constants, num_warps, capability))
 

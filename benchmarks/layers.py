@@ -94,7 +94,8 @@ def lora(size: Size) -> LoraConfig:
     return LoraConfig(r=size.columns, lora_alpha=2 * size.columns, target_modules=["layer"], lora_dropout=0.0)
 
 
-def mixture(size: Size, compute: str) -> MoELoRAConfig:
+def mixture(size: Size, compute: str, balance: float = 0.0) -> MoELoRAConfig:
+    """This package's, of the same size; `balance`: the balance loss's coefficient."""
     return MoELoRAConfig(
         r=size.rank,
         num_experts=size.experts,
@@ -102,7 +103,7 @@ def mixture(size: Size, compute: str) -> MoELoRAConfig:
         lora_alpha=2 * size.rank,
         target_modules=["layer"],
         expert_compute=compute,
-        router_aux_loss_coef=0.0,
+        router_aux_loss_coef=balance,
     )
 
 

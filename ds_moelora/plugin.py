@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .optimizer import GateRiemannianAdamW, GateRiemannianMuon, GateRiemannianSG
 from .patches import install_at_import, install_for_expert_parallelism
 from .tuner import register_with_peft
 
+COMMAND = "ds-moelora"
 OPTIMIZERS = (GateRiemannianAdamW, GateRiemannianSGD, GateRiemannianMuon)
 
 
@@ -21,7 +23,7 @@ def register() -> None:
 
     - DeepSpeed resolves `"optimizer": {"type": NAME}` by `getattr(torch.optim, NAME)`, and ZeRO accepts the classes
       listed in `ZERO_SUPPORTED_OPTIMIZERS`. Without DeepSpeed installed this part is left out, and so it is on the
-      import by `python -m ds_moelora`: DeepSpeed takes long to import and prints to stdout.
+      import by `ds-moelora` or `python -m ds_moelora`: DeepSpeed takes long to import and prints to stdout.
     - `ep_size > 1` gets its modules from `expert_parallel.shard`; without DeepSpeed it is refused.
     - PEFT resolves `peft_type` "MOELORA" through its enum and its mappings.
     - What must be replaced in other libraries is listed in `patches`.
@@ -45,7 +47,9 @@ def register() -> None:
 
 
 def _starts_as_command() -> bool:
-    """Whether Python is still looking for the module of `python -m ds_moelora`; argv[0] is "-m" meanwhile."""
+    """Whether `ds-moelora` runs, or Python still looks for the module of `python -m`; argv[0] is "-m" meanwhile."""
+    if Path(*sys.argv[:1]).name == COMMAND:
+        return True
     follows = sys.orig_argv[sys.orig_argv.index("-m") + 1 :] if "-m" in sys.orig_argv else []
     return sys.argv[:1] == ["-m"] and follows[:1] == [__package__]
 

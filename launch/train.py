@@ -23,7 +23,7 @@ if __package__ in (None, ""):
     # Started as a script: Python put this folder first on the path; the repository's root is what is needed.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launch import quiet  # isort: skip  (before DeepSpeed is imported)
+from launch import quiet, threads  # isort: skip  # noqa: F401  (before torch and DeepSpeed are imported)
 
 import datasets
 import deepspeed

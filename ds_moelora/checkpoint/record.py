@@ -152,7 +152,7 @@ _NOT_SETTINGS = {
 @torch.no_grad()
 def sample_weights(module: nn.Module) -> dict[str, Any]:
     """{name: [dtype, values]} of one frozen parameter of every kind, to tell one base model from another."""
-    kinds: dict[str, list[tuple[str, torch.Tensor]]] = {}
+    kinds: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, param in sorted(module.named_parameters()):
         known = param.is_floating_point() and not (param.requires_grad or param.is_meta)
         if known and 0 < math.prod(whole_shape(param)) <= SAMPLED_NUMEL:

@@ -3,7 +3,8 @@
 A command is a module of this folder with `SUMMARY` (one line), `add_arguments(parser)` and `run(args) -> int`, listed
 in `COMMANDS`; its docstring is its help, and `parents()`, if there, are parsers whose flags it has too. It raises
 ValueError for a mistake in what was asked. A command with `TAKES_OTHER_FLAGS = True` finds unknown flags in
-`args.other_flags`. The commands of `launcher.SUMMARIES` are the launcher's programs, which get their flags as they are.
+`args.other_flags`. The commands of `ds_moelora_command.SUMMARIES` are the launcher's programs, which get their flags as
+they are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import launcher
+import ds_moelora_command as launcher
+
 from .tables import plain
 
 COMMANDS = ("plan", "preview", "inspect", "export", "init-adapter")
@@ -64,11 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in launcher.SUMMARIES:
-        try:
-            return launcher.start(words[0], words[1:])
-        except ValueError as error:
-            print(f"error: {plain(str(error))}", file=sys.stderr)
-            return 2
+        return launcher.main(words)
     args, others = build_parser().parse_known_args(words)
     args.other_flags, args.words = others, words
     if others and args.refuse is not None:

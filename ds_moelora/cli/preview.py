@@ -11,7 +11,7 @@ import argparse
 import subprocess
 import sys
 
-from . import launcher
+import ds_moelora_command as launcher
 
 SUMMARY = "one training batch with its loss mask, from the launcher's flags"
 TAKES_OTHER_FLAGS = True

@@ -161,16 +161,16 @@ def _gradients(o: Operands, down: Tensor | None, up: Tensor | None) -> tuple[Ten
 
 
 @functools.cache
-def _kernels() -> Any:
+def load_kernels() -> Any:
     from . import kernels
 
     return kernels
 
 
-def _operator(schema: str) -> Any:
+def operator(schema: str) -> Any:
     """Defines an operator without results: Triton on CUDA, the decorated function on CPUs.
 
-    The function `_launch_<name>` of this module launches the kernel.
+    The function `_launch_<name>` beside the decorated one launches the kernel.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -178,7 +178,7 @@ def _operator(schema: str) -> Any:
     def decorate(in_torch: Any) -> Any:
         def launch(*args: Any) -> None:
             with torch._C.DisableTorchFunction():
-                globals()[f"_launch_{name}"](*args)
+                in_torch.__globals__[f"_launch_{name}"](*args)
 
         def on_cpu(*args: Any) -> None:
             (launch if os.environ.get("TRITON_INTERPRET") == "1" else in_torch)(*args)
@@ -191,7 +191,7 @@ def _operator(schema: str) -> Any:
     return decorate
 
 
-@_operator(
+@operator(
     "gate_forward(Tensor p, Tensor(a!) gates, Tensor(b!)? weighted, float scaling, int top_k, float? top_p) -> ()"
 )
 def _gate_forward(
@@ -213,14 +213,14 @@ def _launch_gate_forward(
     (T, E), R = gates.shape, 1 if weighted is None else weighted.shape[1] // gates.shape[1]
     if not T:
         return
-    kernels, sizes, tile = _kernels(), _sizes(p, E, R, top_k, top_p), _kernels().tile_of(E, R)
+    kernels, sizes, tile = load_kernels(), _sizes(p, E, R, top_k, top_p), load_kernels().tile_of(E, R)
     kernels.gate_forward[(-(-T // tile["BLOCK_T"]),)](
         p, gates, weighted, T, p.stride(0), 0 if weighted is None else weighted.stride(0), scaling, top_p or 0.0,
         **sizes, **tile,
     )  # fmt: skip
 
 
-@_operator(
+@operator(
     "gate_backward(Tensor p, Tensor? q, Tensor? gates, Tensor? dlogits, Tensor(a!)? rows_x, Tensor(b!)? rows_A, "
     "Tensor(c!)? weighted, Tensor(d!)? dgates, float scaling, int top_k, float? top_p, str gate_scaling, "
     "bool scale_input_grad, int num_experts, int rank) -> ()"
@@ -262,7 +262,7 @@ def _launch_gate_backward(
     T = len(p)
     if not T:
         return
-    kernels, sizes, tile = _kernels(), _sizes(p, E, R, top_k, top_p), _kernels().tile_of(E, R)
+    kernels, sizes, tile = load_kernels(), _sizes(p, E, R, top_k, top_p), load_kernels().tile_of(E, R)
     q_row, weighted_row = (0 if tensor is None else tensor.stride(0) for tensor in (q, weighted))
     rows_row = next((rows.stride(0) for rows in (rows_x, rows_A) if rows is not None), 0)
     kernels.gate_backward[(-(-T // tile["BLOCK_T"]),)](
@@ -271,7 +271,7 @@ def _launch_gate_backward(
     )  # fmt: skip
 
 
-@_operator(
+@operator(
     "restack(Tensor? A, Tensor? B, Tensor? router, Tensor(a!)? to_A, Tensor(b!)? to_B, Tensor(c!)? to_router, "
     "float factor, int rank, bool stack) -> ()"
 )
@@ -296,7 +296,7 @@ def _launch_restack(
     A: Tensor | None, B: Tensor | None, router: Tensor | None, to_A: Tensor | None, to_B: Tensor | None,
     to_router: Tensor | None, factor: float, rank: int, stack: bool,
 ) -> None:  # fmt: skip
-    kernels = _kernels()
+    kernels = load_kernels()
     padded = kernels.triton.next_power_of_2(rank)
     block_f, block_w = kernels.COPIED_AT_ONCE // padded, kernels.COPIED_AT_ONCE
     A, B, router = (None if source is None else source.contiguous() for source in (A, B, router))
@@ -317,14 +317,14 @@ def _launch_restack(
     )  # fmt: skip
 
 
-@_operator("combine(Tensor(a!) y, Tensor rows, Tensor order) -> ()")
+@operator("combine(Tensor(a!) y, Tensor rows, Tensor order) -> ()")
 def _combine(y: Tensor, rows: Tensor, order: Tensor) -> None:
     """y_t += sum_j rows[order_tj]: y (T, F), rows (N, F), order (T, k)."""
     y.copy_(y + rows[order].to(torch.promote_types(y.dtype, torch.float32)).sum(1))
 
 
 def _launch_combine(y: Tensor, rows: Tensor, order: Tensor) -> None:
-    (T, F), kernels = y.shape, _kernels()
+    (T, F), kernels = y.shape, load_kernels()
     if y.numel():
         block = min(kernels.triton.next_power_of_2(F), kernels.TILE)
         kernels.combine[(T, -(-F // block))](

@@ -2,7 +2,7 @@
 
 A program takes BLOCK_T tokens and all experts: gates (BLOCK_T, E), and of the rank level one tile (BLOCK_T, E, BLOCK_R)
 after the other. Sums are in float32 and in a fixed order: the same bits on every run. Who launches them, and what the
-tensors are: `mixture.fused`.
+tensors are: `mixture.fused`, and for the routers' losses `mixture.fused_losses`.
 """
 
 from __future__ import annotations
@@ -195,3 +195,114 @@ def combine(y_ptr, rows_ptr, order_ptr, F, y_row, rows_row, K: tl.constexpr, BLO
     for j in range(K):
         total += tl.load(rows_ptr + tl.load(order_ptr + token * K + j) * rows_row + column, mask, 0.0).to(tl.float32)
     tl.store(y, total, mask)
+
+
+@triton.jit
+def _tokens(sequence, n, N, T, packed_ptr, mask_ptr):
+    """Rows of the tokens n of a sequence of N, whether the rows exist, and whether they are real tokens."""
+    there = n < N
+    if packed_ptr is not None:
+        row = tl.load(packed_ptr + sequence * N + n, there, T)
+        there = there & (row < T)
+        real = there
+    else:
+        row = sequence * N + n
+        real = there
+        if mask_ptr is not None:
+            real = there & (tl.load(mask_ptr + row, there, 0) != 0)
+    return row, there, real
+
+
+@triton.jit
+def _softmax(z, real):
+    """Probabilities, and log sum exp z, of logits that are -inf beyond E; anything where a token is not `real`."""
+    largest = tl.where(real, tl.max(z, 1, keep_dims=True), 0.0)
+    likely = tl.exp(z - largest)
+    total = tl.where(real, tl.sum(likely, 1, keep_dims=True), 1.0)
+    return likely / total, largest + tl.log(total)
+
+
+@triton.jit
+def router_sums(
+    logits_ptr, gates_ptr, packed_ptr, mask_ptr, sums_ptr, T, N, logits_row, tiles, E: tl.constexpr,
+    E_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One of the parts of one sequence, `tiles` tiles of BLOCK_N tokens each. Sums over its real tokens.
+
+    sums (S, parts, 2 E + 2): probabilities, choices of each expert, (log sum exp z)^2, tokens.
+    """
+    sequence, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    expert = tl.arange(0, E_PAD)[None, :]
+    probabilities, choices = tl.zeros((BLOCK_N, E_PAD), tl.float32), tl.zeros((BLOCK_N, E_PAD), tl.float32)
+    squares, tokens = tl.zeros((BLOCK_N, 1), tl.float32), tl.zeros((BLOCK_N, 1), tl.float32)
+    for tile in range(tiles):
+        n = (part * tiles + tile) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+        row, _, real = _tokens(sequence, n, N, T, packed_ptr, mask_ptr)
+        mask = real & (expert < E)
+        z = tl.load(logits_ptr + row * logits_row + expert, mask, float("-inf")).to(tl.float32)
+        likely, lse = _softmax(z, real)
+        g = tl.load(gates_ptr + row * E + expert, mask, 0.0)
+        probabilities += tl.where(mask, likely, 0.0)
+        choices += tl.where(mask & (g.to(tl.int32, bitcast=True) != -2147483648), 1.0, 0.0)  # the bits of -0.0
+        squares += tl.where(real, lse * lse, 0.0)
+        tokens += tl.where(real, 1.0, 0.0)
+    at = sums_ptr + (sequence * parts + part) * (2 * E + 2) + expert
+    tl.store(at, tl.sum(probabilities, 0, keep_dims=True), expert < E)
+    tl.store(at + E, tl.sum(choices, 0, keep_dims=True), expert < E)
+    tl.store(at + 2 * E, tl.sum(squares, 0, keep_dims=True), expert < 1)
+    tl.store(at + 2 * E + 1, tl.sum(tokens, 0, keep_dims=True), expert < 1)
+
+
+@triton.jit
+def router_losses(
+    sums_ptr, weights_ptr, losses_ptr, slopes_ptr, parts, weight, BALANCE: tl.constexpr, Z: tl.constexpr,
+    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One sequence. losses (S, 2), weighted; slopes (S, E + 1): theirs in a token's probabilities, and in lse^2 / 2."""
+    sequence = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, E_PAD)[None, :]
+    probabilities, choices = tl.zeros((BLOCK_N, E_PAD), tl.float32), tl.zeros((BLOCK_N, E_PAD), tl.float32)
+    squares, tokens = tl.zeros((BLOCK_N, 1), tl.float32), tl.zeros((BLOCK_N, 1), tl.float32)
+    for start in range(0, parts, BLOCK_N):
+        part = start + tl.arange(0, BLOCK_N)[:, None]
+        at = sums_ptr + (sequence * parts + part) * (2 * E + 2)
+        mask = (part < parts) & (expert < E)
+        probabilities += tl.load(at + expert, mask, 0.0)
+        choices += tl.load(at + E + expert, mask, 0.0)
+        squares += tl.load(at + 2 * E, part < parts, 0.0)
+        tokens += tl.load(at + 2 * E + 1, part < parts, 0.0)
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + sequence)
+    weight = weight / tl.maximum(tl.sum(tokens), 1.0)
+    chosen = tl.sum(choices, 0, keep_dims=True)
+    slope = chosen / tl.maximum(tl.sum(chosen), 1.0) * (E * weight)
+    tl.store(slopes_ptr + sequence * (E + 1) + expert, slope, expert < E)
+    tl.store(slopes_ptr + sequence * (E + 1) + E, 2 * weight)
+    balance = tl.sum(slope * tl.sum(probabilities, 0, keep_dims=True)) if BALANCE else 0.0
+    tl.store(losses_ptr + sequence * 2, balance)
+    z = tl.sum(squares) * weight if Z else 0.0
+    tl.store(losses_ptr + sequence * 2 + 1, z)
+
+
+@triton.jit
+def router_gradient(
+    logits_ptr, packed_ptr, mask_ptr, slopes_ptr, dbalance_ptr, dz_ptr, dlogits_ptr, T, N, logits_row, tiles,
+    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One of the `tiles` tiles of one sequence. dlogits (T, E) of tokens of any sequence, 0 where one is not real."""
+    sequence = (tl.program_id(0) // tiles).to(tl.int64)
+    n = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    expert = tl.arange(0, E_PAD)[None, :]
+    row, there, real = _tokens(sequence, n, N, T, packed_ptr, mask_ptr)
+    mask = real & (expert < E)
+    z = tl.load(logits_ptr + row * logits_row + expert, mask, float("-inf")).to(tl.float32)
+    likely, lse = _softmax(z, real)
+    likely = tl.where(mask, likely, 0.0)
+    slopes = slopes_ptr + sequence * (E + 1)
+    d = tl.zeros((BLOCK_N, E_PAD), tl.float32)
+    if dbalance_ptr is not None:
+        slope = tl.load(slopes + expert, expert < E, 0.0) * tl.load(dbalance_ptr)
+        d += likely * (slope - tl.sum(likely * slope, 1, keep_dims=True))
+    if dz_ptr is not None:
+        d += likely * (lse * (tl.load(slopes + E) * tl.load(dz_ptr)))
+    tl.store(dlogits_ptr + row * E + expert, tl.where(mask, d, 0.0), there & (expert < E))

@@ -8,7 +8,7 @@ from peft.utils import register_peft_method
 from .base_experts import use_lora_experts
 from .config import PEFT_TYPE, PEFT_TYPES, MoELoRAConfig
 from .experts import MoELoRAExperts
-from .files.card import TrainingRecord, record_training
+from .files.card import TrainingRecord, record_training, without_card
 from .files.conversion import save_without_residual
 from .files.saving import append_experts, gather_experts, sharded_experts, without_experts
 from .layer import MoELoRALayer
@@ -31,6 +31,7 @@ __all__ = [
     "start_from_lora",
     "tag_lora_pairs",
     "use_lora_experts",
+    "without_card",
     "without_experts",
 ]
 

@@ -12,11 +12,13 @@ import math
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from ..mixture import fused_losses
+from ..mixture.fused_losses import Sequences
 from ..mixture.routing import chosen_by, sequence_balance_loss, sequence_z_loss
 from .config import MoELoRAConfig
 
@@ -200,6 +202,25 @@ def _unpacked(rows: Tensor, packed: Tensor) -> Tensor:
     return torch.cat([rows, torch.zeros_like(rows[:1])])[packed]
 
 
+def _sequences(
+    rows: int, lead: tuple[int, ...], layout: BatchLayout, device: torch.device
+) -> tuple[tuple[int, int], Tensor | None, Tensor | None]:
+    """How `rows` tokens form sequences: (S, N), the mask of real tokens, and `BatchLayout.packed`, then without."""
+    of_grid = layout.grid is not None and math.prod(layout.grid) == rows
+    if layout.packed is not None and of_grid:
+        packed = layout.packed.to(device)
+        return (packed.shape[0], packed.shape[1]), None, packed
+    shape = (rows, 1)
+    if len(lead) >= 2:
+        shape = (lead[0], math.prod(lead[1:]))
+    elif of_grid:
+        shape = cast("tuple[int, int]", layout.grid)
+    mask = layout.mask
+    if mask is not None:
+        mask = mask.to(device) if tuple(mask.shape) == shape and lead in (shape, (rows,)) else None
+    return shape, mask, None
+
+
 def sequences_of(
     logits: Tensor, gates: Tensor, lead: tuple[int, ...], layout: BatchLayout
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -209,17 +230,8 @@ def sequences_of(
         logits, gates: (T, E). lead: the layer's input shape without its last dimension; T is its product.
     """
     (rows, num_experts), chosen = logits.shape, chosen_by(gates)
-    if len(lead) >= 2:
-        shape = (lead[0], math.prod(lead[1:]))
-    elif layout.grid is not None and math.prod(layout.grid) == rows:
-        shape = layout.grid
-    else:
-        shape = (rows, 1)
-    mask = layout.mask
-    if mask is not None:
-        mask = mask.to(logits.device) if tuple(mask.shape) == shape and lead in (shape, (rows,)) else None
-    if layout.packed is not None and layout.grid is not None and math.prod(layout.grid) == rows:
-        packed = layout.packed.to(logits.device)
+    shape, mask, packed = _sequences(rows, lead, layout, logits.device)
+    if packed is not None:
         return _unpacked(logits, packed), _unpacked(chosen, packed), packed < rows
     return logits.reshape(*shape, num_experts), chosen.reshape(*shape, num_experts), mask
 
@@ -253,7 +265,8 @@ def router_losses(
 ) -> AuxLosses:
     """A layer's losses: weighted sums over sequences, 0-dim; 0 where the coefficient is 0.
 
-    A gradient keeps logits and gates alone, and computes what else it needs in the backward pass.
+    A gradient keeps logits and gates alone, and computes what else it needs in the backward pass. On CUDA devices they
+    are computed by `mixture.fused_losses`, in compiled graphs and elsewhere by the formula in torch.
 
     Args:
         logits, gates: (T, E). lead: see `sequences_of`. layout: None computes nothing, but saves the same for backward.
@@ -261,7 +274,20 @@ def router_losses(
     if torch.compiler.is_compiling():  # what is kept for the backward pass is the compiler's choice
         assert layout is not None
         return AuxLosses(*_weighted_losses(logits, gates, coefs, lead, layout))
+    if fused_losses.covers(logits):
+        sequences = None if layout is None else _weighted_sequences(logits, lead, layout)
+        return AuxLosses(*fused_losses.fused_losses(logits, gates, sequences, *map(bool, coefs)))
     return AuxLosses(*_RouterLosses.apply(logits, gates, coefs, lead, layout))
+
+
+def _weighted_sequences(logits: Tensor, lead: tuple[int, ...], layout: BatchLayout) -> Sequences:
+    shape, mask, packed = _sequences(len(logits), lead, layout, logits.device)
+    weights = layout.weights
+    if weights is not None:
+        weights = weights.to(logits.device, torch.float32).contiguous()
+        if weights.shape != shape[:1]:
+            weights = (weights.sum() / max(shape[0], 1)).repeat(shape[0])
+    return Sequences(shape, packed, None if mask is None else mask.contiguous(), weights)
 
 
 def _weighted_losses(

@@ -39,7 +39,7 @@ from ds_moelora.checkpoint.manifest import flush, publish, write_manifest
 from ds_moelora.checkpoint.processes import NotFiniteError, everyone, is_agreed, rank
 from ds_moelora.checkpoint.trained import Run
 from ds_moelora.optimizer.sharding.zero import configured_optimizer, is_partitioned
-from ds_moelora.tuner import sharded_experts
+from ds_moelora.tuner import sharded_experts, without_card
 from launch.checkpoint.record import TABLE, data_record
 from launch.checkpoint.resume import PARTIAL, checkpoints, newest_complete, step_of
 from launch.checkpoint.stopping import EvaluationSkipped, Stopping, ignore_signals
@@ -200,7 +200,10 @@ class CheckpointedTrainer(Trainer):
             raise found from failure
 
     def _write_adapter(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """What PEFT saves, from the trained weights, and the tokenizer; a collective call, process 0 writes."""
+        """What PEFT saves, from the trained weights, and the tokenizer; a collective call, process 0 writes.
+
+        The card is left out: `launch/train.py` writes it once, when the scores are known.
+        """
         model: PeftModel = self.accelerator.unwrap_model(self.model)
         weights = {**weights, **_sharded_starts(model)}
         if not self.is_world_process_zero():
@@ -210,7 +213,8 @@ class CheckpointedTrainer(Trainer):
             for name, value in model.state_dict(keep_vars=True).items()
             if isinstance(value, Tensor) and not is_partitioned(value)
         }
-        model.save_pretrained(str(folder), state_dict={**entries, **weights}, is_main_process=True)
+        with without_card(model):
+            model.save_pretrained(str(folder), state_dict={**entries, **weights}, is_main_process=True)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 

@@ -170,7 +170,7 @@ class HubUpload(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.every_save and self.repository is not None and checkpoint.is_dir():
             with not_fatal(f"the upload of {checkpoint.name}", args.output_dir):
-                self._upload(checkpoint, f"Step {state.global_step}", ["adapter_*", "README.md", "*token*", "*.jinja"])
+                self._upload(checkpoint, f"Step {state.global_step}", ["adapter_*", "*token*", "*.jinja"])
 
     def finish(self) -> None:
         """Uploads the finished run, on the rank that made the repository."""

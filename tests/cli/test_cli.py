@@ -15,7 +15,9 @@ import huggingface_hub
 import pytest
 
 import ds_moelora
-from ds_moelora.cli import COMMANDS, launcher, main
+import ds_moelora_command as launcher
+from ds_moelora import plugin
+from ds_moelora.cli import COMMANDS, main
 from ds_moelora.cli.plan_report import CONFIGS
 from ds_moelora.planner import model
 
@@ -145,14 +147,36 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_as_a_program_without_deepspeed(tmp_path: Path) -> None:
-    """DeepSpeed prints to stdout when imported; here its import fails."""
+    """The console script. DeepSpeed prints to stdout when imported; here its import fails."""
     (tmp_path / "deepspeed").mkdir()
     (tmp_path / "deepspeed/__init__.py").write_text("raise RuntimeError('deepspeed was imported')\n")
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "ds_moelora", *changed("--json")]
+    script = tmp_path / "bin" / plugin.COMMAND
+    script.parent.mkdir()
+    script.write_text("import sys\nfrom ds_moelora_command import main\nsys.exit(main())\n")  # as pip writes it
+    command = [sys.executable, str(script), *changed("--json")]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["best"]["fits"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "typed", "is_command"),
+    [
+        (["/x/bin/ds-moelora", "plan"], ["python", "/x/bin/ds-moelora", "plan"], True),
+        (["-m", "plan"], ["python", "-m", "ds_moelora", "plan"], True),
+        (["-m"], ["python", "-m", "pytest", "ds_moelora"], False),
+        (["-c"], ["python", "-c", "import ds_moelora"], False),
+        (["train.py"], ["python", "train.py", "ds-moelora"], False),
+        ([], ["python"], False),
+    ],
+)
+def test_what_starts_as_a_command(
+    argv: list[str], typed: list[str], is_command: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "orig_argv", typed)
+    assert plugin._starts_as_command() == is_command
 
 
 DOCUMENTED = re.findall(

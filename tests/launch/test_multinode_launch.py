@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launch.checks.errors import UserError, adopt_rank, local_rank, process_rank
 from launch.cluster import launchers, remote
 from launch.cluster.host_checks import Job, judge
 from launch.cluster.multinode import exported, make_job
+from launch.threads import share_cores
 from tests.support.launch_support import ROOT
 
 ODD = ["a b", "it's", '"quoted"', "$HOME", "`id`", "; exit 3", "\\n", "*", "", "--flag=x y", "%n %h", "ü\n"]
@@ -218,6 +220,27 @@ def test_ranks_without_an_address(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "environ", {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"})
     with pytest.raises(UserError, match="MASTER_ADDR is not set"):
         adopt_rank()
+
+
+@pytest.mark.parametrize(
+    ("variables", "threads"),
+    [
+        ({}, "8"),
+        ({"LOCAL_SIZE": "1"}, "8"),
+        ({"LOCAL_SIZE": "2"}, "4"),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "3"}, "2"),
+        ({"LOCAL_SIZE": "16"}, "1"),
+        ({"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "7"}, "7"),
+    ],
+)
+def test_processes_of_a_machine_share_its_cores(
+    variables: dict[str, str], threads: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(os, "environ", variables)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 16)
+    share_cores()
+    assert os.environ["OMP_NUM_THREADS"] == threads
 
 
 # -- Slurm, shellcheck -------------------------------------------------------------------------------------------------

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ds_moelora.mixture import grouped_mm
+from ds_moelora.mixture import fused_losses, grouped_mm
 from ds_moelora.mixture.fused import FUSED, route_at_once
 from ds_moelora.mixture.grouped_mm import GROUPED_MM
 from ds_moelora.mixture.mixture import mix
@@ -16,6 +17,7 @@ from ds_moelora.mixture.operands import Operands, RoutingRule
 from ds_moelora.mixture.reference import max_relative_error, reference_layer
 from ds_moelora.mixture.routing import chosen_by, route
 from ds_moelora.pairs import GATE_SCALINGS, GateSettings
+from ds_moelora.tuner.losses import AuxLosses, BatchLayout, batch_layout, router_losses
 
 from .conftest import by_group
 
@@ -63,6 +65,50 @@ def agree(sizes, rank, routing, gate, dtype, shared_A, products, seed) -> None:
     seen += 1
 
 
+@given(
+    sizes=st.tuples(st.integers(1, 4), st.integers(1, 12), st.integers(1, 9), st.integers(1, 3)),
+    coefs=st.sampled_from([(0.1, 0.0), (0.0, 0.1), (0.1, 0.1)]),
+    layout=st.sampled_from(["rows", "grid", "mask", "bool mask", "packed"]),
+    weights=st.sampled_from(["none", "sequence", "other"]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+def losses_agree(sizes, coefs, layout, weights, dtype, seed) -> None:
+    """The routers' losses and their gradient with the formula in float64; tiles and parts are small."""
+    (S, N, E, k), generator = sizes, torch.Generator().manual_seed(seed)
+    lead, mask, packed, S = (S, N), None, None, (1 if layout == "packed" else S)
+    if layout.endswith("mask"):
+        mask = torch.rand(S, N, generator=generator) < 0.6
+        mask[0] = False  # a sequence without tokens
+        mask = mask if layout == "bool mask" else mask.long()
+    elif layout == "packed":  # the last token, if there are three, is in no sequence
+        lead, bounds = (1, N), torch.tensor([0, N // 3, N - (N > 2)], dtype=torch.int32)
+        kwargs = {"cu_seq_lens_q": bounds, "max_length_q": int(bounds.diff().max()), "input_ids": torch.zeros(1, N)}
+        packed = batch_layout(kwargs, True).packed
+    elif layout == "rows":
+        lead = (S * N,)
+    sequences = len(packed) if packed is not None else S * N if layout == "rows" else S
+    of = {"none": None, "sequence": torch.rand(sequences, generator=generator), "other": torch.rand(7)}[weights]
+    batch = BatchLayout((S, N) if layout == "packed" else None, mask, of, packed)
+    wide = torch.randn(S * N, E + 3, generator=generator).mul(2).to(dtype)
+    gates = route(wide[:, 3:], min(k, E))
+    results = []
+    for logits in (wide[:, 3:].requires_grad_(), wide[:, 3:].double().requires_grad_()):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fused_losses, "covers", lambda logits: logits.dtype != torch.float64)
+            patch.setattr(fused_losses, "TILE", 16)
+            patch.setattr(fused_losses, "MOST_PARTS", 2)
+            found = router_losses(logits, gates, AuxLosses(*coefs), lead, batch)
+            kept = [loss for loss, coef in zip(found, coefs, strict=True) if coef]
+            (gradient,) = torch.autograd.grad([3 * loss for loss in kept], logits)
+        results.append((*found, gradient))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(
+            actual, expected.to(actual.dtype), rtol=1e-2 if dtype != torch.float32 else 1e-4, atol=1e-5
+        )
+
+
 def routes_like_torch() -> None:
     """Ties, infinities, a NaN, the largest number of experts, and a chosen expert whose gate underflows."""
     logits = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
@@ -82,4 +128,5 @@ if __name__ == "__main__":
     grouped_mm.grouped_mm = by_group
     routes_like_torch()
     agree()
+    losses_agree()
     print(f"{seen} examples agree")

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_moelora import MoELoRAConfig
-from ds_moelora.mixture import fused
+from ds_moelora.mixture import fused, fused_losses
 from ds_moelora.mixture.choice import choose_products
 from ds_moelora.mixture.dense import DENSE
 from ds_moelora.mixture.fused import FUSED
@@ -24,6 +24,9 @@ from ds_moelora.mixture.grouped_mm import GROUPED_MM
 from ds_moelora.mixture.mixture import Mixed, _forward, mix
 from ds_moelora.mixture.operands import Needs, Operands, RoutingRule
 from ds_moelora.pairs import GateSettings
+from ds_moelora.tuner.losses import BatchLayout, start_collecting, stop_collecting
+
+from .interpreted import losses_agree
 
 WITHOUT_LAUNCH = {"empty", "new_empty", "empty_like", "empty_strided", "detach", "promote_types", "lift_fresh"}
 
@@ -85,6 +88,32 @@ def test_fewer_launches_than_plain_lora(num_experts: int) -> None:
     assert len(forward) + len(backward) <= 31, (forward, backward)
     dense = sum(map(len, launches(config(num_experts, expert_compute="dense"))))
     assert dense > 40  # so many it was
+
+
+@pytest.mark.parametrize(("num_experts", "masked"), [(8, False), (64, True)])
+def test_four_more_launches_with_the_routers_losses(
+    num_experts: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_losses, "covers", lambda logits: True)  # as on CUDA
+    fields = MoELoRAConfig(
+        num_experts=num_experts, r=4, top_k=2, target_modules=["linear"], expert_compute="fused", router_z_loss_coef=0.1
+    )
+    layer = get_peft_model(OneLinear(), fields).train().base_model.model.linear
+    x = torch.randn(2, 16, 64, dtype=torch.bfloat16, requires_grad=True)
+    start_collecting(layer, BatchLayout((2, 16), torch.ones(2, 16, dtype=torch.int64) if masked else None))
+    with Launches() as forward:
+        y = layer(x)
+    losses = list(stop_collecting(layer)[0].losses)
+    gradients = [torch.ones_like(y), *map(torch.ones_like, losses)]
+    with Launches() as backward:
+        torch.autograd.backward([y, *losses], gradients)
+    assert (len(forward.names), len(backward.names)) == (8, 9), (forward.names, backward.names)
+    kernels = [name for name in forward.names + backward.names if name.startswith("router_")]
+    assert kernels == ["router_sums", "router_losses", "router_gradient"]
+
+
+def test_the_routers_losses_in_few_launches_are_the_formula() -> None:
+    losses_agree()
 
 
 def test_decoding_launches_four_operations_beside_the_base() -> None:
@@ -156,6 +185,11 @@ def test_on_a_gpu_nothing_waits_for_the_host_or_mixes_devices(products: Any, gat
         assert [None if t is None else t.shape for t in (grads.x, grads.A, grads.B, grads.router)] == [
             o.x.shape, o.lora_A.shape, o.lora_B.shape, (8, 16)
         ]  # fmt: skip
+        sequences = fused_losses.Sequences((2, 16), mask=torch.ones(2, 16, device="cuda", dtype=torch.int64))
+        losses, slopes = fused_losses.losses_and_slopes(mixed.logits, mixed.gates, sequences, True, True)
+        dz = fused_losses.gradient(mixed.logits, sequences, slopes, *losses)
+        assert {t.device.type for t in (losses, slopes, dz)} == {"cuda"}
+        assert (losses.shape, slopes.shape, dz.shape, dz.dtype) == ((2,), (2, 9), (32, 8), torch.bfloat16)
         with pytest.raises(RuntimeError, match="device"):  # that these would be seen
             base @ torch.empty(24, 2, dtype=base.dtype)
         with pytest.raises(DataDependentOutputException):

@@ -88,7 +88,7 @@ def is_own(owner: ast.AST | None) -> bool:
 
 
 def is_private(name: str) -> bool:
-    if name in ("_asdict", "_replace"):  # public methods of named tuples
+    if name in ("_asdict", "_replace", "ds_moelora"):  # public methods of named tuples; `torch.ops.ds_moelora`
         return False
     return name.startswith("ds_") or (name.startswith("_") and not name.startswith("__"))
 

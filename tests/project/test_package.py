@@ -43,7 +43,7 @@ LIBRARIES = {
     "integrations": {"torch", "peft", "transformers", "deepspeed", "axolotl", "swift", "pydantic"},
     "monitoring": {"torch", "transformers", "numpy", "PIL"},
     "planner": {"torch", "transformers", "huggingface_hub"},
-    "cli": {"torch", "transformers", "rich", "yaml"},
+    "cli": {"transformers", "rich", "yaml", "ds_moelora_command"},
 }
 
 

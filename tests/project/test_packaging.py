@@ -13,7 +13,8 @@ from pathlib import Path
 from .test_autoload import ENTRY_POINT
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = "[console_scripts]\nds-moelora = ds_moelora.cli:main\n"
+COMMAND = "[console_scripts]\nds-moelora = ds_moelora_command:main\n"
+TOP = ("ds_moelora_autoload.py", "ds_moelora_command.py")
 BUILD = "from setuptools.build_meta import build_wheel; build_wheel({!r})"
 
 
@@ -26,7 +27,7 @@ def test_wheel(tmp_path: Path) -> None:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     (source / "benchmarks").mkdir()  # would be in the way if it were found
     (source / "benchmarks" / "__init__.py").touch()
-    for name in ("ds_moelora_autoload.py", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    for name in (*TOP, "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
     subprocess.run([sys.executable, "-c", BUILD.format(str(target))], cwd=source, check=True, capture_output=True)
     (path,) = target.iterdir()
@@ -40,7 +41,7 @@ def test_wheel(tmp_path: Path) -> None:
     }
     launcher = {f"ds_moelora/_launcher/{p.relative_to(source)}" for n in ("launch", "configs")
                 for p in (source / n).rglob("*") if p.is_file()}  # fmt: skip
-    assert set(names) == {*modules, *launcher, "ds_moelora_autoload.py"}
+    assert set(names) == {*modules, *launcher, *TOP}
     assert "".join(entry_points).split() == f"{COMMAND}{ENTRY_POINT}".split()
     assert licences
     assert set(metadata.get_all("Provides-Extra")) == {"train", "triton", "mpi", "bench", "docs", "dev"}

@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, get_peft_model
 from transformers.utils import hub
 
-from ds_moelora.tuner import TrainingRecord, record_training
+from ds_moelora.tuner import TrainingRecord, record_training, without_card
 
 from ..support.adapter_support import adapted, bert, llama
 
@@ -27,6 +27,9 @@ RECORD = TrainingRecord(
 def test_a_new_card(tmp_path: Path):
     model = adapted(shared_expert=True, rank_pattern={"q_proj": 3})
     record_training(model, RECORD)
+    with without_card(model):
+        model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     model.save_pretrained(tmp_path)
     text, card = (tmp_path / "README.md").read_text(), ModelCard.load(tmp_path / "README.md")
     assert "[More Information Needed]" not in text

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,6 +59,16 @@ class TrainingRecord:
 def record_training(model: PeftModel, record: TrainingRecord) -> None:
     """Makes every save of `model` from here on put `record` into the card."""
     setattr(model, _TRAINING, record)
+
+
+@contextmanager
+def without_card(model: PeftModel) -> Iterator[None]:
+    """Saves of `model` write no card: rendering it takes longer than the rest of a small adapter."""
+    model.create_or_update_model_card = lambda output_dir: None
+    try:
+        yield
+    finally:
+        del model.create_or_update_model_card
 
 
 def describe_in_card(write: Callable[..., Any]) -> Callable[..., Any]:

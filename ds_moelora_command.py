@@ -1,12 +1,14 @@
-"""Where the launcher is, and the commands that start it: `train`, `evaluate`, `generate` (and `preview`).
+"""The command `ds-moelora`: starts the launcher (`train`, `evaluate`, `generate`), or asks `ds_moelora.cli`.
 
-It is no part of the package's code: nothing imports it. A checkout has it in `launch/`; an installed package in
-`ds_moelora/_launcher/launch/`, with `configs/` beside it (setup.py puts both there).
+The module stands beside the package, whose import costs seconds and memory: who only starts a program needs neither.
+The launcher is no part of the package's code: nothing imports it. A checkout has it in `launch/`; an installed package
+in `ds_moelora/_launcher/launch/`, with `configs/` beside it (setup.py puts both there).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -23,21 +25,45 @@ SUMMARIES = {
 RUNNER_FLAGS = ("num_gpus", "num_nodes", "hostfile", "include", "exclude", "master_addr", "master_port")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: arguments without the program's name; None: those of the command line.
+
+    Returns:
+        The exit code, as `ds_moelora.cli.main`.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] not in SUMMARIES:
+        from ds_moelora import cli
+
+        return cli.main(words)
+    try:
+        return start(words[0], words[1:])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
 def script(name: str) -> Path:
     """The file of a program of the launcher, e.g. "train.py".
 
     Raises:
         ValueError: neither beside the package nor in it.
     """
-    package = Path(__file__).resolve().parents[1]
+    spec = importlib.util.find_spec("ds_moelora")  # imports nothing
+    assert spec is not None, "this module is installed with the package"
+    assert spec.origin is not None
+    package = Path(spec.origin).resolve().parent
     places = [folder / "launch" / name for folder in (package.parent, package / "_launcher", Path.cwd())]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
         raise ValueError(
             f"there is no {' or '.join(map(str, places))}. Install the package with its launcher (pip install "
             "'ds_moelora[train]'), or run this command in a checkout of the repository."
         )
-    return found
+    return file
 
 
 def start(command: str, words: Sequence[str]) -> int:

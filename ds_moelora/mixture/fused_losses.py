@@ -1,0 +1,225 @@
+"""The routers' auxiliary losses in few launches: three forward, one backward.
+
+    forward    sums over parts of each sequence -> each sequence's two losses -> their sum
+    backward   dz = pi (c - sum_e c pi) + pi lse c_z,  c = w_s E f / n_s,  c_z = 2 w_s / n_s
+
+pi: a token's probabilities (S sequences of N tokens, n_s of them real, with weights w_s); f: the share of an expert in
+the choices. Saved for backward: the logits; c and c_z, (S, E + 1) numbers per layer, stay on the node. Sums are in
+float32 and in a fixed order: the same bits on every run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .fused import DTYPES, HAS_TRITON, MAX_EXPERTS, load_kernels, operator
+from .routing import chosen_by
+
+TILE = 1024  # elements (tokens, E) that a program takes at once: 8 per thread of 4 warps
+MOST_PARTS = 128  # of a sequence, whose sums one program adds up
+
+
+class Sequences(NamedTuple):
+    """Which rows of a layer's tokens form sequences, and what these weigh.
+
+    Args:
+        shape: (S, N). packed: (S, N) int64, the rows, T and more where a sequence has ended; None: row s N + n.
+        mask: (S, N), non-zero where a token is real; None: all are. Not with `packed`.
+        weights: (S,) float32; None: 1 / S.
+    """
+
+    shape: tuple[int, int]
+    packed: Tensor | None = None
+    mask: Tensor | None = None
+    weights: Tensor | None = None
+
+
+def covers(logits: Tensor) -> bool:
+    """Whether `fused_losses` are the way to compute the losses of a router's logits (T, E)."""
+    return logits.is_cuda and HAS_TRITON and logits.dtype in DTYPES and logits.shape[1] <= MAX_EXPERTS
+
+
+def fused_losses(
+    logits: Tensor, gates: Tensor, sequences: Sequences | None, balance: bool, z: bool
+) -> tuple[Tensor, Tensor]:
+    """sum_s w_s L_s with `mixture.routing.sequence_balance_loss`, and with `sequence_z_loss`; 0 if not wanted.
+
+    Args:
+        logits: (T, E). gates: (T, E) of `route`; constants to autograd.
+        sequences: None computes nothing, but saves the same for backward.
+
+    Returns:
+        two 0-dim float32 tensors.
+    """
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    return _FusedLosses.apply(logits, gates, sequences, balance, z)
+
+
+class _FusedLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, gates: Tensor, sequences: Sequences | None, balance: bool, z: bool
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(logits)
+        ctx.set_materialize_grads(False)
+        if sequences is None:
+            return logits.new_zeros(2, dtype=torch.float32).unbind()
+        losses, slopes = losses_and_slopes(logits, gates, sequences, balance, z)
+        ctx.sequences, ctx.slopes = sequences, slopes
+        return losses.unbind()
+
+    @staticmethod
+    def backward(ctx: Any, dbalance: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dbalance is None and dz is None:
+            return (None,) * 5
+        (logits,) = ctx.saved_tensors
+        return gradient(logits, ctx.sequences, ctx.slopes, dbalance, dz), None, None, None, None
+
+
+def losses_and_slopes(
+    logits: Tensor, gates: Tensor, sequences: Sequences, balance: bool, z: bool
+) -> tuple[Tensor, Tensor]:
+    """The two losses, (2,), and the slopes [c, c_z], (S, E + 1)."""
+    E, (S, N) = logits.shape[1], sequences.shape
+    sums = logits.new_empty(S, _parts(E, N), 2 * E + 2, dtype=torch.float32)
+    torch.ops.ds_moelora.router_sums(logits, gates.contiguous(), sequences.packed, sequences.mask, sums, N)
+    losses, slopes = sums.new_empty(S, 2), sums.new_empty(S, E + 1)
+    torch.ops.ds_moelora.router_losses(sums, sequences.weights, losses, slopes, balance, z)
+    return losses.sum(0), slopes
+
+
+def gradient(
+    logits: Tensor, sequences: Sequences, slopes: Tensor, dbalance: Tensor | None, dz: Tensor | None
+) -> Tensor:
+    """The logits' gradient, (T, E) in their dtype, from those of the two losses."""
+    shape = logits.shape
+    # Rows may belong to no packed sequence.
+    dlogits = logits.new_empty(shape) if sequences.packed is None else logits.new_zeros(shape)
+    N = sequences.shape[1]
+    torch.ops.ds_moelora.router_gradient(logits, sequences.packed, sequences.mask, slopes, dbalance, dz, dlogits, N)
+    return dlogits
+
+
+def tile_of(num_experts: int, length: int) -> dict[str, int]:
+    """E_PAD and BLOCK_N for a sum over `length` rows."""
+    padded, covering = (1 << (max(n, 1) - 1).bit_length() for n in (num_experts, length))
+    return {"E_PAD": padded, "BLOCK_N": max(min(TILE // padded, covering), 1)}
+
+
+def _parts(E: int, N: int) -> int:
+    """Into which a sequence is cut, each a program's."""
+    return min(-(-N // tile_of(E, N)["BLOCK_N"]), MOST_PARTS)
+
+
+def _by_sequence(rows: Tensor, packed: Tensor | None, N: int) -> Tensor:
+    """(T, ...) -> (S, N, ...) in float32 or wider; zero where a packed sequence has ended."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    if packed is None:
+        return wide.unflatten(0, (len(rows) // N if N else 0, N))
+    return torch.cat([wide, torch.zeros_like(wide[:1])])[packed.clamp(max=len(rows))]
+
+
+def _real(z: Tensor, packed: Tensor | None, mask: Tensor | None, T: int) -> Tensor:
+    """(S, N, 1): 1 where a token is real, else 0; z (S, N, E)."""
+    if packed is not None:
+        real = packed < T
+    elif mask is not None:
+        real = mask.ne(0)
+    else:
+        return torch.ones_like(z[..., :1])
+    return real.to(z.dtype).unsqueeze(-1)
+
+
+@operator("router_sums(Tensor logits, Tensor gates, Tensor? packed, Tensor? mask, Tensor(a!) sums, int N) -> ()")
+def _router_sums(
+    logits: Tensor, gates: Tensor, packed: Tensor | None, mask: Tensor | None, sums: Tensor, N: int
+) -> None:
+    """The kernel `router_sums` (`mixture.kernels`), all in the first part."""
+    z = _by_sequence(logits, packed, N)
+    real = _real(z, packed, mask, len(logits))
+    chosen = _by_sequence(chosen_by(gates).to(gates.dtype), packed, N)
+    squares = z.logsumexp(-1, keepdim=True).square()
+    columns = torch.cat([z.softmax(-1), chosen, squares, torch.ones_like(squares)], -1)
+    sums.zero_()
+    sums[:, :1] = (columns * real).sum(1, keepdim=True)
+
+
+def _launch_router_sums(
+    logits: Tensor, gates: Tensor, packed: Tensor | None, mask: Tensor | None, sums: Tensor, N: int
+) -> None:
+    (S, parts, _), (T, E) = sums.shape, logits.shape
+    if S * parts:
+        tile = tile_of(E, N)
+        load_kernels().router_sums[(S, parts)](
+            logits, gates, packed, mask, sums, T, N, logits.stride(0), -(-N // (parts * tile["BLOCK_N"])), E=E, **tile
+        )
+
+
+@operator(
+    "router_losses(Tensor sums, Tensor? weights, Tensor(a!) losses, Tensor(b!) slopes, bool balance, bool z) -> ()"
+)
+def _router_losses(
+    sums: Tensor, weights: Tensor | None, losses: Tensor, slopes: Tensor, balance: bool, z: bool
+) -> None:
+    """The kernel `router_losses`."""
+    E = slopes.shape[1] - 1
+    probabilities, chosen, squares, tokens = sums.sum(1).split([E, E, 1, 1], dim=1)
+    weight = (1 / max(len(sums), 1) if weights is None else weights.unsqueeze(1)) / tokens.clamp(min=1)
+    share = chosen / chosen.sum(1, keepdim=True).clamp(min=1)
+    slopes.copy_(torch.cat([E * weight * share, 2 * weight], 1))
+    losses.zero_()
+    if balance:
+        losses[:, 0] = (slopes[:, :E] * probabilities).sum(1)
+    if z:
+        losses[:, 1:] = squares * weight
+
+
+def _launch_router_losses(
+    sums: Tensor, weights: Tensor | None, losses: Tensor, slopes: Tensor, balance: bool, z: bool
+) -> None:
+    (S, parts, _), E = sums.shape, slopes.shape[1] - 1
+    if S:
+        load_kernels().router_losses[(S,)](
+            sums, weights, losses, slopes, parts, 1 / S, BALANCE=balance, Z=z, E=E, **tile_of(E, parts)
+        )
+
+
+@operator(
+    "router_gradient(Tensor logits, Tensor? packed, Tensor? mask, Tensor slopes, Tensor? dbalance, Tensor? dz, "
+    "Tensor(a!) dlogits, int N) -> ()"
+)
+def _router_gradient(
+    logits: Tensor, packed: Tensor | None, mask: Tensor | None, slopes: Tensor, dbalance: Tensor | None,
+    dz: Tensor | None, dlogits: Tensor, N: int,
+) -> None:  # fmt: skip
+    """The kernel `router_gradient`."""
+    z = _by_sequence(logits, packed, N)
+    likely, d = z.softmax(-1), torch.zeros_like(z)
+    slope, slope_z = slopes.unsqueeze(1).split([z.shape[2], 1], dim=2)
+    if dbalance is not None:
+        d += likely * (slope - (likely * slope).sum(-1, keepdim=True)) * dbalance
+    if dz is not None:
+        d += likely * z.logsumexp(-1, keepdim=True) * slope_z * dz
+    d *= _real(z, packed, mask, len(logits))
+    if packed is None:
+        dlogits.copy_(d.flatten(0, 1))
+    else:
+        inside = packed < len(logits)
+        dlogits[packed[inside]] = d[inside].to(dlogits.dtype)
+
+
+def _launch_router_gradient(
+    logits: Tensor, packed: Tensor | None, mask: Tensor | None, slopes: Tensor, dbalance: Tensor | None,
+    dz: Tensor | None, dlogits: Tensor, N: int,
+) -> None:  # fmt: skip
+    (T, E), S = logits.shape, len(slopes)
+    tile = tile_of(E, N)
+    tiles = -(-N // tile["BLOCK_N"])
+    if S * tiles:
+        load_kernels().router_gradient[(S * tiles,)](
+            logits, packed, mask, slopes, dbalance, dz, dlogits, T, N, logits.stride(0), tiles, E=E, **tile
+        )
