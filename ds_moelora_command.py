@@ -52,8 +52,10 @@ def script(name: str) -> Path:
     Raises:
         ValueError: neither beside the package nor in it.
     """
-    (folder,) = importlib.util.find_spec("ds_moelora").submodule_search_locations  # imports nothing
-    package = Path(folder).resolve()
+    spec = importlib.util.find_spec("ds_moelora")  # imports nothing
+    assert spec is not None, "this module is installed with the package"
+    assert spec.origin is not None
+    package = Path(spec.origin).resolve().parent
     places = [folder / "launch" / name for folder in (package.parent, package / "_launcher", Path.cwd())]
     file = next((place for place in places if place.is_file()), None)
     if file is None:

@@ -1,4 +1,4 @@
-"""The optimizer step against torch's: `python -m benchmarks.bench_optimizer [--short] [--part whole|zero]`.
+"""The optimizer step against torch's: `python -m benchmarks.bench_optimizer [--short] [--part NAME]`.
 
 Part "whole" (no ZeRO), ratios of CPU time to torch's optimizer on the same stacked tensors:
 
@@ -12,12 +12,16 @@ Part "zero", on real DeepSpeed engines at stage 2 with 1, 2 and 4 ranks (gloo): 
 of its CPU time to torch's fused AdamW on the same flat partition. Beside it what 2 cores cannot time: rows and
 floating-point operations per rank, and bytes in the one all-reduce.
 
+Part "threads": wall time of "torch" and "cpp" with 2 threads. Part "offload": CPU time of a training step (a chain of
+adapted linear layers, TOKENS tokens, ZeRO-2 with `offload_optimizer`) to the same with DeepSpeed's CPUAdam ("torch").
+
     floating-point operations of N rows and G Gram matrices of rank r:   4 N r^2 + 2 G r^3
     bytes that must pass: weights and gradients read, gradients written: 3 x 4 bytes per element; AdamW: 7 x 4
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import time
@@ -35,8 +39,10 @@ import ds_moelora
 from ds_moelora.optimizer.kernels.cpp import RANKS
 from ds_moelora.pairs import LoraPair, tag_pair
 
-from .harness import Results, arguments, measure, set_heap
+from .harness import Results, arguments, measure, set_heap, wall_time
 
+PARTS = ("whole", "zero", "threads", "offload")
+TOKENS = 256
 EXTRAS = ("rows_per_rank", "flops_per_rank", "sent_bytes")
 DAMPING = 1e-6
 
@@ -65,6 +71,8 @@ FULL = [
     *(Case("whole", "AdamW", 112, e, 4, 1024) for e in (1, 4, 64)),
     *(Case("whole", "AdamW", 112, 8, r, 1024) for r in (4, 8, 16, 64)),
     *(Case("zero", "AdamW", 112, 20, 4, 1024, ranks=n) for n in (2, 4)),
+    Case("threads", "AdamW", 112, 20, 4, 1024),
+    Case("offload", "AdamW", 16, 20, 4, 1024),
 ]
 
 
@@ -146,7 +154,61 @@ def measure_whole(case: Case, results: Results) -> None:
     results.add(asdict(case), "torch", measure(steps, rounds=7), {"eager": numbers})
 
 
+def measure_threads(case: Case, results: Results) -> None:
+    torch.set_num_threads(2)
+    peer = torch_optimizer(case.optimizer, Pairs(case).with_gradients())
+    cpp = our_optimizer(case.optimizer, Pairs(case).with_gradients(), "cpp")
+    results.add(asdict(case), "torch", measure({"torch": peer.step, "cpp": cpp.step}, rounds=15, run=wall_time), {})
+    torch.set_num_threads(1)
+
+
 # ZeRO: one process per rank
+
+
+def measure_offload(case: Case, results: Results) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("spawn")
+        answers: Any = context.SimpleQueue()
+        process = context.Process(target=_offloaded, args=(case, folder, answers))
+        process.start()
+        results.add(asdict(case), "torch", answers.get(), {})
+        process.join()
+
+
+def _offloaded(case: Case, folder: str, answers: Any) -> None:
+    import deepspeed
+    from peft import get_peft_model
+
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", DS_ACCELERATOR="cpu")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    x = torch.randn(TOKENS, case.features)
+    steps = {}
+    for name, kind in (("torch", "AdamW"), ("cpp", "GateRiemannianAdamW")):
+        layers = [nn.Linear(case.features, case.features, bias=False) for _ in range(case.modules)]
+        config = ds_moelora.MoELoRAConfig(
+            num_experts=case.experts, r=case.rank, top_k=2, target_modules=r"\d+", router_aux_loss_coef=0.0
+        )
+        model = get_peft_model(nn.Sequential(*layers), config)
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "optimizer": {"type": kind, "params": {"lr": 1e-4, "weight_decay": 0.0}},
+                "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+            },
+        )
+        wanted = {"torch": "DeepSpeedCPUAdam", "cpp": kind}[name]
+        assert type(engine.optimizer.optimizer).__name__ == wanted, type(engine.optimizer.optimizer)
+        steps[name] = functools.partial(_train, engine, x)
+    answers.put(measure(steps, rounds=7))
+    dist.destroy_process_group()
+
+
+def _train(engine: Any, x: Tensor) -> None:
+    engine.backward(engine(x).square().mean())
+    engine.step()
 
 
 def measure_zero(case: Case, results: Results) -> None:
@@ -244,7 +306,7 @@ def _in_step(steps: dict[str, Any], rounds: int = 7) -> Iterator[tuple[str, list
 
 def main() -> None:
     parser = arguments(__doc__, "optimizer")
-    parser.add_argument("--part", choices=("whole", "zero"), help="one part alone")
+    parser.add_argument("--part", choices=PARTS, help="one part alone")
     args = parser.parse_args()
     set_heap(args.heap)
     torch.set_num_threads(1)
@@ -255,7 +317,8 @@ def main() -> None:
             continue
         if time.monotonic() - started > args.seconds:
             break
-        (measure_whole if case.part == "whole" else measure_zero)(case, results)
+        measures = (measure_whole, measure_zero, measure_threads, measure_offload)
+        dict(zip(PARTS, measures, strict=True))[case.part](case, results)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 from ds_moelora import GateRiemannianAdamW
-from ds_moelora.optimizer.kernels.cpp import Kernels
+from ds_moelora.optimizer.kernels.cpp import CppKernels
 
 from .bench_gpu import tagged_factors
 from .harness import hardware, measure
@@ -25,9 +25,9 @@ from .layers import Size
 
 def main() -> None:
     seconds: defaultdict[str, list[float]] = defaultdict(list)
-    call = Kernels._call
+    call = CppKernels._call
 
-    def timed(self: Kernels, name: str, *operands: Any) -> None:
+    def timed(self: CppKernels, name: str, *operands: Any) -> None:
         start = time.perf_counter()
         call(self, name, *operands)
         seconds[name].append(time.perf_counter() - start)
@@ -37,7 +37,7 @@ def main() -> None:
     ours, theirs = (tagged_factors(modules, size, "cpu") for _ in range(2))
     optimizer = GateRiemannianAdamW(ours, lr=1e-4, kernels="cpp")
     steps = {"cpp": optimizer.step, "torch's fused AdamW": torch.optim.AdamW(theirs, lr=1e-4, fused=True).step}
-    with mock.patch.object(Kernels, "_call", timed):
+    with mock.patch.object(CppKernels, "_call", timed):
         medians = {name: statistics.median(found) for name, found in measure(steps, rounds=15).items()}
     parts = {name: statistics.median(found) for name, found in seconds.items()}
     rest = medians["cpp"] - sum(parts.values())

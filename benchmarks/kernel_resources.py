@@ -32,7 +32,16 @@ _DTYPES |= {"mask_ptr": "*i64", "weight": "fp32"}
 
 STEP_RANKS = (4, 16, 64)  # of the optimizer's kernels
 _STEP = dict.fromkeys(("out", "grams", "matrices", "lr_ptr"), "*fp32")
-_STEP |= {"addresses": "*i64", "table": "*i64", "d": "fp32", "relative": "fp32", "lr": "fp32", "eps": "fp32"}
+_STEP |= {
+    "lines": "*i64",
+    "parts": "*i64",
+    "addresses": "*i64",
+    "table": "*i64",
+    "d": "fp32",
+    "relative": "fp32",
+    "lr": "fp32",
+    "eps": "fp32",
+}
 _STEP |= dict.fromkeys(("beta1", "beta2", "weight_decay", "log_beta1", "log_beta2"), "fp32")
 _STEP |= dict.fromkeys(("log_beta1_rest", "log_beta2_rest"), "fp32")
 
@@ -74,7 +83,9 @@ def resources(cases: Sequence[tuple[int, int, int]], capability: int) -> Iterato
 
 
 def step_resources(ranks: Sequence[int], capability: int) -> Iterator[Row]:
-    """Compiles the kernels of the optimizer's step for each rank."""
+    """Compiles the kernels of the optimizer's step for each rank; 0: of any."""
+    moved = {"BLOCK": triton_kernels.MOVED}
+    yield Row("move", 0, 0, capability, *_compiled(triton_kernels.move, moved, 4, capability))
     for rank in ranks:
         tile = {"R": rank, **triton_kernels.tile_of(rank)}
         products = {"R": rank, **triton_kernels.tile_of(rank, True)}

@@ -247,8 +247,8 @@ def build_evaluator(
     training.start()
     arguments = Arguments(run=wish, adapter=AdapterArguments(), scoring=scoring, training=training, demo=False)
     fit.check_fit(arguments, model, processor, rows)
-    # TRL insists on training rows.
-    train = Dataset.from_dict({"prompt": ["-"], "completion": ["-"]}) if wish.task == "causal-lm" else rows.select([0])
+    # TRL insists on training rows, and warns where a completion's first letter joins the prompt's last token.
+    train = Dataset.from_dict({"prompt": ["a"], "completion": [" b"]}) if wish.task == "causal-lm" else rows.select([0])
     return trainers.build_trainer(arguments, model, processor, train, rows, [])
 
 

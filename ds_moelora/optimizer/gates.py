@@ -74,6 +74,7 @@ class GateHold:
             factor.pair.name
             for factor in factors
             if factor.role == "A" and factor.pair.gate is None and factor.pair.num_experts > 1
+            if factor.pair.rank_first_A  # PEFT's stacks; others were tagged by hand and have no gate
             if groups[factor.group]["gate_scaling"] != "none"
         ]
         if names and not self._named_gateless:

@@ -21,6 +21,8 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from launch import quiet  # isort: skip  # noqa: F401  (before DeepSpeed is imported)
+
 import datasets
 import torch
 from rich.console import Console

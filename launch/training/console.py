@@ -2,6 +2,8 @@
 
     step    40/100  loss 0.8127  lr 7.1e-04  1.31 s/step  ETA 1:18  1,402 tokens/s  load 1.62  dead 0 %  balance 1.04
 
+In a pipe or a file a report is the dict that transformers prints, with the same entries added.
+
 load: tokens of a layer's most used expert over an even share, mean over layers (1 is even, E / k is all of it). dead:
 share of experts that no token chose. balance: the load-balancing loss (1 at perfect balance). docs/routers.md says what
 to do about them. Seconds and tokens are those of training steps since the start or the resume; what evaluations and
@@ -39,9 +41,9 @@ from launch.training.report import NOT_SCORES, parameter_counts, terminal
 
 REPORTS = 20  # at least so many lines, where there are as many steps
 HEALTH = {
-    "moe/load_max_over_ideal": "load {:.2f}",
-    "moe/dead_expert_fraction": "dead {:.0%}",
-    "moe/aux_loss": "balance {:.2f}",
+    "load": ("moe/load_max_over_ideal", "{:.2f}"),
+    "dead": ("moe/dead_expert_fraction", "{:.0%}"),
+    "balance": ("moe/aux_loss", "{:.2f}"),
 }
 
 
@@ -57,7 +59,7 @@ class Progress(TrainerCallback):
         self.first_step = self.first_tokens = 0
         self.seconds, self.steps = 0.0, 0  # of this session
         self._mark, self._since = 0.0, (0.0, 0)
-        self._health = ""
+        self._health: dict[str, str] = {}
         for kind in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(kind)
         if sys.stderr.isatty() and not trainer.args.disable_tqdm:
@@ -69,8 +71,9 @@ class Progress(TrainerCallback):
 
     def take(self, report: Report) -> None:
         """What the meter found in the step that has just ended."""
-        found = [text.format(report.scalars[tag]) for tag, text in HEALTH.items() if tag in report.scalars]
-        self._health = "  ".join(found)
+        self._health = {
+            name: text.format(report.scalars[tag]) for name, (tag, text) in HEALTH.items() if tag in report.scalars
+        }
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -103,17 +106,17 @@ class Progress(TrainerCallback):
         pace = (self.seconds - before[0]) / max(self.steps - before[1], 1)
         left = (state.max_steps - state.global_step) * self.seconds / self.steps
         width = len(str(state.max_steps))
-        parts = [
-            f"step {state.global_step:>{width}}/{state.max_steps}",
-            f"loss {logs['loss']:.4f}",
-            f"lr {logs['learning_rate']:.1e}",
-            f"{pace:.2f} s/step",
-            f"ETA {clock(left)}",
-        ]
+        shown = {
+            "step": f"{state.global_step:>{width}}/{state.max_steps}",
+            "loss": f"{logs['loss']:.4f}",
+            "lr": f"{logs['learning_rate']:.1e}",
+            "s/step": f"{pace:.2f}",
+            "ETA": clock(left),
+        }
         if self.tokens():
-            parts.append(f"{self.tokens() / self.seconds:,.0f} tokens/s")
-        self._say(state, "  ".join([*parts, self._health] if self._health else parts))
-        self._health = ""
+            shown["tokens/s"] = f"{self.tokens() / self.seconds:,.0f}"
+        self._say(state, line(shown | self._health, logs, sys.stdout.isatty()))
+        self._health = {}
 
     def on_evaluate(
         self,
@@ -123,9 +126,10 @@ class Progress(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        scores = {k: v for k, v in (metrics or {}).items() if not k.endswith(NOT_SCORES)}
+        scores, step = {k: v for k, v in (metrics or {}).items() if not k.endswith(NOT_SCORES)}, state.global_step
         shown = "  ".join(f"{k.removeprefix('eval_').replace('_', ' ')} {v:.4f}" for k, v in scores.items())
-        self._say(state, f"step {state.global_step}/{state.max_steps}  evaluation: {shown}")
+        shown = f"step {step}/{state.max_steps}  evaluation: {shown}"
+        self._say(state, shown if sys.stdout.isatty() else dictionary(scores, {"step": f"{step}/{state.max_steps}"}))
         self._leave_out(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -151,6 +155,19 @@ class _Bars(ProgressCallback):
 
     def on_log(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+
+def line(shown: dict[str, str], logs: dict[str, Any], terminal: bool) -> str:
+    """A report: for people; in a pipe or a file as `{'loss': '0.8127', ...}`, for programs that read transformers'."""
+    if not terminal:
+        return dictionary(logs, {name: text.strip() for name, text in shown.items() if name not in ("loss", "lr")})
+    after = ("s/step", "tokens/s")
+    return "  ".join(f"{text} {name}" if name in after else f"{name} {text}" for name, text in shown.items())
+
+
+def dictionary(logs: dict[str, Any], more: dict[str, str]) -> str:
+    """transformers' line, with more entries."""
+    return str({name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in logs.items()} | more)
 
 
 def clock(seconds: float) -> str:

@@ -168,7 +168,7 @@ def test_training_reports_the_same_numbers(base: Path, alpaca: Path, tmp_path: P
     for name, value in after.items():
         assert during[f"eval_{name}"] == pytest.approx(value, rel=1e-5), name
     assert json.loads((output / "evaluation-alpaca.json").read_text())["metrics"] == after
-    evaluations = re.findall(r"step (\d)/2  evaluation: loss", finished.output)
+    evaluations = re.findall(r"'eval_loss': .*'step': '(\d)/2'", finished.output)
     assert evaluations == ["1", "2"], "the last one once, when the adapter is saved"
     check_what_is_remembered(output, alpaca, after["loss"], capsys)
     card = (output / "README.md").read_text()

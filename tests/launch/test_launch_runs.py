@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import ds_moelora  # noqa: F401  (so that PEFT knows the adapter)
+from launch.training import console
 from tests.support.forks import run_script, start_forked
 from tests.support.launch_support import (
     TRAIN,
@@ -116,8 +117,17 @@ def check_console(output: str, first: int, last: int) -> None:
     """The panel, and one line per step with loss, rate, pace, tokens and the routers' health."""
     assert re.search(r"optimizer +GateRiemannianAdamW, learning rate 0.01 \(linear, .*ZeRO stage 2", output)
     assert re.search(r"adapter +14 layers, 2 experts of rank 2, 1 per token; .* trainable", output)
-    line = r"step (\d)/4  loss \d+\.\d{4}  lr \S+  \S+ s/step  ETA 0:\d\d  \S+ tokens/s  load \S+  dead \S+  balance"
+    line = (
+        r"{'loss': '\S+', .*'learning_rate': '\S+', .*'step': '(\d)/4', 's/step': '\S+', 'ETA': '0:\d\d', "
+        r"'tokens/s': '\S+', 'load': '\S+', 'dead': '\S+', 'balance': '\S+'}"
+    )
     assert [int(step) for step in re.findall(line, output)] == list(range(first, last + 1))
+
+
+def test_a_report_in_a_terminal():
+    shown = {"step": " 9/10", "loss": "0.8127", "lr": "7.1e-04", "s/step": "1.31", "ETA": "0:01", "load": "1.62"}
+    expected = "step  9/10  loss 0.8127  lr 7.1e-04  1.31 s/step  ETA 0:01  load 1.62"
+    assert console.line(shown, {"loss": 0.8127}, True) == expected
 
 
 def resume_at_another_rate(model: Path, alpaca: Path, trained: Path, resumed: Path, *more: str):

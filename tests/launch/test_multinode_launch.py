@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launch.checks.errors import UserError, adopt_rank, local_rank, process_rank
@@ -224,8 +225,8 @@ def test_ranks_without_an_address(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("variables", "threads"),
     [
-        ({}, None),  # one process has all cores
-        ({"LOCAL_SIZE": "1"}, None),
+        ({}, "8"),
+        ({"LOCAL_SIZE": "1"}, "8"),
         ({"LOCAL_SIZE": "2"}, "4"),
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "3"}, "2"),
         ({"LOCAL_SIZE": "16"}, "1"),
@@ -233,12 +234,13 @@ def test_ranks_without_an_address(monkeypatch: pytest.MonkeyPatch):
     ],
 )
 def test_processes_of_a_machine_share_its_cores(
-    variables: dict[str, str], threads: str | None, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], threads: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(os, "environ", variables)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 16)
     share_cores()
-    assert os.environ.get("OMP_NUM_THREADS") == threads
+    assert os.environ["OMP_NUM_THREADS"] == threads
 
 
 # -- Slurm, shellcheck -------------------------------------------------------------------------------------------------

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.support.launch_support import ROOT, launch_environment, tiny_model
 
@@ -25,3 +28,11 @@ def test_json_is_alone_on_stdout(tmp_path: Path) -> None:
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [answer["prompt"] for answer in answers] == ["abc", "x\u00fcz"]
     assert all(isinstance(answer["answer"], str) for answer in answers)
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate", "generate", "data/preview"])
+def test_the_filter_comes_before_the_libraries(program: str) -> None:
+    """What DeepSpeed says when it is imported is said then or never."""
+    imports = re.findall(r"^(?:from|import) (\S+)(?: import (\w+))?", (ROOT / f"launch/{program}.py").read_text(), re.M)
+    foreign = [names for names in imports if names[0].partition(".")[0] not in (*sys.stdlib_module_names, "__future__")]
+    assert foreign[0] == ("launch", "quiet")

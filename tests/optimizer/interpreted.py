@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
+from typing import Any
+from unittest import mock
 
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks.step_cost import Shape
 from ds_moelora import GateRiemannianAdamW, GateRiemannianMuon, GateRiemannianSGD
 from ds_moelora.mixture.reference import max_relative_error
 from ds_moelora.optimizer.kernels.gpu import TritonKernels
@@ -19,6 +23,7 @@ from ds_moelora.optimizer.preconditioner import RELATIVE_DAMPING, damped_inverse
 from ..support.mixture import Stack, batches
 from ..support.plain_lora import plain_lora
 from ..support.training import OPTIMIZERS, deviation, loraplus_groups, one_group
+from .test_transfer import preconditioned
 
 KERNELS = TritonKernels()
 QUICK = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
@@ -129,6 +134,36 @@ def extents_agree() -> None:
     assert torch.equal(before[~stepped], start[~stepped])
 
 
+class OneAtATime(TritonKernels):
+    """Processes are threads here, and the interpreter knows one."""
+
+    lock = threading.RLock()
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if not name.endswith("_") or name.startswith("_"):
+            return found
+
+        def locked(*args: Any) -> None:
+            with OneAtATime.lock:
+                found(*args)
+
+        return locked
+
+
+def processes_agree() -> None:
+    """Boundaries cut rows, experts and PEFT's interleaved stacks: by either collective, as in one process."""
+    shapes: list[Shape] = [(5, 7, 3, 3, False), (3, 2, 2, 2, True), (20, 9, 1, 4, False)]
+    whole = preconditioned(shapes, 1, 3, False, None)
+    for world in (2, 3):
+        for direct in (True, False):
+            with mock.patch.object(OneAtATime, "move_", autospec=True, side_effect=TritonKernels.move_) as moves:
+                sharded = preconditioned(shapes, world, 3, False, direct, OneAtATime())
+            assert moves.call_count >= 4 * world
+            for ours, expected in zip(sharded, whole, strict=True):
+                torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def optimizers_agree() -> int:
     """Three steps of every optimizer, groups and layouts against torch's way; ranks 2 to 4."""
     kinds = {c.__name__: c for c in (GateRiemannianAdamW, GateRiemannianSGD, GateRiemannianMuon)}
@@ -159,4 +194,5 @@ if __name__ == "__main__":
     inverses_are_sound()
     not_finite_stays_local()
     extents_agree()
+    processes_agree()
     print(f"{optimizers_agree()} optimizers agree")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.step_cost import LAYERS, Shape, cost, factors_of, places_of, plan_of, planning
+from ds_moelora.optimizer.kernels.rows import Kernels
 from ds_moelora.optimizer.sharding import transfer
 from ds_moelora.optimizer.sharding.exchange import ShardedPreconditioner
 from ds_moelora.optimizer.sharding.transfer import Transfer
@@ -64,7 +65,12 @@ class Threads:
 
 
 def preconditioned(
-    shapes: Sequence[Shape], world: int, stage: int, gradient_grams: bool, direct: bool | None
+    shapes: Sequence[Shape],
+    world: int,
+    stage: int,
+    gradient_grams: bool,
+    direct: bool | None,
+    kernels: Kernels | None = None,
 ) -> list[Tensor]:
     """The gradients after the step of `world` processes; those that share an expert must see the same bits of it."""
     factors = factors_of(shapes)
@@ -75,7 +81,8 @@ def preconditioned(
 
     def step(process: int) -> tuple[list[Tensor], dict[tuple[int, int], Tensor]]:
         places = places_of(factors, process, world, stage, group=threads if world > 1 else None)
-        flats = torch.zeros(2, max((p.local_offset + p.stop - p.start for p in places), default=0), dtype=torch.float64)
+        numel = max((p.local_offset + p.stop - p.start for p in places), default=0)
+        flats = torch.zeros(2, numel, dtype=torch.float32 if kernels else torch.float64)
         for p, values in zip(places, whole, strict=True):
             flats[:, p.local_offset : p.local_offset + p.stop - p.start] = values[:, p.start : p.stop]
         seen: dict[tuple[int, int], Tensor] = {}
@@ -86,7 +93,13 @@ def preconditioned(
             return torch.linalg.inv(total)
 
         step = ShardedPreconditioner(
-            factors, places, lambda unit: (flats[0], flats[1]), matrices, lambda i: (0.5,), gradient_grams
+            factors,
+            places,
+            lambda unit: (flats[0], flats[1]),
+            matrices,
+            lambda i: (0.5,),
+            gradient_grams,
+            kernels=kernels,
         )
         step({0})
         (plan,) = step._plans.values()

@@ -70,7 +70,9 @@ class FusedAdamW:
             if any(t.dtype != torch.float32 or t.device != p.device or not t.is_contiguous() for t in tensors):
                 return None
             found = self._states[unit] = AdamWState(*tensors, settings)
-        found.weight, found.settings = p.detach(), settings
+        found.settings = settings
+        if not p.is_cpu or found.weight.data_ptr() != p.data_ptr():  # `p.data` is another tensor now
+            found.weight = p.detach()
         return found
 
     @contextmanager

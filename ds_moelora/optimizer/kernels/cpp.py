@@ -45,7 +45,7 @@ def _at(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def _addresses(flats: Sequence[Tensor | None]) -> Tensor:
-    return torch.tensor([0 if flat is None else flat.data_ptr() for flat in flats])
+    return torch.frombuffer(array("q", [0 if flat is None else flat.data_ptr() for flat in flats]), dtype=torch.int64)
 
 
 class CppKernels:
@@ -90,9 +90,13 @@ class CppKernels:
             # Flat: hundreds of small lists in every step would keep Python's garbage collector busy.
             kept, settings = array("q"), array("d")
             for state in states:
-                tensors = (state.weight, state.exp_avg, state.exp_avg_sq, state.step) if state else ()
-                kept.extend([tensor.data_ptr() for tensor in tensors] or (0,) * 4)
-                settings.extend(state.settings if state else (0.0,) * 5)
+                if state is None:
+                    kept.extend((0,) * 4)
+                    settings.extend((0.0,) * 5)
+                    continue
+                weight, average, square = state.weight.data_ptr(), state.exp_avg.data_ptr(), state.exp_avg_sq.data_ptr()
+                kept.extend((weight, average, square, state.step.data_ptr()))
+                settings.extend(state.settings)
             tables = [torch.frombuffer(kept, dtype=torch.int64), torch.frombuffer(settings, dtype=torch.float64)]
         operands = [_addresses(gradients), rows.table, rows.matrix, matrices.contiguous(), *tables]
         padding = [None] * (6 - len(operands))

@@ -1,7 +1,8 @@
-"""Triton kernels for the optimizers' step on GPUs: three launches, whatever the depth.
+"""Triton kernels for the optimizers' step on GPUs: a few launches, whatever the depth.
 
     add_grams          a program sums one expert's rows, in one order: the same bits on every run
     damped_inverse     a program inverts one matrix, with the checks of `preconditioner.damped_inverse`
+    move               a program sums the parts of what processes have sent each other, in one order
     step_rows          a program multiplies one expert's rows by its matrix, and takes AdamW's step with them
 
 Each launch is one operator of torch's dispatcher, so that FakeTensors and counters see it. Units are found by a table
@@ -14,15 +15,15 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..preconditioner import RELATIVE_DAMPING
-from .rows import AdamWState, RowLayout, capturing
-from .triton_kernels import add_grams, damped_inverse, square_of, step_rows, tile_of
+from .rows import AdamWState, Moves, RowLayout, capturing
+from .triton_kernels import MOVED, add_grams, damped_inverse, move, square_of, step_rows, tile_of
 
 MAX_RANK = 64
 ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,6 +36,7 @@ _library.define(
     "step_rows(Tensor(a!)[] gradients, Tensor(b!)[] weights, Tensor(c!)[] averages, Tensor(d!)[] squares, "
     "Tensor[] steps, Tensor? matrices, Tensor table, int rank, Tensor? lr, float[] settings) -> ()"
 )
+_library.define("move(Tensor(a!)[] flats, Tensor lines, Tensor parts) -> ()")
 _tables: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
 
@@ -82,7 +84,12 @@ def _step_rows(
     )
 
 
-for _name, _launch in (("add_grams", _add_grams), ("damped_inverse", _damped_inverse), ("step_rows", _step_rows)):
+def _move(flats: list[Tensor], lines: Tensor, parts: Tensor) -> None:
+    move[(len(lines),)](_addresses(lines.device, flats), lines, parts, BLOCK=MOVED)
+
+
+_OPERATORS = {"add_grams": _add_grams, "damped_inverse": _damped_inverse, "step_rows": _step_rows, "move": _move}
+for _name, _launch in _OPERATORS.items():
     _library.impl(_name, _launch, "CUDA")
     if ON_CPU:
         _library.impl(_name, _launch, "CPU")
@@ -122,6 +129,13 @@ class TritonKernels:
     def step_extents_(self, extents: Tensor, gradients: Sequence[Tensor], states: Sequence[AdamWState]) -> None:
         """AdamW's step of elements that belong to no row: `extents` is a `rows.extent_table`."""
         self._step(None, extents, 1, gradients, states)
+
+    def move_(self, moves: Moves, tensors: Mapping[Any, Tensor | None], device: torch.device) -> None:
+        """Does `moves` with float32 tensors by name; those that are None count as zeros."""
+        if moves:
+            lines, parts = moves.on(device)
+            flats = _present([tensors[name] for name in moves.units], lines)
+            torch.ops.ds_moelora.move(flats, lines, parts)
 
     @staticmethod
     def _step(

@@ -96,6 +96,50 @@ class RowLayout:
         return found
 
 
+class Moves:
+    """Elements of flat tensors that become sums of elements of others, in the order given: one launch.
+
+    A matrix may lie there packed: its upper triangle, row by row. Of an unpacked one, too, that triangle alone is read.
+    """
+
+    def __init__(self) -> None:
+        self.units: dict[Hashable, int] = {}  # what tensors are to be given, and their numbers
+        self._lines: list[list[int]] = []  # unit, offset, elements, side, packed, first part, parts
+        self._parts: list[list[int]] = []  # unit, offset, packed
+        self._tensors: tuple[Tensor, Tensor] | None = None
+
+    def add(
+        self,
+        target: Hashable,
+        at: int,
+        parts: Sequence[tuple[Hashable, int, bool]],
+        numel: int,
+        side: int = 0,
+        packed: bool = False,
+    ) -> None:
+        """Makes `numel` elements of `target`, from `at` on, the sum of `parts` (tensor, offset, packed).
+
+        Args:
+            side: of a matrix of `numel` elements; 0: it is none. packed: in the target.
+        """
+        names = [target, *(name for name, _, _ in parts)]
+        unit, *sources = [self.units.setdefault(name, len(self.units)) for name in names]
+        self._lines.append([unit, at, numel, side or numel, int(packed), len(self._parts), len(parts)])
+        self._parts += [
+            [source, offset, int(triangle)] for source, (_, offset, triangle) in zip(sources, parts, strict=True)
+        ]
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(lines, 7) and (parts, 3), on a device."""
+        if self._tensors is None or self._tensors[0].device != device:
+            lines, parts = (torch.tensor(t, dtype=torch.long).to(device) for t in (self._lines, self._parts))
+            self._tensors = lines.view(-1, 7), parts.view(-1, 3)
+        return self._tensors
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+
 def capturing() -> bool:
     """Whether a CUDA graph records what is launched now."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -8,6 +8,8 @@ import triton.language as tl
 
 LINE: tl.constexpr = tl.constexpr(6)  # unit, offset, rows, stride of rows, stride of their elements, matrix
 
+MOVED = 256  # elements at once
+
 
 def tile_of(rank: int, cubic: bool = False) -> dict[str, int]:
     """R_PAD, BLOCK and num_warps; `cubic`: small rows are multiplied with each other element by element."""
@@ -57,6 +59,30 @@ def add_grams(addresses, table, grams, R: tl.constexpr, R_PAD: tl.constexpr, BLO
         there = (column[:, None] < R) & (column[None, :] < R)
         out = grams + matrix * R * R + at
         tl.store(out, tl.load(out, there, 0.0) + G, there)
+
+
+@triton.jit
+def move(addresses, lines, parts, BLOCK: tl.constexpr):
+    """One line of `rows.Moves`: unit, offset, elements, side, packed, first part, parts."""
+    line = lines + tl.program_id(0) * 7
+    unit, offset, numel = tl.load(line), tl.load(line + 1), tl.load(line + 2)
+    side, packed, first, count = tl.load(line + 3), tl.load(line + 4), tl.load(line + 5), tl.load(line + 6)
+    if tl.load(addresses + unit) != 0:
+        target = _tensor(addresses, unit) + offset
+        for start in range(0, numel, BLOCK):
+            at = (start + tl.arange(0, BLOCK)).to(tl.int64)
+            i, j = at // side, at % side
+            there = (at < numel) & (i <= j)  # all elements of what is no matrix: it has one row
+            in_triangle = i * side - i * (i - 1) // 2 + j - i
+            total = tl.zeros((BLOCK,), tl.float32)
+            for p in range(first, first + count):
+                source = tl.load(parts + p * 3)
+                if tl.load(addresses + source) != 0:
+                    place = tl.where(tl.load(parts + p * 3 + 2) != 0, in_triangle, at)
+                    total += tl.load(_tensor(addresses, source) + tl.load(parts + p * 3 + 1) + place, there, 0.0)
+            tl.store(target + tl.where(packed != 0, in_triangle, at), total, there)
+            if (packed == 0) & (numel > side):
+                tl.store(target + j * side + i, total, there)
 
 
 @triton.jit

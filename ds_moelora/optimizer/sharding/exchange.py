@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -51,7 +52,11 @@ class ShardedPreconditioner:
         self.watch: Callable[[Tensor, Tensor | float], None] | None = None
         self._plans: dict[tuple[int, frozenset[Hashable], frozenset[int]], StepPlan] = {}
         self._stepped: set[Hashable] = set()
-        self._grams: dict[int, Tensor] = {}  # of factors whose partner is still to be stepped, too
+        # Gram matrices (of all factors, first, number), of those whose partner is still to be stepped, too.
+        self._grams: dict[int, tuple[Tensor, int, int]] = {}
+        # Factors of one kind have the same settings: the first of each one's kind.
+        kinds: dict[Any, int] = {}
+        self._kinds = [kinds.setdefault((f.group, f.pair.scaling, f.role), i) for i, f in enumerate(factors)]
         self._constants: dict[Hashable, Tensor] = {}
 
     @torch.no_grad()
@@ -94,29 +99,33 @@ class ShardedPreconditioner:
         for rank, due in plan.weights.order.items():
             for i in due:
                 wanted = plan.weights.wanted[i]
-                self._grams[i] = grams[rank].narrow(0, wanted.start, len(wanted))
+                self._grams[i] = grams[rank], wanted.start, len(wanted)
         found = {}
         for rank, active in plan.grads.order.items():
-            carried = [self._grams[i] for i in plan.carried if self.factors[i].rank == rank]
+            earlier = (self._grams[i] for i in plan.carried if self.factors[i].rank == rank)
+            carried = [table.narrow(0, first, number) for table, first, number in earlier]
             fresh = plan.grads.num[rank] - sum(map(len, carried))
             parts = [*([grams[rank].narrow(0, 0, fresh)] if rank in grams else []), *carried]
             partners = torch.cat(parts) if len(parts) > 1 else parts[0]
-            damping, *others = self._per_matrix(active, [len(plan.grads.wanted[i]) for i in active], partners)
+            damping, *others = self._per_matrix(active, plan.grads.wanted, partners)
             if self.watch is not None:
                 self.watch(partners, damping)
             found[rank] = self.matrices(partners, gradient_grams.get(rank), damping, *others)
         return found
 
-    def _per_matrix(self, active: Sequence[int], counts: Sequence[int], like: Tensor) -> list[Tensor | float]:
-        """Each setting: a number if it is the same for all gradients, else one for each of their `counts` matrices."""
+    def _per_matrix(self, active: Sequence[int], wanted: dict[int, range], like: Tensor) -> list[Tensor | float]:
+        """Each setting: a number if it is the same for all gradients, else one for each of their `wanted` matrices."""
         found: list[Tensor | float] = []
-        for values in zip(*(self.settings(i) for i in active), strict=True):
+        kinds = [self._kinds[i] for i in active]
+        of_kind = {kind: self.settings(kind) for kind in dict.fromkeys(kinds)}
+        for number, values in enumerate(zip(*of_kind.values(), strict=True)):
             if all(value == values[0] for value in values):
                 found.append(float(values[0]))
                 continue
-            key = (values, tuple(counts), like.dtype, like.device)
+            each = tuple(of_kind[kind][number] for kind in kinds)
+            key = (each, tuple(len(wanted[i]) for i in active), like.dtype, like.device)
             if key not in self._constants:  # copied to the device once, not in every step
-                repeated = [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
+                repeated = [value for value, i in zip(each, active, strict=True) for _ in wanted[i]]
                 self._constants[key] = torch.tensor(repeated, dtype=like.dtype, device=like.device)
             found.append(self._constants[key])
         return found
@@ -144,6 +153,48 @@ class GroupCall:
         self.dtype, self.device = algebra_dtype(*(w.dtype for w in weights)), weights[0].device
         # Roots of gradients' Gram matrices lose half of their digits: these are summed in float64.
         self.wide = plan.gradient_grams
+        self.sum_dtype = torch.float64 if self.wide else self.dtype
+        self.mover = self._mover() if plan.exchange.numel else None
+
+    def _mover(self) -> Any:
+        """The kernels that bring elements together for the exchange; None: torch does."""
+        dtypes = {self.sum_dtype, *(flat.dtype for both in self.flats.values() for flat in both if flat is not None)}
+        there = self.comm_device in (None, self.device) and dtypes == {torch.float32}
+        return self.kernels if there and hasattr(self.kernels, "move_") else None
+
+    def _new_tables(self) -> dict[Any, Tensor]:
+        """Zeros, in one tensor: Gram matrices and cut rows, and what a mover sends and gets.
+
+        A mover's stay where they are: its kernels find them by their addresses.
+        """
+        plan, both = self.plan, ((self.plan.weights, WEIGHT), (self.plan.grads, GRAD))
+        shapes: dict[Any, tuple[int, ...]] = {
+            **{(w, r, "grams"): (n, r * r) for rows, w in both for r, n in rows.sums.items()},
+            **{(w, r, "rows"): (n, r) for rows, w in both for r, n in rows.cut.items()},
+            **({name: (n,) for name, n in plan.exchange.buffers.items()} if self.mover is not None else {}),
+        }
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        kept = plan.kept if self.mover is not None else None
+        if kept is None or kept.device != self.device:
+            kept = torch.zeros(sum(sizes), dtype=self.sum_dtype, device=self.device)
+            plan.kept = kept if self.mover is not None else None
+        else:
+            kept.zero_()
+        parts = kept.split(sizes)
+        return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+    def _exchange_by_kernels(self, mover: Any) -> None:
+        plan = self.plan
+        pack, unpack = plan.exchange.packing
+        for moves in (plan.gathered, pack):
+            mover.move_(moves, self._tensors(), self.device)
+        plan.exchange.communicate(self.tables, self.group)
+        mover.move_(unpack, self._tensors(), self.device)
+
+    def _tensors(self) -> dict[Any, Tensor | None]:
+        """What `Moves` name."""
+        flats = {(which, unit): both[which] for unit, both in self.flats.items() for which in (WEIGHT, GRAD)}
+        return {**self.tables, **flats}
 
     def grams(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Phases 0 to 2, and the outer products of phase 3: the wanted Gram matrices whole, by rank.
@@ -153,26 +204,25 @@ class GroupCall:
         """
         plan, both = self.plan, ((self.plan.weights, WEIGHT), (self.plan.grads, GRAD))
         self._assemble()
-        like: dict[str, Any] = {"dtype": torch.float64 if self.wide else self.dtype, "device": self.device}
-        self.tables = tables = {
-            **{(w, r, "grams"): torch.zeros(n, r * r, **like) for rows, w in both for r, n in rows.sums.items()},
-            **{(w, r, "rows"): torch.zeros(cut.count, r, **like) for rows, w in both for r, cut in rows.cut.items()},
-        }
+        self.tables = tables = self._new_tables()
         for rows, which in both:
             self._add_grams(rows, rows.own, which)
-            for (unit, rank), c in rows.copies.items():
-                source = self.flats[unit][which]
-                if source is not None:
-                    values = source.index_select(0, c.local.on(self.device)).to(like["dtype"])
-                    tables[which, rank, "rows"].view(-1).index_copy_(0, c.table.on(self.device), values)
-        plan.exchange(tables, self.group, self.comm_device)
+        if self.mover is not None:
+            self._exchange_by_kernels(self.mover)
+        else:
+            for rows, which in both:
+                for (unit, rank), c in rows.copies.items():
+                    source = self.flats[unit][which]
+                    if source is not None:
+                        values = source.index_select(0, c.local.on(self.device)).to(self.sum_dtype)
+                        tables[which, rank, "rows"].view(-1).index_copy_(0, c.table.on(self.device), values)
+            plan.exchange(tables, self.group, self.comm_device)
         for rows, which in both:
             self._add_grams(rows, rows.assembled, which)
-            for rank in rows.sums:
-                for positions, targets in rows.cut[rank].rounds:
-                    values = tables[which, rank, "rows"].index_select(0, positions.on(self.device))
-                    outer = (values.unsqueeze(2) * values.unsqueeze(1)).flatten(1)
-                    tables[which, rank, "grams"].index_add_(0, targets.on(self.device), outer)
+            for rank in rows.cut:
+                table = tables[which, rank, "rows"].view(-1)
+                self.flats["cut", which, rank] = (table, table)
+            self._add_grams(rows, list(rows.cut_blocks.values()), which)
         found = [
             {r: tables[w, r, "grams"].narrow(0, 0, rows.num[r]).view(-1, r, r) for r in rows.sums} for rows, w in both
         ]
@@ -182,8 +232,10 @@ class GroupCall:
         """The rest of phase 3: multiplies the gradient's rows by `matrices`, (N, r, r) by rank."""
         stepped: Extents = {}
         matrices = {rank: own.to(self.dtype) for rank, own in matrices.items()}
-        for blocks in (*self.plan.grads.own, *self.plan.grads.assembled):
-            if self.kernels and self.kernels.covers(blocks.rank, blocks.interleaved):
+        cut = list(self.plan.grads.cut_blocks.values())
+        for blocks in (*self.plan.grads.own, *self.plan.grads.assembled, *cut):
+            known = not (self.wide and blocks in cut)
+            if known and self.kernels and self.kernels.covers(blocks.rank, blocks.interleaved):
                 self._apply_kernels(self.kernels, blocks, matrices[blocks.rank], adamw, stepped)
                 continue
             ordered = matrices[blocks.rank].index_select(0, blocks.matrix.on(self.device))
@@ -191,7 +243,7 @@ class GroupCall:
                 grad = self.flats[b.source][GRAD]
                 if grad is not None:
                     precondition_(b.view(grad), own)
-        self._apply_to_cut_rows(matrices)
+        self._return_cut_rows()
         for (which, _), experts in self.plan.assembled.items():
             for i, expert in experts if which == GRAD else []:
                 grad, whole = self.flats[self.plan.places[i].unit][GRAD], self.flats["assembled", i, expert][GRAD]
@@ -215,12 +267,10 @@ class GroupCall:
             ]
             target.index_add_(0, blocks.matrix.on(self.device), torch.cat(sums))
 
-    def _apply_to_cut_rows(self, matrices: dict[int, Tensor]) -> None:
-        for rank, cut in self.plan.grads.cut.items():
-            if cut.rows:
-                rows, table = cut.rows.on(self.device), self.tables[GRAD, rank, "rows"]
-                own = matrices[rank].index_select(0, cut.matrix.on(self.device)).to(table.dtype)
-                table.index_copy_(0, rows, torch.bmm(table.index_select(0, rows).unsqueeze(1), own).squeeze(1))
+    def _return_cut_rows(self) -> None:
+        if self.mover is not None:
+            self.mover.move_(self.plan.returned, self._tensors(), self.device)
+            return
         for (unit, rank), c in self.plan.grads.copies.items():
             grad = self.flats[unit][GRAD]
             if grad is not None:

@@ -5,7 +5,7 @@ Built once from placements, on the host, then executed in every step by `exchang
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..factors import Factor
-from ..kernels.rows import Block, RowLayout
+from ..kernels.rows import Block, Moves, RowLayout
 from .placement import Placement, expert_blocks, split_slice
-from .transfer import Index, Processes, Transfer, rounds
+from .transfer import Index, Processes, Transfer
 
 # A product over this many elements is long enough to hide what a call costs, and its operands still fit in a cache.
 MERGED_NUMEL = 1 << 18
@@ -35,6 +35,7 @@ class RowBlock(NamedTuple):
     rank: int
     transposed: bool
     interleaved: bool = False  # (rows, rank, experts)
+    distance: int = 0  # in a table of interleaved rows: (rows, distance, rank), of which `experts` are meant
 
     @property
     def end(self) -> int:
@@ -44,6 +45,8 @@ class RowBlock(NamedTuple):
     def strides(self) -> tuple[int, int, int]:
         """Between experts, rows, and the elements of a row."""
         r, rows = self.rank, self.rows
+        if self.distance:
+            return r, self.distance * r, 1
         if self.interleaved:
             return 1, self.experts * r, self.experts
         return (rows * r, 1, rows) if self.transposed else (rows * r, r, 1)
@@ -92,32 +95,21 @@ class RowBlocks:
 
 
 @dataclass
-class CutRows:
-    """All cut rows of equal rank that concern this process, in a table of their own.
-
-    An interleaved row takes a row of the table for each expert.
-
-    Args:
-        count: rows of the table. rows: those that are wanted here. matrix: of each of these.
-    """
-
-    rank: int
-    count: int = 0
-    rows: Index = field(default_factory=Index)
-    matrix: Index = field(default_factory=Index)
-
-    @cached_property
-    def rounds(self) -> list[tuple[Index, Index]]:
-        """(rows, matrices), no matrix twice in one: sums have the same order in every process and run."""
-        return [(Index(self.rows[p] for p in positions), matrices) for positions, matrices in rounds(self.matrix)]
-
-
-@dataclass
 class Copies:
     """Elements to copy between a unit's local flat tensor and a table of cut rows."""
 
     local: Index = field(default_factory=Index)
     table: Index = field(default_factory=Index)
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """(first local, first in the table, length) of what is consecutive in both."""
+        start = 0
+        for k in range(1, len(self.local) + 1):
+            last = k - 1
+            if k < len(self.local) and (self.local[k], self.table[k]) == (self.local[last] + 1, self.table[last] + 1):
+                continue
+            yield self.local[start], self.table[start], k - start
+            start = k
 
 
 class Rows:
@@ -135,7 +127,9 @@ class Rows:
         self.sums: dict[int, int] = {}  # and all that are summed here; empty: gradients whose sums nobody wants
         self.own: list[RowBlocks] = []  # whole rows that this process owns
         self.assembled: list[RowBlocks] = []  # those of assembled experts
-        self.cut: dict[int, CutRows] = {}
+        # Cut rows that concern this process, in a table for each rank; interleaved ones take a row for each expert.
+        self.cut: dict[int, int] = {}  # rows of the table
+        self.cut_blocks: dict[tuple[int, bool], RowBlocks] = {}  # those that are wanted here
         self.copies: dict[tuple[Hashable, int], Copies] = {}  # (unit, rank) -> this process's pieces of the cut rows
 
 
@@ -167,6 +161,7 @@ class StepPlan:
         self.factors, self.places, self.due, self.active = factors, places, set(due), set(active)
         self.units = list(dict.fromkeys(places[i].unit for i in (*due, *active)))
         self.gradient_grams = gradient_grams
+        self.kept: Tensor | None = None  # what a step writes and the next one may overwrite
         active = sorted(active, key=lambda i: factors[i].partner not in self.due)  # stable
         partners = dict.fromkeys(factors[i].partner for i in active)
         self.carried = [i for i in partners if i not in self.due]  # taken by an earlier call of the same step
@@ -183,7 +178,7 @@ class StepPlan:
                 self._assemble(which, i)
             rows.own, rows.assembled = self._blocks(which, rows, False), self._blocks(which, rows, True)
             for rank, indices in rows.order.items():
-                rows.cut[rank] = CutRows(rank)
+                rows.cut[rank] = 0
                 for i in indices:
                     self._exchange(which, rows, i)
 
@@ -310,24 +305,52 @@ class StepPlan:
         if not cut:
             return
         # A row is one expert's, or (out, r, E) all experts': then each has a slot of its own.
-        table, per_row, slots = rows.cut[r], size // r, torch.tensor(cut)
+        per_row, slots = size // r, torch.tensor(cut)
         experts = torch.zeros_like(slots) if f.experts_last else slots // self._rows_per_expert(i)
         held, numbers = self.places[i].processes(size, slots), torch.tensor(rows.number[i])
         wanted_of = [self._processes(wanting, experts + k) if r in rows.sums else held for k in range(per_row)]
         wants = [self._among(processes) for processes in wanted_of]
         mine = torch.stack([self._among(held), *wants]).any(0)
-        starts = table.count + (mine.cumsum(0) - 1) * per_row
-        table.count += int(mine.sum()) * per_row
+        starts = rows.cut[r] + (mine.cumsum(0) - 1) * per_row
+        rows.cut[r] += int(mine.sum()) * per_row
         for k in range(per_row):
             self.exchange.add((which, r, "rows"), r, held, wanted_of[k], starts + k)
-            table.rows.extend((starts + k)[wants[k]].tolist())
-            table.matrix.extend(numbers[(experts + k)[wants[k]]].tolist())
+        # All cut rows of an expert are wanted where one is, and lie in the table at equal distances.
+        source, kind = ("cut", which, r), (r, f.experts_last)
+        lines: dict[int, list[int]] = {}  # expert -> its rows in the table
+        for k in range(per_row):
+            for start, expert in zip((starts + k)[wants[k]].tolist(), (experts + k)[wants[k]].tolist(), strict=True):
+                lines.setdefault(expert, []).append(start)
+        # Interleaved experts are neighbours in every row.
+        for together in [list(lines)] if f.experts_last and lines else [[expert] for expert in lines]:
+            own, distance = lines[together[0]], per_row if f.experts_last else 0
+            block = RowBlock(source, own[0] * r, len(together), len(own), r, False, f.experts_last, distance)
+            rows.cut_blocks.setdefault(kind, RowBlocks(*kind)).add(block, numbers[together].tolist())
         p, position = self.places[i], dict(zip(cut, starts.tolist(), strict=True))
         for piece in split_slice(p.start, p.stop, size)[0]:
             local, columns = p.local_offset + piece.offset, range(piece.column, piece.column + piece.length)
             unit = rows.copies.setdefault((p.unit, r), Copies())
             unit.local.extend(range(local, local + piece.length))
             unit.table.extend(position[piece.row] * r + c % per_row * r + c // per_row for c in columns)
+
+    @cached_property
+    def gathered(self) -> Moves:
+        """This process's pieces of cut rows, into the tables; `returned`: those of the gradients, back."""
+        return self._pieces((WEIGHT, self.weights), (GRAD, self.grads))
+
+    @cached_property
+    def returned(self) -> Moves:
+        return self._pieces((GRAD, self.grads), back=True)
+
+    def _pieces(self, *tables: tuple[int, Rows], back: bool = False) -> Moves:
+        moves = Moves()
+        for which, rows in tables:
+            for (unit, rank), copies in rows.copies.items():
+                for local, at, length in copies.runs():
+                    ends = (((which, rank, "rows"), at), ((which, unit), local))
+                    (target, there), (source, here) = reversed(ends) if back else ends
+                    moves.add(target, there, [(source, here, False)], length)
+        return moves
 
     def _among(self, processes: Processes) -> Tensor:
         """Whether this process is among them, for every slot."""

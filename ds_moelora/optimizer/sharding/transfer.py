@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..kernels.rows import Moves
+
 Processes = tuple[Tensor, Tensor]  # the first and the last one, of every slot
 
 
@@ -62,6 +64,7 @@ class _Table:
 
     def __init__(self, width: int, side: int) -> None:
         self.side = side
+        self.numel = width
         self.width = side * (side + 1) // 2 if side else width  # of what travels
         self.count = 0
         self.slots: list[_Slot] = []
@@ -86,6 +89,12 @@ class _Table:
         if self.side:
             values = values.index_select(1, self.spread.on(table.device))
         table.index_copy_(0, rows.on(table.device), values)
+
+    def pack(self, moves: Moves, buffer: str, at: int, name: Hashable, row: int) -> None:
+        moves.add(buffer, at, [(name, row * self.numel, False)], self.numel, self.side, packed=True)
+
+    def unpack(self, moves: Moves, name: Hashable, row: int, parts: list[tuple[Hashable, int, bool]]) -> None:
+        moves.add(name, row * self.numel, parts, self.numel, self.side)
 
 
 class _Direct:
@@ -225,6 +234,58 @@ class Transfer:
             *_, wanted, numbers = self._places[name]
             values = part.view(-1, table.width).index_select(0, numbers.on(part.device))
             table.put(tables[name], wanted, values)
+
+    # -- by kernels, between flat buffers ----------------------------------------------------------------------------
+
+    @property
+    def buffers(self) -> dict[str, int]:
+        """Elements of the buffers that `communicate` needs, zeros."""
+        return {"sent": sum(self.sent_to), "received": sum(self.received)} if self.is_direct else {"sent": self.numel}
+
+    @cached_property
+    def packing(self) -> tuple[Moves, Moves]:
+        """From the tables into the buffer that is sent, and from what came into the tables, as `__call__` does it."""
+        pack, unpack = Moves(), Moves()
+        if not self.is_direct:
+            first = 0
+            for name, table in self.tables.items():
+                held, numbers, wanted, targets = self._places[name]
+                for row, number in zip(held, numbers, strict=True):
+                    table.pack(pack, "sent", first + number * table.width, name, row)
+                for row, number in zip(wanted, targets, strict=True):
+                    table.unpack(unpack, name, row, [("sent", first + number * table.width, True)])
+                first += table.count * table.width
+            return pack, unpack
+        sent = received = 0
+        parts: dict[Hashable, list[tuple[Hashable, int, bool]]] = {}  # own ones first, then those of each process
+        rows = {name: iter(self._routes[name].rows) for name in self.tables}
+        for name in self.tables:
+            parts[name] = [(name, row * self.tables[name].numel, False) for row in self._routes[name].own]
+        for q in range(self.world):
+            for name, table in self.tables.items():
+                route = self._routes[name]
+                for _ in range(route.sent[q]):
+                    table.pack(pack, "sent", sent, name, next(rows[name]))
+                    sent += table.width
+                for _ in range(route.received[q]):
+                    parts[name].append(("received", received, True))
+                    received += table.width
+        for name, table in self.tables.items():
+            route = self._routes[name]
+            sums: list[list[tuple[Hashable, int, bool]]] = [[] for _ in route.wanted]
+            for positions, targets in route.rounds:
+                for position, target in zip(positions, targets, strict=True):
+                    sums[target].append(parts[name][position])
+            for row, own in zip(route.wanted, sums, strict=True):
+                table.unpack(unpack, name, row, own)
+        return pack, unpack
+
+    def communicate(self, buffers: Mapping[str, Tensor], group: Any) -> None:
+        if self.is_direct:
+            sizes = self.received, self.sent_to
+            dist.all_to_all_single(buffers["received"], buffers["sent"], *sizes, group=group)
+        else:
+            dist.all_reduce(buffers["sent"], group=group)
 
     # -- direct -------------------------------------------------------------------------------------------------------
 

@@ -161,6 +161,7 @@ class WholeStorage:
     def __init__(self, params: list[Any], held: list[Any]) -> None:
         self.numels = [p.numel() for p in params]
         self._held = held
+        self._views: list[Any] = [None] * len(held)  # of weights, flat
 
     def placement(self, index: int) -> Placement:
         return Placement(numel=self.numels[index], unit=index, partition=max(self.numels[index], 1))
@@ -173,18 +174,25 @@ class WholeStorage:
         return self._held[unit]
 
     def flat(self, unit: Hashable) -> Flat:
-        p = self.held(unit)
+        assert isinstance(unit, int)
+        p = self._held[unit]
         if not p.is_contiguous():
             # Rows must be consecutive, and torch's fused step wants weight and gradient in the same order.
             p.data = p.data.contiguous()
-        if p.grad is not None:
-            if p.grad.layout is not torch.strided:
+        view, grad = self._views[unit], p.grad
+        moved = view is None or not p.is_cpu or view.data_ptr() != p.data_ptr() or view.dtype != p.dtype
+        if moved:  # `p.data` is another tensor now (FakeTensors cannot tell)
+            view = self._views[unit] = p.detach().view(-1)
+        if grad is not None:
+            if grad.layout is not torch.strided:
                 raise ValueError(
-                    f"the gradient of a {tuple(p.shape)} parameter is sparse ({p.grad.layout}); Riemannian "
+                    f"the gradient of a {tuple(p.shape)} parameter is sparse ({grad.layout}); Riemannian "
                     "preconditioning needs dense gradients: construct the layer with sparse=False."
                 )
-            p.grad = p.grad.contiguous()
-        return p.detach().view(-1), None if p.grad is None else p.grad.view(-1)
+            if not grad.is_contiguous():
+                grad = p.grad = grad.contiguous()
+            grad = grad.view(-1)
+        return view, grad
 
 
 def _master_copies(params: list[Any], groups: list[int], known_groups: Mapping[int, ParamGroup]) -> list[Any]:
