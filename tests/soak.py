@@ -79,7 +79,7 @@ class Soak:
         return {rank for rank in self.run.processes().values() if rank is not None}
 
     def _step_after(self, offset: int) -> int | None:
-        found = re.findall(rf"step +(\d+)/{self.steps} ", self.run.output[offset:])
+        found = re.findall(rf"'step': '(\d+)/{self.steps}'", self.run.output[offset:])
         return int(found[-1]) if found else None
 
     def _wait(self, condition, timeout: float = 400.0) -> None:

@@ -45,6 +45,7 @@ HEALTH = {
     "dead": ("moe/dead_expert_fraction", "{:.0%}"),
     "balance": ("moe/aux_loss", "{:.2f}"),
 }
+OTHERS = ("num_input_tokens_seen", "train_runtime", "train_tokens_per_second")  # since the start, saves included
 
 
 class Progress(TrainerCallback):
@@ -167,7 +168,8 @@ def line(shown: dict[str, str], logs: dict[str, Any], terminal: bool) -> str:
 
 def dictionary(logs: dict[str, Any], more: dict[str, str]) -> str:
     """transformers' line, with more entries."""
-    return str({name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in logs.items()} | more)
+    theirs = {name: value for name, value in logs.items() if name not in OTHERS}
+    return str({name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in theirs.items()} | more)
 
 
 def clock(seconds: float) -> str:

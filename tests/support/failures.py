@@ -243,4 +243,4 @@ def check_end(setting: Setting, output_dir: Path) -> None:
 
 def wait_for_step(run: Run, step: int) -> None:
     """Until the line of a step is there."""
-    run.wait_for(rf"step +{step}/{STEPS} ")
+    run.wait_for(rf"'step': '{step}/{STEPS}'")
