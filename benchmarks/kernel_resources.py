@@ -34,7 +34,7 @@ STEP_RANKS = (4, 16, 64)  # of the optimizer's kernels
 _STEP = dict.fromkeys(("out", "grams", "matrices", "lr_ptr"), "*fp32")
 _STEP |= {
     "lines": "*i64",
-    "parts": "*i64",
+    "summands": "*i64",
     "addresses": "*i64",
     "table": "*i64",
     "d": "fp32",

@@ -62,8 +62,8 @@ def add_grams(addresses, table, grams, R: tl.constexpr, R_PAD: tl.constexpr, BLO
 
 
 @triton.jit
-def move(addresses, lines, parts, BLOCK: tl.constexpr):
-    """One line of `rows.Moves`: unit, offset, elements, side, packed, first part, parts."""
+def move(addresses, lines, summands, BLOCK: tl.constexpr):
+    """One line of `rows.Moves`: unit, offset, elements, side, packed, first of `summands`, how many."""
     line = lines + tl.program_id(0) * 7
     unit, offset, numel = tl.load(line), tl.load(line + 1), tl.load(line + 2)
     side, packed, first, count = tl.load(line + 3), tl.load(line + 4), tl.load(line + 5), tl.load(line + 6)
@@ -76,10 +76,10 @@ def move(addresses, lines, parts, BLOCK: tl.constexpr):
             in_triangle = i * side - i * (i - 1) // 2 + j - i
             total = tl.zeros((BLOCK,), tl.float32)
             for p in range(first, first + count):
-                source = tl.load(parts + p * 3)
+                source = tl.load(summands + p * 3)
                 if tl.load(addresses + source) != 0:
-                    place = tl.where(tl.load(parts + p * 3 + 2) != 0, in_triangle, at)
-                    total += tl.load(_tensor(addresses, source) + tl.load(parts + p * 3 + 1) + place, there, 0.0)
+                    place = tl.where(tl.load(summands + p * 3 + 2) != 0, in_triangle, at)
+                    total += tl.load(_tensor(addresses, source) + tl.load(summands + p * 3 + 1) + place, there, 0.0)
             tl.store(target + tl.where(packed != 0, in_triangle, at), total, there)
             if (packed == 0) & (numel > side):
                 tl.store(target + j * side + i, total, there)
