@@ -19,7 +19,7 @@ TRAIN = [
     "scikit-learn>=1.4",
 ]
 MPI = ["mpi4py>=4.0"]
-TRITON = ["triton>=3.2; platform_system == 'Linux'"]
+TRITON = ["triton>=3.4; platform_system == 'Linux'"]
 
 
 class BuildWithLauncher(build_py):

@@ -36,6 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ds_moelora import GateRiemannianAdamW, GateRiemannianSGD
 from ds_moelora.mixture import grouped_mm
 from ds_moelora.mixture.choice import BY_NAME
+from ds_moelora.mixture.fused import NO_TRITON
 from ds_moelora.mixture.fused_losses import Sequences, fused_losses
 from ds_moelora.mixture.grouped_mm import GROUPED_MM
 from ds_moelora.mixture.mixture import mix
@@ -210,8 +211,8 @@ def step_kernels(device: str) -> list[str]:
     """The optimizer's `kernels` that there are for a device."""
     if not device.startswith("cuda"):
         return ["torch", "cpp"]
-    if importlib.util.find_spec("triton") is None:
-        print("Triton is not installed: its kernels are left out")
+    if NO_TRITON is not None:
+        print(f"{NO_TRITON}: its kernels are left out")
         return ["torch"]
     return ["torch", "triton"]
 

@@ -18,7 +18,8 @@ LOCAL_SIZES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "
 
 def share_cores() -> None:
     """Sets `OMP_NUM_THREADS` to this process's share of the cores that it may use, at least 1, unless it is set."""
-    processes = next((int(os.environ[name]) for name in LOCAL_SIZES if name in os.environ), 1)
+    told = [os.environ[name] for name in LOCAL_SIZES if os.environ.get(name, "").isdecimal()]
+    processes = max(int(told[0]), 1) if told else 1
     usable = len(os.sched_getaffinity(0))
     cores = min(usable, psutil.cpu_count(logical=False) or usable)
     os.environ.setdefault(VARIABLE, str(max(cores // processes, 1)))

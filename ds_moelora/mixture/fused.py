@@ -14,19 +14,34 @@ FakeTensors and counters see it. On a CPU the operator is written in torch, or i
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib.metadata
 import os
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from .operands import Grads, Needs, Operands, Products, check_gate_scaling, gate_factor
 from .routing import gates_backward, route
 
 MAX_EXPERTS, MAX_RANK = 256, 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+OLDEST_TRITON = "3.4"  # the oldest whose compiler took the kernels (benchmarks/kernel_resources.py)
+
+
+def why_no_triton() -> str | None:
+    """What is wrong with the installed Triton; None: nothing."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "Triton is not installed (pip install 'ds_moelora[triton]')"
+    if TorchVersion(version) < OLDEST_TRITON:
+        return f"Triton {version} is older than {OLDEST_TRITON} (pip install -U triton, or a torch that brings it)"
+    return None
+
+
+NO_TRITON = why_no_triton()  # None: there is one, imported where a kernel is launched
 
 _LIBRARY = torch.library.Library("ds_moelora", "FRAGMENT")
 
@@ -39,9 +54,7 @@ def why_not(num_experts: int, rank: int, dtype: torch.dtype, device: str) -> str
         return f"its kernels compute in 16 or 32 bits, not in {dtype}"
     if device not in ("cpu", "cuda"):
         return f"its kernels run on CUDA devices, not on {device}"
-    if device == "cuda" and not HAS_TRITON:
-        return "Triton is not installed (pip install 'ds_moelora[triton]')"
-    return None
+    return NO_TRITON if device == "cuda" else None
 
 
 class _Fused(Products):

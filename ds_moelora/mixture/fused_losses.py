@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fused import DTYPES, HAS_TRITON, MAX_EXPERTS, load_kernels, operator
+from .fused import DTYPES, MAX_EXPERTS, NO_TRITON, load_kernels, operator
 from .routing import chosen_by
 
 TILE = 1024  # elements (tokens, E) that a program takes at once: 8 per thread of 4 warps
@@ -39,7 +39,7 @@ class Sequences(NamedTuple):
 
 def covers(logits: Tensor) -> bool:
     """Whether `fused_losses` are the way to compute the losses of a router's logits (T, E)."""
-    return logits.is_cuda and HAS_TRITON and logits.dtype in DTYPES and logits.shape[1] <= MAX_EXPERTS
+    return logits.is_cuda and NO_TRITON is None and logits.dtype in DTYPES and logits.shape[1] <= MAX_EXPERTS
 
 
 def fused_losses(

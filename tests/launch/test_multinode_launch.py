@@ -230,6 +230,7 @@ def test_ranks_without_an_address(monkeypatch: pytest.MonkeyPatch):
         ({"LOCAL_SIZE": "2"}, "4"),
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "3"}, "2"),
         ({"LOCAL_SIZE": "16"}, "1"),
+        ({"LOCAL_SIZE": "0", "LOCAL_WORLD_SIZE": "two"}, "8"),
         ({"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "7"}, "7"),
     ],
 )

@@ -6,6 +6,7 @@ same but for what is inside them, are those of a GPU.
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any
 
 import pytest
@@ -212,10 +213,22 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen("auto", 8, 2, 4, torch.float64) == "dense"
     with pytest.warns(UserWarning, match=r"'fused' becomes 'dense': it takes at most 256 experts of rank 64, not 8 of"):
         assert chosen("fused", 8, 2, 65) == "dense"
-    monkeypatch.setattr(fused, "HAS_TRITON", False)
+    monkeypatch.setattr(fused, "NO_TRITON", "Triton is not there")
     assert chosen("auto", 8, 2, 4) == "dense"
-    with pytest.warns(UserWarning, match=r"Triton is not installed \(pip install 'ds_moelora\[triton\]'\)"):
+    with pytest.warns(UserWarning, match=r"becomes 'dense': Triton is not there"):
         assert chosen("fused", 8, 2, 4) == "dense"
+
+
+def test_which_triton_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(found: str | None) -> str:
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError
+        return found
+
+    for found, reason in ((None, "not installed (pip install"), ("3.3.1", "3.3.1 is older than 3.4"), ("3.10.0", None)):
+        monkeypatch.setattr(importlib.metadata, "version", lambda _, found=found: version(found))
+        why = fused.why_no_triton()
+        assert why is None if reason is None else reason in why
 
 
 def test_keeps_no_more_than_dense() -> None:

@@ -8,12 +8,12 @@ adamw   AdamW's step in the same pass as the preconditioner
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 import os
 
 from torch import Tensor
 
+from ...mixture.fused import NO_TRITON
 from .cpp import load_kernels
 from .rows import Kernels
 
@@ -30,9 +30,8 @@ def load(choice: str) -> Kernels | None:
     if choice == "cpp":
         return load_kernels()
     if choice == "triton":
-        if importlib.util.find_spec("triton") is None:
-            remedy = 'pip install "ds_moelora[triton]", or set "kernels": "torch"'
-            raise ValueError(f'kernels "triton" need Triton: {remedy}.')
+        if NO_TRITON is not None:
+            raise ValueError(f'kernels "triton" need Triton: {NO_TRITON}. Or set "kernels": "torch".')
         from .gpu import TritonKernels
 
         return TritonKernels()
@@ -74,7 +73,7 @@ def _refusal(kernels: Kernels, weights: list[Tensor], ranks: set[int]) -> str | 
 @functools.cache
 def _automatic(device: str) -> Kernels | None:
     """The kernels that "auto" takes for weights on a kind of device; None: there are none."""
-    if device not in ("cpu", "cuda") or (device == "cuda" and importlib.util.find_spec("triton") is None):
+    if device not in ("cpu", "cuda") or (device == "cuda" and NO_TRITON is not None):
         return None
     try:
         return load("cpp" if device == "cpu" else "triton")
