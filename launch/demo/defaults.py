@@ -32,7 +32,6 @@ DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-2,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 30,
-    "logging_steps": 50,
     "save_steps": 300,
     "save_total_limit": 1,
     "gradient_checkpointing": False,
