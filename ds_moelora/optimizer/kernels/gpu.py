@@ -148,9 +148,8 @@ class TritonKernels:
         """One launch for the units of a group."""
         states = states or [None] * len(gradients)
         all_settings = [None if state is None else state.settings for state in states]
-        for settings in {
-            id(own): own for own in all_settings
-        }.values():  # by identity: the host knows no tensor's value
+        distinct = {id(own): own for own in all_settings}  # by identity: the host knows no tensor's value
+        for settings in distinct.values():
             here = [own is settings for own in all_settings]
             mine = [state if own else None for state, own in zip(states, here, strict=True)]
             flats = _present([g if own else None for g, own in zip(gradients, here, strict=True)], table)
