@@ -39,10 +39,10 @@ class Sources:
 
 
 def execute(run: Run, sources: Sources) -> dict[str, Any]:
-    """One run, in this process, on one thread; answers are written for the reported seeds alone."""
+    """One run, in this process, on one thread; the reported seeds alone are tested."""
     torch.set_num_threads(1)
     language = load(sources.model, sources.data, run.task, run.device)
-    return train(run, language, with_answers=run.seed != study.TUNING_SEED)
+    return train(run, language, tested=run.seed != study.TUNING_SEED)
 
 
 def main(argv: list[str] | None = None) -> None:

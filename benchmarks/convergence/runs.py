@@ -212,7 +212,7 @@ def evaluate(task: Task, model: nn.Module, head: nn.Module | None) -> dict[str, 
     """The task's evaluation, in evaluation mode; losses that are not finite count as infinite."""
     model.eval()
     result = task.evaluate(model, head)
-    if not math.isfinite(result["test_loss"]):
+    if not math.isfinite(result.get("test_loss", 0.0)):
         result["test_loss"] = DIVERGED
     return result
 

@@ -109,8 +109,8 @@ class GateSpread:
 class Session:
     """A task (`convergence.runs.Task`) as one run sees it."""
 
-    def __init__(self, run: Run, language: Language, with_answers: bool) -> None:
-        self.run, self.language, self.with_answers = run, language, with_answers
+    def __init__(self, run: Run, language: Language, tested: bool) -> None:
+        self.run, self.language, self.tested = run, language, tested
         self.train_size, self.step, self.spread = len(language.train.answers), 0, GateSpread()
         self.failed = 0  # steps in a row
 
@@ -129,8 +129,8 @@ class Session:
         return loss if self.failed < PATIENCE else loss + math.inf
 
     def evaluate(self, model: nn.Module, head: nn.Module | None) -> dict[str, float]:
-        """The task's evaluation, and how gates spread."""
-        return {**self.language.evaluate(model, self.with_answers), **self.spread.outcome()}
+        """The task's evaluation, if asked for, and how gates spread."""
+        return {**(self.language.evaluate(model) if self.tested else {}), **self.spread.outcome()}
 
 
 def adapt(run: Run, base: nn.Module) -> nn.Module:
@@ -161,10 +161,10 @@ def build_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     return create_loraplus_optimizer(model, torch.optim.AdamW, lr=run.lr, **ratio)
 
 
-def train(run: Run, language: Language, with_answers: bool = True) -> dict[str, Any]:
-    """Trains once; the outcome of `convergence.runs.fit`, and how gates spread. Answers are written if asked for."""
+def train(run: Run, language: Language, tested: bool = True) -> dict[str, Any]:
+    """Trains once; the outcome of `convergence.runs.fit`, and how gates spread. The test rows are used if asked for."""
     model = adapt(run, language.base)
     model.train()
     clock = time.perf_counter if run.device == "cuda" else time.process_time
-    session = Session(run, language, with_answers)
+    session = Session(run, language, tested)
     return runs.fit(run, session, model, None, [build_optimizer(run, model)], clock)  # type: ignore[arg-type]

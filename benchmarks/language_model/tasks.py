@@ -103,8 +103,8 @@ class Language:
         output = model(**batch, logits_to_keep=batch["labels"].shape[1])
         return output.loss, output.logits
 
-    def evaluate(self, model: nn.Module, with_answers: bool) -> dict[str, float]:
-        """Of the test rows: loss per token; with answers also their shares that are right, in `test_accuracy`.
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Of the test rows: loss per token, and the share of right answers, `test_accuracy`.
 
         MAWPS: the expression written has the reference's value (and `value_accuracy`: the value written is right).
         GSM8K: the last number is right. Several skills: every token of the answer is the likeliest; and how much the
@@ -131,7 +131,7 @@ class Language:
             found["test_accuracy"] = sum(whole) / len(whole)
             if counts.tables:
                 found["mutual_information"] = sum(map(mutual_information, counts.tables)) / len(counts.tables)
-        elif with_answers:
+        else:
             found |= self.scores(self.written(model))
         return found
 
