@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -55,6 +57,21 @@ def agree(failure: Exception | None, what: str, kind: type[Exception] = RuntimeE
         error = kind(f"{what} ({said}).")
     vars(error)["agreed"] = True
     raise error from failure
+
+
+@contextmanager
+def together(what: str, *expected: type[Exception], kind: type[Exception] = RuntimeError) -> Iterator[None]:
+    """`agree` on what is raised inside.
+
+    Args:
+        expected: what is caught; anything else ends this process alone.
+    """
+    failure = None
+    try:
+        yield
+    except expected as error:
+        failure = error
+    agree(failure, what, kind)
 
 
 def is_agreed(error: Exception) -> bool:

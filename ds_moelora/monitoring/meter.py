@@ -47,12 +47,13 @@ class Report:
     Args:
         scalars: tag of `TAGS` -> value; without those that nothing was seen of.
         loads: (L, E) `monitoring.formulas.load_over_ideal`; L = 0 without a mixture.
-        layers: names of the L layers.
+        layers: names of the L layers. number: of reports before it.
     """
 
     scalars: dict[str, float]
     loads: Tensor
     layers: list[str]
+    number: int
 
 
 class TrainingMeter:
@@ -67,7 +68,7 @@ class TrainingMeter:
         found = basic_optimizer(optimizer)
         self.optimizer = found if isinstance(found, GateRiemannian) else None
         self.device = next(p.device for p in model.parameters())
-        self.is_armed = False
+        self.is_armed, self._reports = False, 0
         self._tokens: Tensor | int = 0
         self._seconds, self._steps, self._mark = 0.0, 0, time.perf_counter()
         self._hook = model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
@@ -97,7 +98,7 @@ class TrainingMeter:
         statistics = self.optimizer.statistics if self.optimizer is not None else None
         self._disarm()
         report = self._report(statistics or StepStatistics())
-        self._tokens, self._seconds, self._steps = 0, 0.0, 0
+        self._tokens, self._seconds, self._steps, self._reports = 0, 0.0, 0, self._reports + 1
         return report
 
     def _disarm(self) -> None:
@@ -140,7 +141,8 @@ class TrainingMeter:
         loads = load_over_ideal(packed[:, 4:], torch.tensor(self.routers.num_experts))
         scalars = {**_of_routers(packed, loads, sketches), **_of_optimizer(totals, largest)}
         scalars |= self._of_machine(totals, largest)
-        return Report({tag: scalars[tag] for tag in TAGS if tag in scalars}, loads, self.routers.names)
+        scalars = {tag: scalars[tag] for tag in TAGS if tag in scalars}
+        return Report(scalars, loads, self.routers.names, self._reports)
 
     def _vector(self, values: list[Tensor | float | None]) -> Tensor:
         numbers = [0.0 if value is None else value for value in values]

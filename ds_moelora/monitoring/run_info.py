@@ -73,11 +73,16 @@ def configuration(model: nn.Module, engine: Any = None) -> dict[str, Any]:
     return redact(found)
 
 
-def write_run_info(writer: Any, values: dict[str, Value], config: dict[str, Any]) -> None:
-    """Both into the run of a `SummaryWriter`, whose scalars the HParams tab then shows beside the hyperparameters."""
-    for summary in hparams(values, dict.fromkeys(METRICS, 0.0)):
+def write_run_info(writer: Any, model: nn.Module, optimizer: Any, engine: Any, extra: dict[str, Any]) -> None:
+    """Both into the run of a `SummaryWriter`, whose scalars the HParams tab then shows beside the hyperparameters.
+
+    Args:
+        engine: DeepSpeed's; None without it.
+    """
+    extra = {**extra, "zero_stage": None if engine is None else engine.zero_optimization_stage()}
+    for summary in hparams(hyperparameters(model, optimizer, extra), dict.fromkeys(METRICS, 0.0)):
         writer.file_writer.add_summary(summary)
-    text = json.dumps(config, indent=2, default=_as_plain)
+    text = json.dumps(configuration(model, engine), indent=2, default=_as_plain)
     writer.add_text("run/configuration", "\n".join("    " + line for line in text.splitlines()))  # Markdown's verbatim
     writer.flush()
 
