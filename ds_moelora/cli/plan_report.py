@@ -108,9 +108,9 @@ def _ways_table(plan: Plan, shown: Sequence[Candidate], style: str) -> str:
 
 def _memory_table(plan: Plan, style: str) -> str:
     memory = plan.best.memory
-    rows = [(i.name, i.phase, f"{i.bytes / GB:.3f}", i.formula) for i in memory.items]
-    rows.append(("total", "", f"{memory.total / GB:.3f}", "always + max(backward, step)"))
-    return table(f"Memory per GPU, {plan.best.choice}", ("item", " when", "GB", " formula"), rows, style)
+    rows = [(item.name, item.phase, f"{item.bytes / GB:.3f}") for item in memory.items]
+    rows.append(("total", "always + the larger", f"{memory.total / GB:.3f}"))
+    return table(f"Memory per GPU, {plan.best.choice}", ("item", " when", "GB"), rows, style)
 
 
 def _traffic_table(plan: Plan, style: str) -> str:
