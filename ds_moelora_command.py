@@ -8,7 +8,6 @@ in `ds_moelora/_launcher/launch/`, with `configs/` beside it (setup.py puts both
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import subprocess
 import sys
@@ -40,31 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ds_moelora import cli
 
         return cli.main(words)
-    try:
-        return start(words[0], words[1:])
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return start(words[0], words[1:])
 
 
 def script(name: str) -> Path:
-    """The file of a program of the launcher, e.g. "train.py".
-
-    Raises:
-        ValueError: neither beside the package nor in it.
-    """
-    spec = importlib.util.find_spec("ds_moelora")  # imports nothing
-    assert spec is not None, "this module is installed with the package"
-    assert spec.origin is not None
-    package = Path(spec.origin).resolve().parent
-    places = [folder / "launch" / name for folder in (package.parent, package / "_launcher", Path.cwd())]
-    file = next((place for place in places if place.is_file()), None)
-    if file is None:
-        raise ValueError(
-            f"there is no {' or '.join(map(str, places))}. Install the package with its launcher (pip install "
-            "'ds_moelora[train]'), or run this command in a checkout of the repository."
-        )
-    return file
+    """The file of a program of the launcher, e.g. "train.py"."""
+    here = Path(__file__).resolve().parent
+    inside = here / "ds_moelora" / "_launcher"
+    return (inside if inside.is_dir() else here) / "launch" / name
 
 
 def start(command: str, words: Sequence[str]) -> int:
