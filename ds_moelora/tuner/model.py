@@ -208,8 +208,10 @@ class MoELoRAModel(_Base):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
         )
         check_not_partitioned(selected)
-        check_finite(selected)
-        return with_whole_experts(model, selected, state_dict, adapter_name)
+        # With every rank's experts: one that raised before they are gathered would leave the others waiting.
+        whole = with_whole_experts(model, selected, state_dict, adapter_name)
+        check_finite(whole)
+        return whole
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -171,7 +171,7 @@ def test_a_weight_in_an_unknown_form_is_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"init_lora_weights": "goat_max"}, r"init_lora_weights='goat_max' is unknown; use True.*'milora'"),
+        ({"init_lora_weights": "goat_max"}, r"init_lora_weights='goat_max' is unknown; use True.*milora"),
         ({"rho": 5.0}, r"rho=5.0 has no effect without init_lora_weights='goat'"),
         ({"svd_cache_dir": "x"}, r"svd_cache_dir='x' has no effect without init_lora_weights='goat'"),
         ({"eta": 2.0}, r"eta=2.0 has no effect without scaling='goat'"),
