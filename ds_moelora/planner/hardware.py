@@ -154,8 +154,9 @@ def hardware(
     for name, share in (("efficiency", efficiency), ("utilisation", utilisation), ("usable", usable)):
         if not 0 < share <= 1:
             raise ValueError(f"{name}={share} must be in (0, 1].")
-    for name, value in (("peak", peak), ("memory", memory), ("latency", latency)):
-        if value is not None and not (math.isfinite(value) and value > 0):
+    numbers = {"peak": peak, "memory": memory, "latency": latency, "intra": intra, "inter": inter}
+    for name, value in numbers.items():
+        if isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value} must be > 0.")
     spec = GPUS[gpu]
     links = [_link(name, value, efficiency, latency) for name, value in (("intra", intra), ("inter", inter))]
@@ -181,8 +182,6 @@ def _link(name: str, value: str | float, efficiency: float, latency: float | Non
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(LINKS)}, or a bandwidth.")
         link = LINKS[value]._replace(bandwidth=LINKS[value].bandwidth * efficiency)
     else:
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name}={value} must be > 0 bytes per second.")
         link = Link(value, LINKS["infiniband-400"].latency)
     return link if latency is None else link._replace(latency=latency)
 
