@@ -52,13 +52,16 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     add("--num-experts", nargs="+", type=int, required=True, metavar="E")
     add("--r", nargs="+", type=int, default=[4], help="rank of one expert (default 4)")
     add("--top-k", type=int, default=Workload.top_k, metavar="K", help="experts per token (default %(default)s)")
-    add("--expert-compute", choices=COMPUTES, default="dense", help="default dense (or fused: what auto takes on GPUs)")
+    add("--expert-compute", choices=COMPUTES, default=Workload.expert_compute,
+        help="default dense (or fused: what auto takes on GPUs)")  # fmt: skip
     add = parser.add_argument_group("step").add_argument
-    add("--micro-batch", type=int, default=1, metavar="B", help="sequences per GPU and step (default 1)")
-    add("--sequence-length", type=int, default=4096, metavar="S", help="tokens (default 4096)")
-    add("--dtype", choices=DTYPE_BYTES, default="bf16")
+    add("--micro-batch", type=int, default=Workload.micro_batch, metavar="B",
+        help="sequences per GPU and step (default %(default)s)")  # fmt: skip
+    add("--sequence-length", type=int, default=Workload.sequence_length, metavar="S",
+        help="tokens (default %(default)s)")  # fmt: skip
+    add("--dtype", choices=DTYPE_BYTES, default=Workload.dtype)
     add("--base-bytes", type=float, metavar="BYTES", help="per weight of the base; 0.5 for 4 bits")
-    add("--optimizer", choices=OPTIMIZER_STATES, default="adamw")
+    add("--optimizer", choices=OPTIMIZER_STATES, default=Workload.optimizer)
     add("--plain-optimizer", action="store_false", dest="riemannian", help="without the Riemannian preconditioner")
     add("--no-checkpointing", action="store_false", dest="checkpointing", help="without gradient checkpointing")
 
@@ -68,7 +71,8 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("machine").add_argument
     giga, tera, micro = (_times(factor) for factor in (1e9, 1e12, 1e-6))
     add("--gpus", nargs="+", type=int, required=True, metavar="N")
-    add("--gpus-per-node", type=int, default=8, metavar="N", help="that --intra joins (default 8)")
+    add("--gpus-per-node", type=int, default=Workload.gpus_per_node, metavar="N",
+        help="that --intra joins (default %(default)s)")  # fmt: skip
     add("--gpu", choices=GPUS, default="h100")
     add("--gpu-memory", type=giga, dest="memory", metavar="GB", help="per GPU; default: the GPU's")
     add("--usable", type=float, default=0.9, metavar="SHARE", help="of it, to fill at most (default 0.9)")
