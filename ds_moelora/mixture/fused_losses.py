@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fused import DTYPES, MAX_EXPERTS, NO_TRITON, load_kernels, operator
+from .fused import DTYPES, MAX_EXPERTS, load_kernels
 from .routing import chosen_by
+from .triton_operators import NO_TRITON, operator
 
 TILE = 1024  # elements (tokens, E) that a program takes at once: 8 per thread of 4 warps
 MOST_PARTS = 128  # of a sequence, whose sums one program adds up
@@ -134,7 +135,6 @@ def _real(z: Tensor, packed: Tensor | None, mask: Tensor | None, T: int) -> Tens
     return real.to(z.dtype).unsqueeze(-1)
 
 
-@operator("router_sums(Tensor logits, Tensor gates, Tensor? packed, Tensor? mask, Tensor(a!) sums, int N) -> ()")
 def _router_sums(
     logits: Tensor, gates: Tensor, packed: Tensor | None, mask: Tensor | None, sums: Tensor, N: int
 ) -> None:
@@ -159,9 +159,13 @@ def _launch_router_sums(
         )
 
 
-@operator(
-    "router_losses(Tensor sums, Tensor? weights, Tensor(a!) losses, Tensor(b!) slopes, bool balance, bool z) -> ()"
+operator(
+    "router_sums(Tensor logits, Tensor gates, Tensor? packed, Tensor? mask, Tensor(a!) sums, int N) -> ()",
+    _launch_router_sums,
+    _router_sums,
 )
+
+
 def _router_losses(
     sums: Tensor, weights: Tensor | None, losses: Tensor, slopes: Tensor, balance: bool, z: bool
 ) -> None:
@@ -188,10 +192,13 @@ def _launch_router_losses(
         )
 
 
-@operator(
-    "router_gradient(Tensor logits, Tensor? packed, Tensor? mask, Tensor slopes, Tensor? dbalance, Tensor? dz, "
-    "Tensor(a!) dlogits, int N) -> ()"
+operator(
+    "router_losses(Tensor sums, Tensor? weights, Tensor(a!) losses, Tensor(b!) slopes, bool balance, bool z) -> ()",
+    _launch_router_losses,
+    _router_losses,
 )
+
+
 def _router_gradient(
     logits: Tensor, packed: Tensor | None, mask: Tensor | None, slopes: Tensor, dbalance: Tensor | None,
     dz: Tensor | None, dlogits: Tensor, N: int,
@@ -223,3 +230,11 @@ def _launch_router_gradient(
         load_kernels().router_gradient[(S * tiles,)](
             logits, packed, mask, slopes, dbalance, dz, dlogits, T, N, logits.stride(0), tiles, E=E, **tile
         )
+
+
+operator(
+    "router_gradient(Tensor logits, Tensor? packed, Tensor? mask, Tensor slopes, Tensor? dbalance, Tensor? dz, "
+    "Tensor(a!) dlogits, int N) -> ()",
+    _launch_router_gradient,
+    _router_gradient,
+)

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_moelora import MoELoRAConfig
-from ds_moelora.mixture import fused, fused_losses
+from ds_moelora.mixture import fused, fused_losses, triton_operators
 from ds_moelora.mixture.choice import choose_products
 from ds_moelora.mixture.dense import DENSE
 from ds_moelora.mixture.fused import FUSED
@@ -180,7 +180,7 @@ def test_on_a_gpu_nothing_waits_for_the_host_or_mixes_devices(products: Any, gat
         mixed, kept, p = _forward(o, base, True, products)
         kept = kept._replace(router=o.router)
         onto, dlogits = torch.empty_like(o.x), torch.empty(32, 8, device="cuda", dtype=o.x.dtype)
-        grads = products.backward(kept, p, dy, Needs(True, True, True, True), onto, dlogits)
+        grads = products.backward(kept, p, dy, Needs(True, True, True, True, onto, dlogits))
         tensors = [t for t in (*mixed, p, *grads) if t is not None]
         assert {t.device.type for t in tensors} == {"cuda"}
         assert [None if t is None else t.shape for t in (grads.x, grads.A, grads.B, grads.router)] == [
@@ -227,7 +227,7 @@ def test_which_triton_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for found, reason in ((None, "not installed (pip install"), ("3.3.1", "3.3.1 is older than 3.4"), ("3.10.0", None)):
         monkeypatch.setattr(importlib.metadata, "version", lambda _, found=found: version(found))
-        why = fused.why_no_triton()
+        why = triton_operators.why_no_triton()
         assert why is None if reason is None else reason in why
 
 

@@ -24,7 +24,7 @@ from ds_moelora.optimizer import kernels
 from ds_moelora.optimizer.kernels import build
 from ds_moelora.optimizer.kernels.adamw import complement
 from ds_moelora.optimizer.kernels.cpp import RANKS, SOURCE, load_kernels
-from ds_moelora.optimizer.kernels.rows import Block, RowLayout
+from ds_moelora.optimizer.kernels.rows import RowBlock, RowBlocks
 from ds_moelora.optimizer.preconditioner import damped_inverse, gram
 from ds_moelora.optimizer.step_statistics import StepStatistics
 from ds_moelora.pairs import LoraPair, tag_pair
@@ -53,8 +53,9 @@ def test_equal_to_torch(rank: int, blocks: list[tuple[int, int, bool]], seed: in
     views = [t.mT if first else t for t, (*_, first) in zip(tensors, blocks, strict=True)]
     count = sum(experts for experts, *_ in blocks)
     order = torch.randperm(count, generator=generator)
-    shapes = [(e, n, (n * rank, 1, n) if first else (n * rank, rank, 1)) for e, n, first in blocks]
-    rows = RowLayout(range(count), [Block(k, 0, *shape) for k, shape in enumerate(shapes)], order.tolist(), rank)
+    rows, matrix = RowBlocks(rank), iter(order.tolist())
+    for k, (e, n, first) in enumerate(blocks):
+        rows.add(RowBlock(k, 0, e, n, rank, first), [next(matrix) for _ in range(e)])
 
     grams = torch.zeros(count, rank, rank)
     load_kernels().add_grams_(grams, rows, tensors)

@@ -23,20 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels.rows import Moves
+from ..kernels.rows import Index, Moves
 
 Processes = tuple[Tensor, Tensor]  # the first and the last one, of every slot
-
-
-class Index(list[int]):
-    """Indices known on the host, and on the device from the first use on."""
-
-    tensor: Tensor | None = None
-
-    def on(self, device: torch.device) -> Tensor:
-        if self.tensor is None or self.tensor.device != device:
-            self.tensor = torch.tensor(self, dtype=torch.long, device=device)
-        return self.tensor
 
 
 def rounds(targets: list[int]) -> list[tuple[Index, Index]]:
