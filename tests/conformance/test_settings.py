@@ -59,7 +59,8 @@ SETTINGS: dict[str, list[Any]] = {
     "round_robin_gradients": [False, True],
     "sub_group_size": [10**9, 40],
 }
-# fp32 after 10 steps against float64; what is seen stays below 5e-6.
+# fp32 after 10 steps against float64; what is seen stays below 5e-6. One draw is above it and not among the cases:
+# AdamW, "shared", "scattered", 4 processes, clipped: 1.5e-5, at stage 0 as well; with other data 1e-6 to 5e-6.
 TOLERANCE = 1e-5
 # Half precision: our drift over plain AdamW's from its own reference. Both are noise: in 16 settings the ratio lay
 # between 0.2 and 2.0. Muon makes the small directions of a gradient, which rounding has spoilt most, as long as the
@@ -80,6 +81,17 @@ def valid(case: dict[str, Any]) -> bool:
     if case["grad_accum_dtype"] and case["precision"] == "fp16" and case["offload"]:
         return False  # DeepSpeed never recovers from an overflow there: test_deepspeed_limits.py
     return case["grad_accum_dtype"] is None or (case["precision"] != "fp32" and stage > 0)
+
+
+def steps_of(case: dict[str, Any]) -> int:
+    # In fp16 the first steps are skipped, and the few that remain of six are noisier: SGD came up to its bound.
+    return 6 if case["accumulate"] == 4 and case["precision"] == "bf16" else 10
+
+
+def cost(case: dict[str, Any]) -> float:
+    """About proportional to the time that a case takes: micro-batches in all processes and in the reference."""
+    runs = 1 if case["precision"] == "fp32" else 6
+    return runs * steps_of(case) * (case["world"] * (2 * case["accumulate"] + 1) + 3)
 
 
 def config_of(case: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -105,7 +117,7 @@ def both(
         accumulate=case["accumulate"],
         clip=case["clip"],
         precision=case["precision"],
-        skipped=results[0]["skipped"],
+        skipped=tuple(results[0]["skipped"]),
         **shared,
     )
     return results, reference
@@ -114,10 +126,8 @@ def both(
 def drift(case: dict[str, Any], kind: str) -> float:
     """Median over data of the distance to the reference, relative to the distance that training went."""
     found = []
-    # In fp16 the first steps are skipped, and the few that remain of six are noisier: SGD came up to its bound.
-    steps = 6 if case["accumulate"] == 4 and case["precision"] == "bf16" else 10
     for seed in (1, 2, 3):
-        results, reference = both(case, kind, seed, steps)
+        results, reference = both(case, kind, seed, steps_of(case))
         weights, end, start = results[0]["weights"], reference["weights"], reference["start"]
         away = sum((weights[name].double() - w).square().sum() for name, w in end.items())
         found.append((away / sum((start[name] - w).square().sum() for name, w in end.items())).sqrt().item())
@@ -137,7 +147,7 @@ def name_of(case: dict[str, Any]) -> str:
     return " ".join(filter(None, (short(k, v) for k, v in case.items())))
 
 
-CASES = list(pairwise(SETTINGS, valid))
+CASES = list(pairwise(SETTINGS, valid, seed=38, cost=cost))  # one of the cheapest of 60 seeds
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)

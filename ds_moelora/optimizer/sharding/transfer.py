@@ -181,21 +181,6 @@ class Transfer:
             found[name] = tuple(Index(t) for s in (held, wanted) for t in ([x.row for x in s], [x.number for x in s]))
         return found  # type: ignore[return-value]
 
-    @property
-    def collective(self) -> str:
-        return "all_to_all" if self.is_direct else "all_reduce"
-
-    @property
-    def sent_by_all(self) -> int:
-        """Elements that leave processes, if a ring carries an all-reduce; `sent`: this one."""
-        return self.sent_directly if self.is_direct else 2 * (self.world - 1) * self.numel
-
-    @property
-    def sent(self) -> int:
-        if not self.is_direct:
-            return round(self.sent_by_all / self.world)
-        return sum(self.sent_to)
-
     def __call__(self, tables: Mapping[Any, Tensor], group: Any, device: torch.device | None) -> None:
         """Puts the sums into the rows that want them, of tables (rows, width) that hold this process's parts.
 
