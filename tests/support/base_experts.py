@@ -52,10 +52,10 @@ def base_model(architecture: str, **more: Any) -> Any:
     return model
 
 
-def lora_model(architecture: str, r: int = 3, base: dict[str, Any] | None = None, **config: Any) -> Any:
-    """With B away from zero. base: changes to the base model's configuration."""
+def lora_model(architecture: str, r: int = 3, **config: Any) -> Any:
+    """With B away from zero."""
     options = {"r": r, "lora_alpha": 6, "target_parameters": TARGETS, "target_modules": [], "init_lora_weights": False}
-    return get_peft_model(base_model(architecture, **(base or {})), LoraConfig(**{**options, **config}))
+    return get_peft_model(base_model(architecture), LoraConfig(**{**options, **config}))
 
 
 def tokens() -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import CausalLMOutput
 
 from ds_moelora import MoELoRAConfig
 from ds_moelora.mixture.reference import reference_layer
@@ -185,10 +186,20 @@ def test_checkpointed_layer_runs_the_same_operations_with_and_without_a_listener
     assert_same(results[1], results[0])
 
 
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(8, 6)
+
+    def forward(self, x):
+        return CausalLMOutput(loss=self.lin(x).square().mean())
+
+
 def test_compiled_model_has_equal_loss_and_gradients():
-    """One adapted module: a compiler takes seconds for each. The next test has the other ways to compute."""
-    fields = config(router_aux_loss_coef=0.5, expert_compute="grouped", target_modules=["down_proj"])
-    model, inputs = get_peft_model(llama(layers=1), fields), batch()
+    """Between the hooks that add the losses. A compiler takes a minute for a Llama; test_base_experts.py has one."""
+    torch.manual_seed(0)
+    fields = config(router_aux_loss_coef=0.5, expert_compute="grouped", target_modules=["lin"], task_type=None)
+    model, inputs = get_peft_model(Small(), fields), {"x": torch.randn(2, 5, 8)}
     loss, grads = train_step(model, inputs)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
