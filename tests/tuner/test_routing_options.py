@@ -293,7 +293,7 @@ def test_files_from_before_these_options_load(tmp_path):
     assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
 
 
-def test_two_adapters_with_different_options_and_a_compiled_model():
+def test_two_adapters_with_different_options():
     model, inputs = adapted(**EVERYTHING), batch()
     model.add_adapter("other", config(shared_A=True, num_experts_pattern={"q_proj": 3}))
     layer = next(iter(layers_of(model).values()))
@@ -302,7 +302,6 @@ def test_two_adapters_with_different_options_and_a_compiled_model():
     with model.disable_adapter():
         assert torch.equal(model(**inputs).logits, llama()(**inputs).logits)
     assert torch.equal(model(**inputs).logits, before)
-    torch.testing.assert_close(torch.compile(model, backend="eager")(**inputs).logits, before)
     twin = copy.deepcopy(model)
     torch.manual_seed(1)
     _, first = train_step(model, inputs)
