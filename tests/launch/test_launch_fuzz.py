@@ -18,22 +18,22 @@ TABLE = "Fuzz of the launch configuration"
 
 def test_every_draw_gets_its_answer(report: Callable[[str, str], None]) -> None:
     """An invalid one a single message, the same on every rank; a valid one none."""
-    figures = fuzz(200)
+    figures = fuzz(100)
     report(TABLE, f"in process: {figures.line()}")
-    assert figures.invalid > 100
-    assert figures.draws - figures.invalid > 20
+    assert figures.invalid > 50
+    assert figures.draws - figures.invalid > 10
     assert max(figures.seconds) < LIMIT_SECONDS
 
 
 @pytest.mark.dist
 def test_on_real_ranks(report: Callable[[str, str], None]) -> None:
-    figures = fuzz_processes(3)
+    figures = fuzz_processes(2)
     report(TABLE, f"deepspeed --num_gpus 2: {figures.line()}")
-    assert figures.draws == 3
+    assert figures.draws == 2
     assert max(figures.seconds) < LIMIT_SECONDS
 
 
-@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
 @given(content=st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
 def test_any_bytes_as_a_host_file(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "hosts"

@@ -23,7 +23,6 @@ from tests.support.launch_support import (
     alpaca_rows,
     find_free_port,
     launch,
-    launch_by_command,
     launch_environment,
     question_rows,
     tiny_model,
@@ -78,7 +77,7 @@ def check_outputs(output_dir: Path, steps: int) -> dict[str, Any]:
 def test_causal_lm_and_resume(model: Path, alpaca: Path, tmp_path: Path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     more = ("--max_steps", "4", "--save_steps", "2", "--eval_fraction", "0.25")
-    finished = launch_by_command(arguments(model, alpaca, "zero2", whole, *more))
+    finished = launch(arguments(model, alpaca, "zero2", whole, *more))
     assert finished.code == 0, finished.output[-4000:]
     summary = check_outputs(whole, steps=4)
     assert summary["last_loss"] < summary["first_loss"]
@@ -89,7 +88,6 @@ def test_causal_lm_and_resume(model: Path, alpaca: Path, tmp_path: Path):
     assert "Training summary" in finished.output
     check_console(finished.output, 1, 4)
     assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "accelerator to CPU" not in finished.output.partition("Training ──")[0].partition("spawned")[2]
 
     # The saved adapter loads in a process without DeepSpeed.
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), whole)

@@ -72,7 +72,7 @@ def test_nothing_is_published_by_a_callback_either(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("how", [["--deepspeed", "configs/zero3.json"], PLAIN, [*PLAIN, "--save_only_model"]])
+@pytest.mark.parametrize("how", [["--deepspeed", "configs/zero3.json"], [*PLAIN, "--save_only_model"]])
 def test_the_best_model_is_loaded_at_the_end(how: list[str], flags: list[str], tmp_path: Path) -> None:
     """Even where it is not the last one: at a rate of 10 every step makes the model worse."""
     out = tmp_path / "out"

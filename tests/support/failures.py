@@ -27,7 +27,7 @@ from tests.support.launch_support import (
     write_jsonl,
 )
 
-STEPS, SAVE_STEPS = 24, 2
+STEPS, SAVE_STEPS = 18, 2
 SETTINGS = ["--deepspeed", "configs/zero2.json", "--lora_r", "2", "--num_experts", "2", "--top_k", "1", "--seed", "3",
             "--learning_rate", "1e-3", "--logging_steps", "1", "--max_steps", str(STEPS),
             "--save_steps", str(SAVE_STEPS), "--report_to", "none", "--resume_from_checkpoint", "auto"]  # fmt: skip
@@ -213,8 +213,8 @@ def undisturbed_run(root: Path) -> Setting:
     folder = root / "undisturbed"
     folder.mkdir()
     model = tiny_model(folder / "model")
-    # 36 rows: the run ends in its third epoch.
-    data = write_jsonl(folder / "rows.jsonl", alpaca_rows(36))
+    # 28 rows: the run ends in its third epoch.
+    data = write_jsonl(folder / "rows.jsonl", alpaca_rows(28))
     arguments = [*SETTINGS, "--model_name_or_path", str(model), "--dataset_name", str(data)]
     reference = folder / "reference"
     keep_all = ["--save_total_limit", str(STEPS)]
