@@ -129,7 +129,7 @@ def arguments_for(config: dict[str, Any], folder: Path, *flags: str) -> Argument
     return parse_arguments(["--deepspeed", str(path), "--output_dir", str(folder), *flags], defaults.DEFAULTS)
 
 
-@pytest.mark.parametrize(("name", "kind"), zip(CONFIGS, cycle([*OURS, "AdamW"])))  # noqa: B905
+@pytest.mark.parametrize(("name", "kind"), zip(CONFIGS, cycle([*OURS, "AdamW"])))
 def test_the_launcher_accepts_it(name: str, kind: str, tmp_path: Path) -> None:
     flags = ["--bf16"] if wants_bf16(CONFIGS[name]) else []
     assert check_optimizer(arguments_for(named(CONFIGS[name], kind), tmp_path, *flags)) == kind
