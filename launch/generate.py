@@ -100,9 +100,6 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
 
     Returns:
         the answers; [] where they were asked for one by one.
-
-    Raises:
-        UserError: something that the caller can put right.
     """
     quieten()
     (wish,) = read_flags((GenerationArguments,), sys.argv[1:] if argv is None else argv, "launch/generate.py")

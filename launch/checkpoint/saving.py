@@ -268,11 +268,7 @@ class CheckpointedTrainer(Trainer):
         return prepared
 
     def _restore(self, checkpoint: str, flag: str, contents: bool) -> None:
-        """Compares the checkpoint's record with this run, says what differs, and loads.
-
-        Raises:
-            UserError: it is damaged, or of another run.
-        """
+        """Compares the checkpoint's record with this run, says what differs, and loads."""
         run, folder = self.as_run(), Path(checkpoint)
         try:
             manifest, lines = check_state(run, folder, self.settings, TABLE, contents)

@@ -123,11 +123,7 @@ class Stopping(TrainerCallback):
         self._signalled = True
 
     def _read_exchange(self, output_dir: str) -> bool:
-        """Whether any rank got a signal.
-
-        Raises:
-            UserError: too many steps in a row were not finite.
-        """
+        """Whether any rank got a signal."""
         if self._exchange is None:
             return False
         step, answers, work = self._exchange

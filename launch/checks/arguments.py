@@ -113,9 +113,6 @@ def parse_arguments(argv: Sequence[str], demo_defaults: dict[str, Any]) -> Argum
     Args:
         argv: arguments without the program's name.
         demo_defaults: defaults that apply when neither a model nor a dataset is named.
-
-    Raises:
-        UsageError: an unknown flag or recipe key, a value of the wrong kind, or half a choice (model without data).
     """
     recipe, words = _read_recipe(argv)
     chosen = {name: _peek(words, recipe, name) for name in ("task", "model_name_or_path", "dataset_name")}
@@ -158,9 +155,6 @@ def read_flags(
 
     Returns:
         one instance of each class.
-
-    Raises:
-        UsageError: an unknown flag or recipe key, or a value of the wrong kind.
     """
     recipe, words = _read_recipe(argv)
     return _parse(classes, words, translate(recipe), program, {})
@@ -260,11 +254,7 @@ def _read_recipe(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _as_words(recipe: dict[str, Any], parser: _Parser) -> list[str]:
-    """A recipe as the command line would say it, so that both are read, and refused, in the same way.
-
-    Raises:
-        UsageError: a list for a flag that takes one value.
-    """
+    """A recipe as the command line would say it, so that both are read, and refused, in the same way."""
     lists = {action.dest for action in parser.actions if action.nargs in ("+", "*")}
     words = []
     for name, value in recipe.items():

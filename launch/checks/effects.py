@@ -109,11 +109,7 @@ TASK_FLAGS = {
 
 
 def check_effects(arguments: Arguments) -> None:
-    """Refuses the flags that would do harm or that contradict each other, and names those that do nothing.
-
-    Raises:
-        UserError: naming the flag, its value and the remedy.
-    """
+    """Refuses the flags that would do harm or that contradict each other, and names those that do nothing."""
     given = non_defaults(arguments.training) | non_defaults(arguments.adapter)
     for name in given.keys() & REFUSED.keys():
         raise UserError(f"--{name} {_shown(given[name])} is not supported: {REFUSED[name]}.")
@@ -128,11 +124,7 @@ def check_effects(arguments: Arguments) -> None:
 
 
 def check_task(run: DataArguments) -> None:
-    """Refuses flags that mean nothing to the task.
-
-    Raises:
-        UserError: naming the flag and the tasks it is for.
-    """
+    """Refuses flags that mean nothing to the task."""
     for name, tasks in TASK_FLAGS.items():
         default = getattr(RunArguments, name)
         if run.task not in tasks and getattr(run, name, default) != default:

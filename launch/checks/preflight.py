@@ -33,11 +33,7 @@ def check_flags(arguments: Arguments) -> None:
 
 
 def check_expert_parallel(arguments: Arguments) -> None:
-    """Finds settings with which the experts cannot be spread over the ranks.
-
-    Raises:
-        UserError: a size that does not fit, no DeepSpeed config, or ZeRO stage 3.
-    """
+    """Finds settings with which the experts cannot be spread over the ranks."""
     adapter, path = arguments.adapter, arguments.training.deepspeed
     if adapter.ep_size == 1:
         return

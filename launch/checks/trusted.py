@@ -14,11 +14,7 @@ from launch.checks.errors import UserError
 
 
 def check_trusted(arguments: Arguments) -> None:
-    """Looks for code in the model that will be loaded; checkpoints of this launcher are safetensors and JSON.
-
-    Raises:
-        UserError: naming the file, and the flag that would accept it if there is one.
-    """
+    """Looks for code in the model that will be loaded; checkpoints of this launcher are safetensors and JSON."""
     name = arguments.run.model_name_or_path
     if name is not None and os.path.isdir(name):
         _check_model(Path(name), arguments.training.trust_remote_code)

@@ -9,11 +9,7 @@ from launch.checks.errors import UserError
 
 
 def check_data(arguments: Arguments) -> None:
-    """All checks of this module.
-
-    Raises:
-        UserError: naming the flag, its value and the remedy.
-    """
+    """All checks of this module."""
     _check_weights(arguments)
     if arguments.run.streaming:
         _check_streaming(arguments)

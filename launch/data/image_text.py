@@ -19,11 +19,7 @@ PLACEHOLDER = "<image>"
 
 
 def image_text_rows(rows: Rows, run: DataArguments, flag: str, tokenizer: Any, whole: bool = False) -> Rows:
-    """`rows` as prompt and completion (chat messages) with `images`, the list of the pictures of the row.
-
-    Raises:
-        UserError: no column with pictures, a row without one, or what `causal_rows` refuses.
-    """
+    """`rows` as prompt and completion (chat messages) with `images`, the list of the pictures of the row."""
     column = choose_column(rows, run.image_column, IMAGE_COLUMNS, "--image_column", flag)
     feature = (rows.features or {}).get(column)
     several = isinstance(feature, List) and isinstance(feature.feature, Image)

@@ -18,11 +18,7 @@ HEADS = ("classifier", "head", "fc", "score")
 
 
 def labelled_images(rows: Dataset, run: DataArguments, flag: str, regression: bool = False) -> Dataset:
-    """`rows` as `image` and `label`: a class's name, or a number.
-
-    Raises:
-        UserError: no column with pictures, no label column, or a row that lacks one of them.
-    """
+    """`rows` as `image` and `label`: a class's name, or a number."""
     image = choose_column(rows, run.image_column, IMAGE_COLUMNS, "--image_column", flag)
     label = choose_column(rows, run.label_column, LABELS_OF_PICTURES, "--label_column", flag)
     if image == label:
@@ -53,11 +49,7 @@ def as_inputs(rows: Dataset, processor: BaseImageProcessor) -> Dataset:
 
 
 def head_name(model: PreTrainedModel) -> str:
-    """Name of the layer that tells the classes apart, which is new for every data set.
-
-    Raises:
-        UserError: none of the usual names.
-    """
+    """Name of the layer that tells the classes apart, which is new for every data set."""
     found = [name for name in HEADS if hasattr(model, name)]
     if not found:
         raise UserError(

@@ -46,11 +46,7 @@ BOUNDARY = "\n--- next row of the pack ---\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the preview.
-
-    Raises:
-        UserError: as the launcher.
-    """
+    """Prints the preview."""
     own = argparse.ArgumentParser(prog="python -m ds_moelora preview", allow_abbrev=False, add_help=False)
     own.add_argument("--rows", type=int, default=1)
     own.add_argument("--no-color", action="store_true")

@@ -84,9 +84,6 @@ def mix(parts: list[Rows], run: RunArguments, seed: int) -> Rows:
 
     With `--dataset_weights` w every row comes from data set i with probability w_i / sum(w), in the order it has
     there. The draws depend on `seed` alone.
-
-    Raises:
-        UserError: columns that do not fit together, such as chat messages in one data set and text in another.
     """
     if len(parts) == 1:
         return parts[0]

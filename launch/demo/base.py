@@ -40,11 +40,7 @@ def cache_folder() -> Path:
 
 
 def base_model() -> Path:
-    """Folder with the base model and its tokenizer; builds it if this machine does not have it, or not as a whole.
-
-    Raises:
-        UserError: the process that builds it has not finished in half an hour.
-    """
+    """Folder with the base model and its tokenizer; builds it if this machine does not have it, or not as a whole."""
     folder = cache_folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:

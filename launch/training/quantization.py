@@ -18,9 +18,6 @@ def check_4bit(arguments: Arguments, stage: int) -> None:
 
     Args:
         arguments: of the run. stage: ZeRO's.
-
-    Raises:
-        UserError: no bitsandbytes, or ZeRO-3.
     """
     if not arguments.run.load_in_4bit:
         return

@@ -108,9 +108,6 @@ def build_trainer(
     """The trainer of the task. `processor` is the tokenizer, or what prepares pictures.
 
     It has an attribute `truncation`: what was cut from each data set (`launch.training.preparation.Truncation`).
-
-    Raises:
-        UserError: no training row has an answer within `max_length`.
     """
     check_private_methods()
     common = {"model": model, "args": arguments.training, "processing_class": processor, "callbacks": callbacks}
@@ -121,11 +118,7 @@ def build_trainer(
 
 
 def check_private_methods() -> None:
-    """Makes sure that this transformers has the private methods that `CheckpointedTrainer` replaces.
-
-    Raises:
-        UserError: one is missing, or takes other arguments; the version is named.
-    """
+    """Makes sure that this transformers has the private methods that `CheckpointedTrainer` replaces."""
     for name, expected in PRIVATE.items():
         method = getattr(Trainer, name, None)
         found = None if method is None else list(inspect.signature(method).parameters)
