@@ -1,8 +1,8 @@
 """One clear error per rank, an exit code, and no hang.
 
 Every rank reaches its verdict alone: the checks of this folder read files and settings, and exchange nothing. A rank
-that fails raises `UserError` where a person can put it right (value, bound, remedy; docstrings leave that out), ends its
-process with a non-zero code, and the launcher (deepspeed, torchrun, mpirun) then ends the others;
+that fails raises `UserError` where a person can put it right (value, bound, remedy), which docstrings leave out. It
+ends with a non-zero code, and the launcher (deepspeed, torchrun, mpirun) then ends the others;
 once torch.distributed is open they end by themselves, as soon as `launch.cluster.watchdog` tells them.
 """
 

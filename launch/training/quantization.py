@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from launch.checks.arguments import Arguments
-from launch.checks.errors import UserError, local_rank
-
-
-def check_4bit(arguments: Arguments, stage: int) -> None:
-    """Finds what stands in the way of `--load_in_4bit`.
-
-    Args:
-        arguments: of the run. stage: ZeRO's.
-    """
-    if not arguments.run.load_in_4bit:
-        return
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("--load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
-    if stage == 3:
-        raise UserError(
-            "--load_in_4bit with ZeRO stage 3: it shards weights by their elements, and 4-bit weights are blocks of "
-            "packed bytes with scales beside them. Use stage 1 or 2, such as configs/zero2.json: the base is small."
-        )
+from launch.checks.errors import local_rank
 
 
 def loading_options(load_in_4bit: bool, dtype: torch.dtype) -> dict[str, Any]:

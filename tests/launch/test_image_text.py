@@ -15,11 +15,10 @@ from PIL import Image as Picture
 from torch import nn
 
 from launch.checks.arguments import parse_arguments
-from launch.checks.effects import check_task
+from launch.checks.effects import check_effects, check_task
 from launch.checks.errors import UsageError, UserError
 from launch.checks.flags import RunArguments
 from launch.data import image_text, sources
-from launch.data.data_checks import check_data
 from launch.training import modeling, trainers
 from launch.training.processors import processor_of_run
 from tests.support.launch_support import chat_tokenizer, tiny_model
@@ -123,7 +122,7 @@ def test_what_is_for_text_alone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="max_length"):
         parse(tmp_path, tmp_path, "--max_length", "8")
     with pytest.raises(UserError, match="--packing is not for --task image-text-to-text"):
-        check_data(parse(tmp_path, tmp_path, "--packing"))
+        check_effects(parse(tmp_path, tmp_path, "--packing"))
     with pytest.raises(UserError, match="--streaming has no effect with --task image-text-to-text"):
         check_task(parse(tmp_path, tmp_path, "--streaming").run)
     with pytest.raises(UserError, match="not a processor of pictures and text"):
