@@ -72,17 +72,15 @@ def note(text: str) -> None:
 class Remember(TrainerCallback):
     """Writes the record into the model's adapter configuration as training begins, so that every save has it."""
 
-    def __init__(self, arguments: Arguments, optimizer: str) -> None:
-        self.arguments, self.optimizer = arguments, optimizer
-        self.trainer: Trainer | None = None
+    def __init__(self, trainer: Trainer, arguments: Arguments, optimizer: str) -> None:
+        self.trainer, self.arguments, self.optimizer = trainer, arguments, optimizer
         self.record: dict[str, Any] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        assert self.trainer is not None
         running = basic_optimizer(self.trainer.deepspeed or self.trainer.optimizer)
-        self.record = record_of(self.arguments, self.optimizer, running, state)
+        self.record |= record_of(self.arguments, self.optimizer, running, state)
         if self.trainer.deepspeed is not None:
             self.record["zero_stage"] = self.trainer.deepspeed.zero_optimization_stage()
         model: PeftModel = self.trainer.accelerator.unwrap_model(self.trainer.model)
@@ -116,3 +114,8 @@ def record_of(arguments: Arguments, name: str, optimizer: Any, state: TrainerSta
     }  # fmt: skip
     record |= {name: getattr(run, name) for name in FORMATS if getattr(run, name) is not None}
     return redact(record)
+
+
+def precision_of(record: dict[str, Any]) -> str:
+    """For people."""
+    return record["precision"] + (", base in 4 bits" if record["load_in_4bit"] else "")
