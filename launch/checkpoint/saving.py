@@ -395,7 +395,8 @@ def check_shared(output_dir: str | Path) -> None:
 
 def _ignoring_signals(loader: DataLoader) -> DataLoader:
     """A loader whose workers leave signals to their process."""
-    loader.worker_init_fn = partial(ignore_signals, loader.worker_init_fn)
+    reader = getattr(loader, "base_dataloader", loader)  # the one that starts workers inside accelerate's wrapper
+    reader.worker_init_fn = partial(ignore_signals, reader.worker_init_fn)
     return loader
 
 

@@ -216,7 +216,8 @@ def test_going_on_with_another_number_of_ranks(setting: Setting, tmp_path: Path)
 def test_supervised(setting: Setting, tmp_path: Path, report: Callable[[str, str], None]) -> None:
     """The command `deepspeed` under launch/supervise.sh: restarted after a kill, saved after SIGTERM to its launcher.
 
-    DeepSpeed's launcher signals the data loaders' workers, too. `make soak` kills more often.
+    DeepSpeed's launcher signals the data loaders' workers, too: here those of an epoch that began after the resume,
+    whose loader is another one than that of the resumed epoch. `make soak` kills more often.
     """
     output_dir = tmp_path / "run"
     soak = Soak([*setting.arguments, *BATCH, "--dataloader_num_workers", "1"], output_dir, STEPS, seed=1)
