@@ -16,8 +16,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -131,14 +129,7 @@ class AnswerScores(TrainerCallback):
         self.wanted = [text if isinstance(text, str) else text[-1]["content"] for text in rows["completion"]]
         self.given: list[str] = []
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float],
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         tokenizer = self.trainer.processing_class
         self.given = write_answers_on_all_ranks(
             kwargs["model"],

@@ -28,9 +28,7 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 
 from ds_moelora.monitoring.meter import Report
@@ -78,31 +76,22 @@ class Progress(TrainerCallback):
             name: text.format(report.scalars[tag]) for name, (tag, text) in HEALTH.items() if tag in report.scalars
         }
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.reports_often:
             state.logging_steps = max(1, min(LOGGING_STEPS, state.max_steps // REPORTS))
         self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
         if state.is_world_process_zero:
             panel = describe(self.trainer, self.arguments, self.record)
             terminal().print(Panel(panel, title="Training", title_align="left", expand=False))
-        self._leave_out(args, state, control)
+        self._leave_out()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.perf_counter()
         self.seconds, self.steps, self._mark = self.seconds + now - self._mark, self.steps + 1, now
         if state.global_step >= state.max_steps and getattr(args.logging_strategy, "value", "") != "no":
             control.should_log = True
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or not self.steps:
             return
         before, self._since = self._since, (self.seconds, self.steps)
@@ -121,31 +110,18 @@ class Progress(TrainerCallback):
         self._say(state, line(shown | self._health, logs, sys.stdout.isatty()))
         self._health = {}
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        scores, step = {k: v for k, v in (metrics or {}).items() if not k.endswith(NOT_SCORES)}, state.global_step
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        scores, step = {k: v for k, v in metrics.items() if not k.endswith(NOT_SCORES)}, state.global_step
         shown = "  ".join(f"{k.removeprefix('eval_').replace('_', ' ')} {v:.4f}" for k, v in scores.items())
         shown = f"step {step}/{state.max_steps}  evaluation: {shown}"
         self._say(state, shown if sys.stdout.isatty() else dictionary(scores, {"step": f"{step}/{state.max_steps}"}))
-        self._leave_out(args, state, control)
+        self._leave_out()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._leave_out(args, state, control)
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._leave_out(args, state, control)
-
-    def _leave_out(self, *_: Any) -> None:
+    def _leave_out(self, *_: Any, **kwargs: Any) -> None:
         """What has passed since the last step is not training."""
         self._mark = time.perf_counter()
+
+    on_save = on_epoch_begin = _leave_out
 
     def _say(self, state: TrainerState, line: str) -> None:
         if state.is_world_process_zero:

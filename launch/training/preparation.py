@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 from datasets import IterableDataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from launch.checks.errors import UserError
@@ -130,9 +130,7 @@ class PackingGuard(TrainerCallback):
     def __init__(self, trainer: SFTTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         leak = packed_leak(self.trainer)
         if leak > PROBE_TOLERANCE:
             raise UserError(

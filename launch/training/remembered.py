@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from ds_moelora.checkpoint.record import optimizer_settings
 from ds_moelora.monitoring.run_info import basic_optimizer
@@ -76,9 +76,7 @@ class Remember(TrainerCallback):
         self.trainer, self.arguments, self.optimizer = trainer, arguments, optimizer
         self.record: dict[str, Any] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         running = basic_optimizer(self.trainer.deepspeed or self.trainer.optimizer)
         self.record |= record_of(self.arguments, self.optimizer, running, state)
         if self.trainer.deepspeed is not None:
