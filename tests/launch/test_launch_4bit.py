@@ -14,7 +14,7 @@ from launch.checks.arguments import parse_arguments
 from launch.checks.errors import UserError
 from launch.checks.preflight import preflight
 from tests.launch.test_launch_runs import adapter_of, arguments, summary_of
-from tests.support.launch_support import alpaca_rows, launch, tiny_model, write_jsonl
+from tests.support.launch_support import alpaca_rows, assert_same_adapter, launch, tiny_model, write_jsonl
 
 # On CPUs bitsandbytes 0.50.2 dequantises rows shorter than its blocks wrongly.
 BLOCK = 64
@@ -55,18 +55,14 @@ def test_a_4bit_base_trains_and_an_evaluation_in_between_changes_nothing(tmp_pat
     model = tiny_model(tmp_path / "model", hidden_size=BLOCK)
     data = write_jsonl(tmp_path / "rows.jsonl", alpaca_rows(24))
     more = ("--load_in_4bit", "--max_steps", "4", "--eval_fraction", "0.25", "--save_strategy", "no")
-    outputs = {}
     for name, flags in (("plain", ()), ("evaluated", ("--eval_strategy", "steps", "--eval_steps", "1"))):
         finished = launch(arguments(model, data, "zero2", tmp_path / name, *more, *flags))
         assert finished.code == 0, finished.output[-4000:]
         summary = summary_of(tmp_path / name)
         assert summary["last_loss"] < summary["first_loss"]
         assert math.isfinite(summary["eval"]["eval_loss"])
-        outputs[name] = adapter_of(tmp_path / name)
-    assert outputs["plain"].keys() == outputs["evaluated"].keys()
-    for name, tensor in outputs["plain"].items():
-        assert tensor.dtype == torch.float32, name
-        assert torch.equal(tensor, outputs["evaluated"][name]), name
+        assert all(tensor.dtype == torch.float32 for tensor in adapter_of(tmp_path / name).values())
+    assert_same_adapter(tmp_path / "plain", tmp_path / "evaluated")
 
 
 @needs_bitsandbytes

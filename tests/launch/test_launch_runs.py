@@ -21,6 +21,7 @@ from tests.support.forks import run_script, start_forked
 from tests.support.launch_support import (
     TRAIN,
     alpaca_rows,
+    assert_same_adapter,
     find_free_port,
     launch,
     launch_environment,
@@ -104,10 +105,7 @@ def test_causal_lm_and_resume(model: Path, alpaca: Path, tmp_path: Path):
     assert continued["tokens"] < summary["tokens"], "those of the steps that this session has done"
     assert continued["tokens_per_second"] == pytest.approx(continued["tokens"] / continued["seconds"])
     assert (continued["first_loss"], continued["last_loss"]) == (summary["first_loss"], summary["last_loss"])
-    expected, got = adapter_of(whole), adapter_of(resumed)
-    assert expected.keys() == got.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, got[name]), name
+    assert_same_adapter(whole, resumed)
     resume_at_another_rate(model, alpaca, whole, tmp_path / "faster", *more)
 
 
@@ -169,10 +167,7 @@ def test_expert_parallel(model: Path, alpaca: Path, whole: Path, tmp_path: Path,
     assert second["last_loss"] == pytest.approx(first["last_loss"], rel=1e-3)
     assert second["eval"]["eval_loss"] == pytest.approx(first["eval"]["eval_loss"], rel=1e-3)
     assert second["trainable_parameters"] == first["trainable_parameters"]
-    expected, got = adapter_of(whole), adapter_of(spread)
-    assert expected.keys() == got.keys()
-    for name, tensor in expected.items():
-        assert (got[name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, name
+    assert_same_adapter(whole, spread, 1e-3)
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), spread)
 
     if ranks == 4:
@@ -181,9 +176,7 @@ def test_expert_parallel(model: Path, alpaca: Path, whole: Path, tmp_path: Path,
     again = (*more, "--resume_from_checkpoint", "true")
     finished = launch(arguments(model, alpaca, "zero2_ep", resumed, *again, *sharded), ranks)
     assert finished.code == 0, finished.output[-4000:]
-    for name, tensor in got.items():
-        assert torch.equal(tensor, adapter_of(resumed)[name]), name
-
+    assert_same_adapter(spread, resumed)
     resume_elsewhere(model, alpaca, spread, tmp_path / "elsewhere", *again)
 
 
@@ -199,10 +192,7 @@ def resume_elsewhere(model: Path, alpaca: Path, trained: Path, resumed: Path, *m
     assert finished.code == 0, finished.output[-4000:]
     for change in ("world_size 2 -> 1", "zero_stage 2 -> 3", "ep_size 2 -> 1"):
         assert f"checkpoint-2: topology.{change}; this run's value holds." in finished.output
-    expected, got = adapter_of(trained), adapter_of(resumed)
-    assert expected.keys() == got.keys()
-    for name, tensor in expected.items():
-        assert (got[name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, name
+    assert_same_adapter(trained, resumed, 1e-3)
     losses = [[entry["loss"] for entry in log_of(path)] for path in (trained, resumed)]
     assert len(losses[0]) == 4
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -210,20 +200,13 @@ def resume_elsewhere(model: Path, alpaca: Path, trained: Path, resumed: Path, *m
 
 def test_stages_save_the_same_adapter(model: Path, alpaca: Path, tmp_path: Path):
     """ZeRO-3 gathers whole tensors, and offloading keeps our optimizer: both train what ZeRO-1 trains."""
-    adapters = {}
     for config in ("zero1", "zero3", "zero2_offload"):
         output_dir = tmp_path / config
         finished = launch(arguments(model, alpaca, config, output_dir, "--max_steps", "3", "--save_strategy", "no"))
         assert finished.code == 0, finished.output[-4000:]
         check_outputs(output_dir, steps=3)
-        adapters[config] = adapter_of(output_dir)
-    reference = adapters.pop("zero1")
-    for config, adapter in adapters.items():
-        assert adapter.keys() == reference.keys()
-        for name, tensor in reference.items():
-            assert adapter[name].shape == tensor.shape
-            # fp32 sums in another order, over three steps of AdamW, whose first step is a sign: compare in the norm.
-            assert (adapter[name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, f"{config}: {name}"
+        # fp32 sums in another order, over three steps of AdamW, whose first step is a sign: compare in the norm.
+        assert_same_adapter(tmp_path / "zero1", output_dir, 1e-3)
 
 
 def test_sequence_classification(model: Path, tmp_path: Path):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ds_moelora import MoELoRAConfig
 from tests.support.failures import FAULTY, ForkedRun
-from tests.support.launch_support import alpaca_rows, launch, tiny_model, write_jsonl
+from tests.support.launch_support import alpaca_rows, assert_same_adapter, launch, tiny_model, write_jsonl
 
 SMALL = ["--lora_r", "2", "--num_experts", "2", "--top_k", "1", "--per_device_train_batch_size", "2", "--seed", "3",
          "--logging_steps", "1", "--report_to", "none"]  # fmt: skip
@@ -84,7 +84,4 @@ def test_the_best_model_is_loaded_at_the_end(how: list[str], flags: list[str], t
     losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
     best = min(losses, key=losses.__getitem__)
     assert best != 3, losses
-    expected, got = (load_file(f / "adapter_model.safetensors") for f in (out / f"checkpoint-{best}", out))
-    assert expected.keys() == got.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, got[name]), name
+    assert_same_adapter(out / f"checkpoint-{best}", out)

@@ -13,14 +13,12 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-
 from launch.checkpoint.resume import newest_complete, step_of
 from tests.support.forks import ROOT, Host, run_ranks, start_forked
 from tests.support.launch_support import (
     TRAIN,
     alpaca_rows,
+    assert_same_adapter,
     find_free_port,
     launch_environment,
     tiny_model,
@@ -235,10 +233,7 @@ def equal_so_far(setting: Setting, output_dir: Path) -> int:
 def check_end(setting: Setting, output_dir: Path) -> None:
     """Asserts that a finished run has the losses and the adapter of the undisturbed one, to the bit."""
     assert equal_so_far(setting, output_dir) == STEPS
-    expected, got = (load_file(path / "adapter_model.safetensors") for path in (setting.reference, output_dir))
-    assert expected.keys() == got.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, got[name]), name
+    assert_same_adapter(setting.reference, output_dir)
 
 
 def wait_for_step(run: Run, step: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ds_moelora.checkpoint.manifest import write_manifest
@@ -87,6 +88,15 @@ def save_checkpoint(output_dir: Path, step: int) -> Path:
     (folder / "empty").touch()
     write_manifest(folder, STATE)
     return folder
+
+
+def assert_same_adapter(first: Path, second: Path, tolerance: float = 0.0) -> None:
+    """Two folders hold one adapter: to the bit, or up to a share of each tensor's norm."""
+    expected, got = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        error = (got[name] - tensor).norm() if tolerance else float(not torch.equal(got[name], tensor))
+        assert error <= tolerance * (tensor.norm() + 1e-3), name
 
 
 @dataclass
