@@ -15,6 +15,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -221,7 +222,7 @@ def report_run(
     eval_metrics: dict[str, float],
 ) -> dict[str, Any]:
     """The closing summary, written and printed by rank 0."""
-    extra: dict[str, Any] = {"truncation": {name: count.as_dict() for name, count in trainer.truncation.items()}}
+    extra: dict[str, Any] = {"truncation": {name: asdict(count) for name, count in trainer.truncation.items()}}
     if arguments.run.task not in LANGUAGE:
         extra["regression"] = arguments.run.regression
         classes = [] if arguments.run.regression else sorted(trainer.model.config.id2label.items())

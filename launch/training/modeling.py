@@ -15,17 +15,18 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     PreTrainedModel,
 )
 
 import ds_moelora
 from ds_moelora.tuner.flags import config_from_flags, is_pattern
 from launch.checks.arguments import Arguments, non_defaults
-from launch.checks.errors import UserError, say
+from launch.checks.errors import UserError, local_rank, say
 from launch.checks.flags import AdapterArguments
 from launch.data.image_text import outside_text
 from launch.data.images import head_name
-from launch.training import base_experts, quantization
+from launch.training import base_experts
 from launch.training.processors import tokenizer_of
 
 AUTO_CLASSES = {
@@ -231,7 +232,10 @@ def load_model(arguments: Arguments, config: Any, model_options: dict[str, Any],
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     options = {"dtype": dtype, **loading_options(arguments), **model_options}
     options |= {"revision": run.revision, "trust_remote_code": training.trust_remote_code}
-    options |= quantization.loading_options(run.load_in_4bit, dtype)
+    if run.load_in_4bit:
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        device = local_rank() if torch.cuda.is_available() else "cpu"
+        options |= {"quantization_config": nf4, "device_map": {"": device}}
     model = load_base(run.task, run.model_name_or_path, processor, **options)
     try:
         if run.start_adapter is None:
@@ -243,7 +247,20 @@ def load_model(arguments: Arguments, config: Any, model_options: dict[str, Any],
         raise UserError(f"{which} does not fit {run.model_name_or_path}: {_first_lines(error)}") from error
     _start_from_lora(run, model)
     if run.load_in_4bit:
-        quantization.settle(model)
+        _settle_4bit(model)
     if getattr(config, "target_parameters", None):
         base_experts.settle(model)
     return model
+
+
+def _settle_4bit(model: PeftModel) -> None:
+    """Keeps 4-bit weights in the layout that training reads, and the adapter in the run's own precision.
+
+    On CPUs with AVX-512 bitsandbytes repacks a weight the first time that it is used without gradients (an evaluation),
+    and the layout that it then has cannot be dequantised for the backward pass of the next step. TRL casts the
+    adapter of a model with `is_loaded_in_4bit` to bf16, whatever precision was asked for.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model.is_loaded_in_4bit = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -75,10 +75,6 @@ class Truncation:
             f"{self.tokens_cut:,} of {self.tokens:,} tokens are cut, and {self.rows_dropped:,} rows without an answer "
             "are dropped"
         )
-
-    def as_dict(self) -> dict[str, int | bool | None]:
-        """For train_summary.json."""
-        return asdict(self)
 
 
 class CountingTrainer(SFTTrainer):

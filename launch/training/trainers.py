@@ -75,10 +75,6 @@ class MixtureSFTTrainer(CheckpointedTrainer, CountingTrainer):
         return output
 
 
-class HeadTrainer(CheckpointedTrainer):
-    """The trainer of models with a classification head."""
-
-
 def tokenize_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, Truncation]:
     """`text` (and `text_pair`) as token ids, cut at `max_length`, and a count of what was cut."""
     columns = [name for name in ("text", "text_pair") if name in rows.column_names]
@@ -155,7 +151,7 @@ def _head_trainer(task: str, train: Dataset, evaluation: Dataset | None, **commo
             if rows is not None:
                 sets[name], truncation[name] = tokenize_texts(rows, processor, common["args"].max_length)
         collator = DataCollatorWithPadding(processor)
-    trainer = HeadTrainer(
+    trainer = CheckpointedTrainer(
         train_dataset=sets["train"],
         eval_dataset=sets["eval"],
         data_collator=collator,
