@@ -21,12 +21,9 @@ import torch
 from safetensors.torch import load_file
 
 from launch.checkpoint.resume import checkpoints, newest_complete
-from tests.support.failures import Run, deepspeed_command, losses_of
+from tests.support.failures import BATCH, SETTINGS, Run, deepspeed_command, losses_of
 from tests.support.launch_support import ROOT, alpaca_rows, tiny_model, write_jsonl
 
-SETTINGS = ["--deepspeed", "configs/zero2.json", "--lora_r", "2", "--num_experts", "2", "--top_k", "1", "--seed", "3",
-            "--learning_rate", "1e-3", "--logging_steps", "1", "--per_device_train_batch_size", "2",
-            "--report_to", "none", "--resume_from_checkpoint", "auto"]  # fmt: skip
 ATTEMPT_ENDED = "[supervise] exit code"
 
 
@@ -118,7 +115,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         root = Path(folder)
         model, data = tiny_model(root / "model"), write_jsonl(root / "rows.jsonl", alpaca_rows(100))
-        arguments = [*SETTINGS, "--save_steps", "5", "--save_total_limit", "2",
+        arguments = [*SETTINGS, *BATCH, "--save_steps", "5", "--save_total_limit", "2",
                      "--model_name_or_path", str(model), "--dataset_name", str(data)]  # fmt: skip
         whole = Run(
             deepspeed_command([*arguments, "--max_steps", str(options.steps), "--output_dir", str(root / "whole")]),

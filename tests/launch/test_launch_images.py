@@ -28,8 +28,8 @@ from launch.checks.errors import UserError
 from launch.checks.flags import RunArguments
 from launch.data import classification, images
 from launch.data.rows import load_rows
-from tests.launch.test_launch_runs import SMALL, check_outputs
-from tests.support.launch_support import launch, write_jsonl
+from tests.launch.test_launch_runs import check_outputs
+from tests.support.launch_support import SMALL, launch, write_jsonl
 
 SIZE = 16
 
@@ -65,8 +65,8 @@ def test_a_run_on_pictures(tmp_path: Path) -> None:
     finished = launch(
         ["--task", "image-classification", "--model_name_or_path", str(tiny_clip(tmp_path / "clip")),
          "--dataset_name", str(data), "--eval_dataset_name", str(tmp_path / "held_out"),
-         "--output_dir", str(output_dir),
-         "--deepspeed", "configs/zero2.json", "--max_steps", "8", "--save_strategy", "no", *SMALL[:-2]]
+         "--output_dir", str(output_dir), "--learning_rate", "1e-2",
+         "--deepspeed", "configs/zero2.json", "--max_steps", "8", "--save_strategy", "no", *SMALL]
     )  # fmt: skip
     assert finished.code == 0, finished.output[-4000:]
     summary = check_outputs(output_dir, steps=8)

@@ -19,6 +19,7 @@ import ds_moelora  # noqa: F401  (so that PEFT knows the adapter)
 from launch.training import console
 from tests.support.forks import run_script, start_forked
 from tests.support.launch_support import (
+    SMALL,
     TRAIN,
     alpaca_rows,
     assert_same_adapter,
@@ -29,9 +30,6 @@ from tests.support.launch_support import (
     tiny_model,
     write_jsonl,
 )
-
-SMALL = ["--lora_r", "2", "--num_experts", "2", "--top_k", "1", "--per_device_train_batch_size", "2", "--seed", "3",
-         "--learning_rate", "1e-2", "--logging_steps", "1", "--max_length", "256"]  # fmt: skip
 
 pytestmark = pytest.mark.dist
 
@@ -48,7 +46,8 @@ def alpaca(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(model: Path, data: Path, config: str, output_dir: Path, *more: str) -> list[str]:
     return ["--model_name_or_path", str(model), "--dataset_name", str(data), "--deepspeed", f"configs/{config}.json",
-            "--output_dir", str(output_dir), *SMALL, *more]  # fmt: skip
+            "--output_dir", str(output_dir), "--learning_rate", "1e-2", "--max_length", "256",
+            *SMALL, *more]  # fmt: skip
 
 
 def summary_of(output_dir: Path) -> dict[str, Any]:

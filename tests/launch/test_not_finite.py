@@ -13,11 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ds_moelora import MoELoRAConfig
 from tests.support.failures import FAULTY, ForkedRun
-from tests.support.launch_support import alpaca_rows, assert_same_adapter, launch, tiny_model, write_jsonl
-
-SMALL = ["--lora_r", "2", "--num_experts", "2", "--top_k", "1", "--per_device_train_batch_size", "2", "--seed", "3",
-         "--logging_steps", "1", "--report_to", "none"]  # fmt: skip
-
+from tests.support.launch_support import SMALL, alpaca_rows, assert_same_adapter, launch, tiny_model, write_jsonl
 
 PLAIN = ["--optim", "adamw_torch"]
 
@@ -26,7 +22,15 @@ PLAIN = ["--optim", "adamw_torch"]
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("tiny")
     rows = write_jsonl(folder / "rows.jsonl", alpaca_rows(16))
-    return ["--model_name_or_path", str(tiny_model(folder / "model")), "--dataset_name", str(rows), *SMALL]
+    return [
+        "--model_name_or_path",
+        str(tiny_model(folder / "model")),
+        "--dataset_name",
+        str(rows),
+        *SMALL,
+        "--report_to",
+        "none",
+    ]
 
 
 # (ranks, ZeRO stage and precision, flags, the checkpoint that stays)

@@ -23,6 +23,9 @@ from launch.demo.base import byte_tokenizer
 from tests.support.forks import ROOT, run_ranks, start_forked
 
 TRAIN = ROOT / "launch" / "train.py"
+# Of a run that is over soon.
+SMALL = ["--lora_r", "2", "--num_experts", "2", "--top_k", "1", "--per_device_train_batch_size", "2", "--seed", "3",
+         "--logging_steps", "1"]  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
