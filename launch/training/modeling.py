@@ -24,8 +24,7 @@ from ds_moelora.tuner.flags import config_from_flags, is_pattern
 from launch.checks.arguments import Arguments, non_defaults
 from launch.checks.errors import UserError, local_rank, say
 from launch.checks.flags import AdapterArguments
-from launch.data.image_text import outside_text
-from launch.data.images import head_name
+from launch.data.pictures import head_name, outside_text
 from launch.training import base_experts
 from launch.training.processors import tokenizer_of
 

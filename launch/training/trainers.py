@@ -25,8 +25,8 @@ from launch.checkpoint.stopping import Stopping
 from launch.checks.arguments import Arguments
 from launch.checks.errors import UserError
 from launch.checks.flags import LANGUAGE
-from launch.data import images
 from launch.data.metrics import head_scores, token_scores
+from launch.data.pictures import as_inputs
 from launch.data.values import Rows
 from launch.training.preparation import CountingTrainer, PackingGuard, Truncation
 
@@ -144,7 +144,7 @@ def _language_trainer(train: Rows, evaluation: Dataset | None, args: Any, **comm
 def _head_trainer(task: str, train: Dataset, evaluation: Dataset | None, **common: Any) -> Trainer:
     processor, sets, truncation = common["processing_class"], {"train": train, "eval": evaluation}, {}
     if task == "image-classification":
-        sets = {name: rows and images.as_inputs(rows, processor) for name, rows in sets.items()}
+        sets = {name: rows and as_inputs(rows, processor) for name, rows in sets.items()}
         collator = default_data_collator
     else:
         for name, rows in sets.items():
