@@ -198,14 +198,14 @@ def resume_elsewhere(model: Path, alpaca: Path, trained: Path, resumed: Path, *m
 
 
 def test_stages_save_the_same_adapter(model: Path, alpaca: Path, tmp_path: Path):
-    """ZeRO-3 gathers whole tensors, and offloading keeps our optimizer: both train what ZeRO-1 trains."""
-    for config in ("zero1", "zero3", "zero2_offload"):
+    """ZeRO-3 gathers whole tensors, and offloading at stage 2 keeps our optimizer: both train the same."""
+    for config in ("zero3", "zero2_offload"):
         output_dir = tmp_path / config
         finished = launch(arguments(model, alpaca, config, output_dir, "--max_steps", "3", "--save_strategy", "no"))
         assert finished.code == 0, finished.output[-4000:]
         check_outputs(output_dir, steps=3)
-        # fp32 sums in another order, over three steps of AdamW, whose first step is a sign: compare in the norm.
-        assert_same_adapter(tmp_path / "zero1", output_dir, 1e-3)
+    # fp32 sums in another order, over three steps of AdamW, whose first step is a sign: compare in the norm.
+    assert_same_adapter(tmp_path / "zero3", tmp_path / "zero2_offload", 1e-3)
 
 
 def test_sequence_classification(model: Path, tmp_path: Path):
