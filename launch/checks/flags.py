@@ -79,9 +79,7 @@ class DataArguments:
     text_pattern: str | None = flag(
         None, "Classification: a regular expression; its first group in each text is what the model reads."
     )
-    image_column: str | None = flag(
-        None, "The column with the pictures. Default: image, images, img or picture."
-    )
+    image_column: str | None = flag(None, "The column with the pictures. Default: image, images, img or picture.")
     label_column: str | None = flag(None, "Classification: the column with the label. Default: label or answer.")
     show_traceback: bool = flag(False, "Show the traceback of errors that are otherwise one message.")
 
