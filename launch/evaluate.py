@@ -95,14 +95,7 @@ class EvaluationArguments(SourceArguments, DataArguments):
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Evaluates, prints a table and writes the results.
-
-    Args:
-        argv: arguments without the program's name; None: those of the command line.
-
-    Returns:
-        The results, as they are written.
-    """
+    """Evaluates, prints a table and writes the results; returns them, too."""
     quieten()
     started = time.monotonic()
     wish, scoring = read_arguments(sys.argv[1:] if argv is None else argv)

@@ -46,13 +46,9 @@ MOST_USED = (
 
 @dataclass
 class Arguments:
-    """Everything the command line and the recipe said.
+    """Everything the command line and the recipe said. `training` is not started yet.
 
     Args:
-        run: model, data and task.
-        adapter: the mixture.
-        scoring: how evaluation data is scored.
-        training: `CausalConfig`, `ClassificationConfig` or `ImageConfig`, not started yet.
         demo: no model and no dataset was named: the embedded default runs.
     """
 
@@ -89,12 +85,7 @@ class _Parser(TrlParser):
 
 
 def parse_arguments(argv: Sequence[str], demo_defaults: dict[str, Any]) -> Arguments:
-    """Reads the command line of `launch/train.py` and the recipe that it names.
-
-    Args:
-        argv: arguments without the program's name.
-        demo_defaults: defaults that apply when neither a model nor a dataset is named.
-    """
+    """Reads the command line of `launch/train.py` and the recipe that it names; `demo_defaults` are the demo's."""
     recipe, words = _read_recipe(argv)
     chosen = {name: _peek(words, recipe, name) for name in ("task", "model_name_or_path", "dataset_name")}
     task = chosen["task"] or "causal-lm"
@@ -127,15 +118,10 @@ def read_flags(
     program: str,
     translate: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> tuple[Any, ...]:
-    """The command line of the other programs of this folder.
+    """The command line of another program of this folder as one instance of each class, whose fields are its flags.
 
     Args:
-        classes: dataclasses whose fields are the flags.
-        argv: arguments without the program's name; `--config recipe.yaml` may be among them.
         translate: what a recipe for training means here.
-
-    Returns:
-        one instance of each class.
     """
     recipe, words = _read_recipe(argv)
     return _parse(classes, words, translate(recipe), program, {})

@@ -82,10 +82,9 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
 
 
 def check_optimizer(arguments: Arguments) -> str:
-    """Makes sure that the optimizer that will run is one that was asked for.
+    """Makes sure that the optimizer that will run was asked for; returns `type` in the DeepSpeed config, or `--optim`.
 
-    Returns:
-        The optimizer's name: the `type` in the DeepSpeed config, or `--optim`.
+    Without either, transformers would quietly run its AdamW; with both, DeepSpeed's would quietly win.
     """
     path, optim = arguments.training.deepspeed, arguments.training.optim
     if path is None:
