@@ -59,7 +59,7 @@ def base_model() -> Path:
 def is_whole(folder: Path) -> bool:
     """Whether config, tokenizer and weights are there and can be read; a cleaner or a full disk may have cut them."""
     try:
-        LlamaConfig.from_pretrained(folder)
+        LlamaConfig.from_json_file(folder / "config.json")  # from_pretrained makes up a missing one
         PreTrainedTokenizerFast.from_pretrained(folder)
         with safe_open(folder / "model.safetensors", "pt") as weights:
             return bool(weights.keys())
