@@ -10,7 +10,7 @@ from .config import PEFT_TYPE, PEFT_TYPES, MoELoRAConfig
 from .experts import MoELoRAExperts
 from .files.card import TrainingRecord, record_training, without_card
 from .files.conversion import save_without_residual
-from .files.saving import append_experts, gather_experts, sharded_experts, without_experts
+from .files.saving import gather_experts, sharded_experts
 from .layer import MoELoRALayer
 from .model import PREFIX, MoELoRAModel
 from .start.from_lora import start_from_lora
@@ -22,7 +22,6 @@ __all__ = [
     "MoELoRALayer",
     "MoELoRAModel",
     "TrainingRecord",
-    "append_experts",
     "gather_experts",
     "record_training",
     "register_with_peft",
@@ -32,7 +31,6 @@ __all__ = [
     "tag_lora_pairs",
     "use_lora_experts",
     "without_card",
-    "without_experts",
 ]
 
 

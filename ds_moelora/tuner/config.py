@@ -8,6 +8,7 @@ import json
 import math
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from numbers import Integral, Real
@@ -42,7 +43,6 @@ MOST_REPEATS = 6
 _LITERAL = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 _REPEATED, _REPEATED_GROUP = re.compile(r"[*+]|\{\d*,\d*\}"), re.compile(r"\)[*+{]")
 MOST_RECORD = 1 << 16  # characters of `trained_with` as JSON
-MOST = {"r": MOST_RANK, "num_experts": MOST_EXPERTS, "top_k": MOST_EXPERTS, "ep_size": MOST_EXPERTS}
 # Fields that give single layers another value, and the field whose value it is.
 PATTERNS = {
     "rank_pattern": "r",
@@ -50,12 +50,24 @@ PATTERNS = {
     "num_experts_pattern": "num_experts",
     "top_k_pattern": "top_k",
 }
+# Bounds of numbers that need not be whole, as the fields and messages name them.
+_BOUNDS: dict[str, Callable[[Any], bool]] = {
+    "> 0": lambda value: value > 0,
+    ">= 0": lambda value: value >= 0,
+    "in (0, 1)": lambda value: 0 < value < 1,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+}
+_CHOICES = {"scaling": SCALINGS, "ep_dispatch": DISPATCHES, "expert_compute": COMPUTES}
 
 
-def _option(default: Any, text: str) -> Any:
-    """A field with its help text; `dict` as default: an empty one."""
+def _option(default: Any, text: str, **more: Any) -> Any:
+    """A field with its help text; `dict` as default: an empty one.
+
+    Args:
+        more: `most` of a whole number >= 1, or the `bound` of another number (`_BOUNDS`).
+    """
     given: dict[str, Any] = {"default_factory": dict} if default is dict else {"default": default}
-    return field(**given, metadata={"help": text})
+    return field(**given, metadata={"help": text, **more})
 
 
 @dataclass
@@ -109,32 +121,38 @@ class MoELoRAConfig(PeftConfig):
     """
 
     # The alias is for torchrun, which takes `--r` for one of its own flags, even behind the script's name.
-    r: int = field(default=8, metadata={"help": "Rank of one expert.", "aliases": ["--lora_r"]})
-    num_experts: int = _option(8, "Number of LoRA experts in each adapted module.")
-    top_k: int = _option(2, "Number of experts that each token uses.")
-    lora_alpha: float = _option(16.0, "Numerator of the scaling.")
-    lora_dropout: float = _option(0.0, "Dropout probability on the experts' input.")
+    r: int = _option(8, "Rank of one expert.", most=MOST_RANK, aliases=["--lora_r"])
+    num_experts: int = _option(8, "Number of LoRA experts in each adapted module.", most=MOST_EXPERTS)
+    top_k: int = _option(2, "Number of experts that each token uses.", most=MOST_EXPERTS)
+    lora_alpha: float = _option(16.0, "Numerator of the scaling.", bound="> 0")
+    lora_dropout: float = _option(0.0, "Dropout probability on the experts' input.", bound="in [0, 1)")
     target_modules: list[str] | str | None = _option(None, "Module names, a regular expression, or 'all-linear'.")
     exclude_modules: list[str] | str | None = _option(None, "Module names, or a regular expression, to leave out.")
     scaling: str = _option("alpha", "'alpha': alpha / r; 'rslora': alpha / sqrt(r); 'goat': sqrt(3 eta in / r).")
-    eta: float = _option(1.0, "With scaling='goat': learning rate of full tuning over LoRA's.")
+    eta: float = _option(1.0, "With scaling='goat': learning rate of full tuning over LoRA's.", bound="> 0")
     init_lora_weights: bool | str = _option(
         True, "True: random A, zero B. 'goat', 'goat_mini', 'pissa', 'milora': from the weight's SVD."
     )
-    rho: float = _option(10.0, "With an SVD start: how far the factors are scaled down.")
+    rho: float = _option(10.0, "With an SVD start: how far the factors are scaled down.", bound="> 0")
     svd_cache_dir: str | None = _option(None, "With an SVD start: folder that keeps decompositions. Not saved.")
-    router_aux_loss_coef: float = _option(1e-3, "Coefficient of the load-balancing loss; 0 switches it off.")
-    router_z_loss_coef: float = _option(0.0, "Coefficient of the router z-loss; 0 switches it off.")
-    router_temperature: float = _option(1.0, "What the router's logits are divided by.")
-    router_jitter: float = _option(0.0, "eps: in training the router's input is times uniform(1 - eps, 1 + eps).")
-    top_p: float | None = _option(None, "Use the most probable experts up to this probability, at most top_k.")
+    router_aux_loss_coef: float = _option(
+        1e-3, "Coefficient of the load-balancing loss; 0 switches it off.", bound=">= 0"
+    )
+    router_z_loss_coef: float = _option(0.0, "Coefficient of the router z-loss; 0 switches it off.", bound=">= 0")
+    router_temperature: float = _option(1.0, "What the router's logits are divided by.", bound="> 0")
+    router_jitter: float = _option(
+        0.0, "eps: in training the router's input is times uniform(1 - eps, 1 + eps).", bound="in [0, 1)"
+    )
+    top_p: float | None = _option(
+        None, "Use the most probable experts up to this probability, at most top_k.", bound="in (0, 1)"
+    )
     shared_expert: bool = _option(False, "One more expert that every token uses.")
     shared_A: bool = _option(False, "One A for all experts of a module (HydraLoRA).")
     rank_pattern: dict[str, int] = _option(dict, "{name or regular expression: r} where r differs.")
     alpha_pattern: dict[str, float] = _option(dict, "{name or regular expression: lora_alpha} where it differs.")
     num_experts_pattern: dict[str, int] = _option(dict, "{name or regular expression: num_experts} where it differs.")
     top_k_pattern: dict[str, int] = _option(dict, "{name or regular expression: top_k} where it differs.")
-    ep_size: int = _option(1, "Ranks that share the experts. Not saved: it is the run's.")
+    ep_size: int = _option(1, "Ranks that share the experts. Not saved: it is the run's.", most=MOST_EXPERTS)
     ep_dispatch: str = _option("auto", "With ep_size > 1: move 'weights', 'tokens', or 'auto'. Not saved.")
     expert_compute: str = _option("auto", "'auto', 'dense', 'grouped' or 'fused'. Not saved.")
     modules_to_save: list[str] | None = _option(None, "Modules to train and save whole, beside the adapter.")
@@ -151,48 +169,48 @@ class MoELoRAConfig(PeftConfig):
         for name in ("base_model_name_or_path", "revision"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"{name}={_shown(getattr(self, name))} must be a name, or None.")
-        _check_int("r", self.r, "Pass the rank of one expert, e.g. 4.")
-        _check_int("num_experts", self.num_experts, "Pass how many experts each module gets, e.g. 8.")
-        _check_int("top_k", self.top_k, "Pass how many experts a token uses, e.g. 2.")
+        for name in self.__dataclass_fields__:
+            if (name, getattr(self, name)) != ("top_p", None):
+                self._check_number(name, getattr(self, name))
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k={self.top_k} is larger than num_experts={self.num_experts}: a token cannot use more experts "
                 f"than there are. Lower top_k to at most {self.num_experts}, or raise num_experts."
             )
-        _check_real("lora_alpha", self.lora_alpha, "a number > 0", lambda v: v > 0, "A usual value is 16.")
-        _check_real("lora_dropout", self.lora_dropout, "in [0, 1)", lambda v: 0 <= v < 1, "0 switches dropout off.")
-        _check_real(
-            "router_aux_loss_coef", self.router_aux_loss_coef, "a number >= 0", lambda v: v >= 0, "0 switches it off."
-        )
-        if self.scaling not in SCALINGS:
-            raise ValueError(
-                f"scaling={_shown(self.scaling)} is unknown; use 'alpha' (lora_alpha / r), 'rslora' "
-                "(lora_alpha / sqrt(r)) or 'goat' (sqrt(3 eta in / r))."
-            )
+        check_ep_size(self.ep_size, self.num_experts)
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={_shown(getattr(self, name))} is unknown; use one of {', '.join(known)}.")
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in VARIANTS:
             raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r} is unknown; use True (random A, zero B), False "
-                f"(random A and B) or one of {', '.join(map(repr, VARIANTS))} (from the weight's singular values)."
+                f"init_lora_weights={_shown(self.init_lora_weights)} is unknown; use True (random A, zero B), False "
+                f"(random A and B) or one of {', '.join(VARIANTS)} (from the weight's singular values)."
             )
-        _check_real("eta", self.eta, "a number > 0", lambda v: v > 0, "The paper's value is 1.")
-        _check_real("rho", self.rho, "a number > 0", lambda v: v > 0, "The paper's value is 10.")
-        _check_int("ep_size", self.ep_size, "1: every rank has all experts.")
-        check_ep_size(self.ep_size, self.num_experts)
-        for name, known in (("ep_dispatch", DISPATCHES), ("expert_compute", COMPUTES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}.")
-        self._check_routing()
+        self._check_shared()
+        self._check_patterns()
         self._check_effect()
         self._check_targets()
         self._check_record()
 
-    def _check_routing(self) -> None:
-        z_loss, temperature, jitter = self.router_z_loss_coef, self.router_temperature, self.router_jitter
-        _check_real("router_z_loss_coef", z_loss, "a number >= 0", lambda v: v >= 0, "ST-MoE uses 1e-3; 0: off.")
-        _check_real("router_temperature", temperature, "a number > 0", lambda v: v > 0, "1 leaves logits as they are.")
-        _check_real("router_jitter", jitter, "in [0, 1)", lambda v: 0 <= v < 1, "Switch uses 1e-2; 0 switches it off.")
-        if self.top_p is not None:
-            _check_real("top_p", self.top_p, "in (0, 1)", lambda v: 0 < v < 1, "None: always top_k experts.")
+    def _check_number(self, name: str, value: Any, shown_as: str = "") -> None:
+        """Raises a ValueError for a value that the field `name` cannot have, if it is a number's."""
+        item = self.__dataclass_fields__[name]
+        what, remedy = f"{shown_as or name}={_shown(value)}", f"The default is {item.default}."
+        most, bound = item.metadata.get("most"), item.metadata.get("bound")
+        if most is not None:
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{what} must be an integer >= 1. {remedy}")
+            if int(value) > most:
+                raise ValueError(f"{what} must be at most {most}. {remedy}")
+        if bound is not None:
+            try:
+                fits = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+            except OverflowError:  # an integer beyond the largest float
+                fits = False
+            if not (fits and _BOUNDS[bound](value)):
+                raise ValueError(f"{what} must be a number {bound}. {remedy}")
+
+    def _check_shared(self) -> None:
         for name in ("shared_expert", "shared_A"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
@@ -207,6 +225,8 @@ class MoELoRAConfig(PeftConfig):
                 "the experts of all ranks for the one A, and pairs there belong to one rank's experts. Use ep_size=1 "
                 "(ZeRO-3 shards the factors), or shared_A=False."
             )
+
+    def _check_patterns(self) -> None:
         for pattern, name in PATTERNS.items():
             table = getattr(self, pattern)
             if isinstance(table, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in table):
@@ -220,10 +240,7 @@ class MoELoRAConfig(PeftConfig):
                 raise ValueError(f"{pattern} has {len(table)} entries; use at most {MOST_ENTRIES}.")
             for key, value in table.items():
                 _check_expression(pattern, key)
-                if name == "lora_alpha":
-                    _check_real(f"{pattern}[{key!r}]", value, "a number > 0", lambda v: v > 0, "A usual value is 16.")
-                else:
-                    _check_int(f"{pattern}[{key!r}]", value, f"Pass the {name} of these modules, e.g. 4.")
+                self._check_number(name, value, f"{pattern}[{key!r}]")
 
     def _check_effect(self) -> None:
         """Raises a ValueError for a setting that the others leave without effect."""
@@ -351,23 +368,6 @@ def _check_expression(pattern: str, key: Any) -> None:
             f"{pattern}: {_shown(key)} repeats a group, or has more than {MOST_REPEATS} repetitions, and may take "
             "hours for one name; write a simpler expression, such as r'.*layers\\.[0-3]\\..*', or a list of names."
         )
-
-
-def _check_int(name: str, value: Any, remedy: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name}={_shown(value)} must be an integer >= 1. {remedy}")
-    most = MOST.get(PATTERNS.get(name.partition("[")[0], name))
-    if most is not None and int(value) > most:
-        raise ValueError(f"{name}={_shown(value)} must be at most {most}. {remedy}")
-
-
-def _check_real(name: str, value: Any, bound: str, ok: Any, remedy: str) -> None:
-    try:
-        good = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value) and ok(value)
-    except OverflowError:  # an integer beyond the largest float
-        good = False
-    if not good:
-        raise ValueError(f"{name}={_shown(value)} must be {bound}. {remedy}")
 
 
 def _shown(value: Any) -> str:

@@ -46,7 +46,7 @@ def adapter_flags(without: tuple[str, ...] = ()) -> list[tuple[str, Any, Any]]:
             continue
         form = (types[item.name], item.default, item.metadata["help"])
         kind, default, help_text = _FORMS.get(item.name, form)
-        metadata = {**item.metadata, "help": help_text}
+        metadata = {"help": help_text, "aliases": item.metadata.get("aliases", [])}
         if isinstance(default, list):
             made = field(default_factory=functools.partial(list, default), metadata=metadata)
         else:

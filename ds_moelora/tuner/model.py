@@ -104,22 +104,16 @@ class MoELoRAModel(_Base):
     ) -> None:
         if parameter_name is not None:
             layer: nn.Module | None = wrap_parameter(peft_config, adapter_name, target, parameter_name)
+        elif isinstance(target, MoELoRALayer):
+            layer = None
+            target.update_layer(adapter_name, layer_config(peft_config, current_key), current_key)
         else:
-            layer = self._mixture(layer_config(peft_config, current_key), adapter_name, target, current_key)
-        if layer is None:
+            layer = MoELoRALayer(target, adapter_name, layer_config(peft_config, current_key), current_key)
+        if layer is None:  # the target has taken the adapter
             return
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter trains only once it is made the active one
         self._replace_module(parent, target_name, layer, target)
-
-    def _mixture(
-        self, peft_config: MoELoRAConfig, adapter_name: str, target: nn.Module, current_key: str
-    ) -> MoELoRALayer | None:
-        """A new layer; None where `target` is one, which takes the adapter."""
-        if isinstance(target, MoELoRALayer):
-            target.update_layer(adapter_name, peft_config, current_key)
-            return None
-        return MoELoRALayer(target, adapter_name, peft_config, current_key)
 
     def tag(self) -> None:
         """Puts the pairs' tags on the parameters (again)."""
@@ -208,8 +202,10 @@ class MoELoRAModel(_Base):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
         )
         check_not_partitioned(selected)
-        check_finite(selected)
-        return with_whole_experts(model, selected, state_dict, adapter_name)
+        # With every rank's experts: one that raised before they are gathered would leave the others waiting.
+        whole = with_whole_experts(model, selected, state_dict, adapter_name)
+        check_finite(whole)
+        return whole
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -80,6 +80,12 @@ def test_a_run(sources: bench.Sources, method: str) -> None:
     assert ("gate_cv" in outcome) == ("LoRA" not in method)
 
 
+def test_the_seed_that_tunes_is_not_tested(sources: bench.Sources) -> None:
+    outcome = bench.execute(replace(RUN, seed=study.TUNING_SEED), sources)
+    assert not {"test_loss", "test_accuracy"} & set(outcome)
+    assert {"train_loss", "gate_cv"} <= set(outcome)
+
+
 def test_goat_several_skills_and_upper_layers(sources: bench.Sources) -> None:
     outcome = bench.execute(replace(RUN, task="skills", start="goat", r=2, layers=1, batch=4), sources)
     assert 0 <= outcome["mutual_information"] < 2

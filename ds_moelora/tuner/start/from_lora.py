@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -22,11 +20,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor
 
-from ...optimizer.sharding.zero import is_partitioned
-from ..files.adapter_file import check_weights_file, saved_fields
+from ...checkpoint.processes import gathered
+from ..files.adapter_file import MODEL_PREFIX, check_weights_file, saved_fields
 from ..layer import MoELoRALayer
 
-PREFIX = "base_model.model."
 # What a LoRA may have besides A and B, and what it is called.
 OTHERS = {"use_dora": "DoRA", "rank_pattern": "ranks per layer", "alpha_pattern": "alphas per layer"}
 
@@ -48,7 +45,7 @@ def start_from_lora(model: PeftModel, folder: str | os.PathLike[str], adapter_na
     """
     scaling, factors = _read_file(folder)
     layers = {
-        name.removeprefix(PREFIX): module
+        name.removeprefix(MODEL_PREFIX): module
         for name, module in model.named_modules()
         if isinstance(module, MoELoRALayer) and adapter_name in module.moelora_experts
     }
@@ -70,21 +67,11 @@ def start_from_lora(model: PeftModel, folder: str | os.PathLike[str], adapter_na
         if (wide, out) != (shape[0][1], shape[1][1]):
             raise ValueError(f"{name}: {folder} is for {wide} -> {out} features, and this model's are "
                              f"{shape[0][1]} -> {shape[1][1]}. It is of another base model.")  # fmt: skip
-        with _whole([A, B]):
-            if A.numel():
-                A.data[..., :rank] = A_0.T.to(A)
-                B.data.zero_()
-                B.data[..., :rank] = (B_0.double() * (scaling / experts.scaling)).to(B)
+        with gathered([A, B], modify=True):
+            A[..., :rank] = A_0.T.to(A)
+            B.zero_()
+            B[..., :rank] = (B_0.double() * (scaling / experts.scaling)).to(B)
     return len(factors)
-
-
-def _whole(params: list[Any]) -> Any:
-    """Parameters that ZeRO-3 has cut up, whole inside; what process 0 writes is everybody's."""
-    if not any(is_partitioned(p) for p in params):
-        return nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters
-
-    return GatheredParameters(params, modifier_rank=0)
 
 
 def _read_file(folder: str | os.PathLike[str]) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
@@ -105,7 +92,7 @@ def _read_file(folder: str | os.PathLike[str]) -> tuple[float, dict[str, tuple[T
     found: dict[str, dict[str, Tensor]] = {}
     with safe_open(file, "pt") as opened:
         for key in opened.keys():  # noqa: SIM118  (no mapping)
-            module, _, factor = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+            module, _, factor = key.removeprefix(MODEL_PREFIX).removesuffix(".weight").rpartition(".")
             if factor not in ("lora_A", "lora_B"):
                 raise ValueError(f"{where}: it has {key}, which is neither lora_A nor lora_B of a linear module.")
             found.setdefault(module, {})[factor] = opened.get_tensor(key)

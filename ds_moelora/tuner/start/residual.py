@@ -6,33 +6,22 @@ subtracts it in every forward pass, from the starting factors: exact, and nothin
 function, with the other sign, gives the base model back while a folded adapter is switched off.
 
 The starting factors are buffers beside the trained ones (`initial_A`, `initial_B`), and are saved with them.
+
+`layer` is a `MoELoRALayer` everywhere: this folder imports neither layers nor experts, which import it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from ...checkpoint.processes import gathered
 from ...mixture.goat import mean_product
-from ..processes import gathered
 from .base_weight import can_change, read_weight, weight_hash
-
-
-class AdaptedLayer(Protocol):
-    """What this folder needs of a `MoELoRALayer`; it imports neither layers nor experts, which import it."""
-
-    in_features: int
-    out_features: int
-    moelora_experts: nn.ModuleDict
-    merged_adapters: list[str]
-
-    def experts(self, adapter_name: str) -> Any: ...
-
-    def get_base_layer(self) -> nn.Module: ...
 
 
 @dataclass
@@ -48,14 +37,14 @@ class Residual:
     folded: bool = False
 
 
-def check_ready(layer: AdaptedLayer, applied: list[str]) -> None:
+def check_ready(layer: Any, applied: list[str]) -> None:
     """Before adapters are applied.
 
     Raises:
         ValueError: an adapter has no starting factors, having been made on a model without weights.
     """
     for name in applied:
-        experts: Any = layer.moelora_experts[name]
+        experts = layer.moelora_experts[name]
         if experts.residual is not None and not experts.residual.ready:
             raise ValueError(
                 f"{experts.pair.name}: adapter {name!r} starts from the base weight's singular values, but was put on "
@@ -64,13 +53,12 @@ def check_ready(layer: AdaptedLayer, applied: list[str]) -> None:
             )
 
 
-def correct(layer: AdaptedLayer, x: Tensor, y: Tensor, applied: list[str]) -> Tensor:
+def correct(layer: Any, x: Tensor, y: Tensor, applied: list[str]) -> Tensor:
     """`y` with the residual of every adapter in `applied`, and of no other.
 
     Args:
         x: (..., in). y: (..., out), the output of the base layer and of the experts in `applied`.
     """
-    experts: Any
     for name, experts in layer.moelora_experts.items():
         residual, wanted = experts.residual, name in applied
         if residual is not None and name not in layer.merged_adapters and wanted != residual.folded:
@@ -78,7 +66,7 @@ def correct(layer: AdaptedLayer, x: Tensor, y: Tensor, applied: list[str]) -> Te
     return y
 
 
-def fold(layer: AdaptedLayer, adapter: str, lora_A: Tensor, lora_B: Tensor) -> None:
+def fold(layer: Any, adapter: str, lora_A: Tensor, lora_B: Tensor) -> None:
     """Subtracts the mean of starting factors (all E experts') from the base weight, if that can be done.
 
     Every rank has to call it where the weight is partitioned.
@@ -90,7 +78,7 @@ def fold(layer: AdaptedLayer, adapter: str, lora_A: Tensor, lora_B: Tensor) -> N
         residual.folded = True
 
 
-def unfold(layer: AdaptedLayer, adapter: str) -> None:
+def unfold(layer: Any, adapter: str) -> None:
     """Gives the base weight back what `fold` took: W0, up to one rounding of the weight.
 
     Raises:
@@ -104,7 +92,7 @@ def unfold(layer: AdaptedLayer, adapter: str) -> None:
     residual.folded = False
 
 
-def folded_adapter(layer: AdaptedLayer) -> str | None:
+def folded_adapter(layer: Any) -> str | None:
     """The adapter whose starting mean is subtracted from the base weight; None if there is none."""
     for name in layer.moelora_experts:
         residual = layer.experts(name).residual
@@ -113,7 +101,7 @@ def folded_adapter(layer: AdaptedLayer) -> str | None:
     return None
 
 
-def original_weight(layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
+def original_weight(layer: Any) -> tuple[Tensor, Tensor]:
     """W0 (out, in) and its hash. A partitioned weight must have been gathered.
 
     Raises:
@@ -126,7 +114,7 @@ def original_weight(layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
     return weight + experts.mean_of_start(), experts.base_hash
 
 
-def original_hash(layer: AdaptedLayer) -> Tensor:
+def original_hash(layer: Any) -> Tensor:
     """The hash of W0; every rank has to call it where the weight is partitioned."""
     for name in layer.moelora_experts:
         residual = layer.experts(name).residual
@@ -138,9 +126,9 @@ def original_hash(layer: AdaptedLayer) -> Tensor:
 
 
 @torch.no_grad()
-def _add_to_base(layer: AdaptedLayer, delta: Tensor, sign: float) -> None:
+def _add_to_base(layer: Any, delta: Tensor, sign: float) -> None:
     """W += sign * delta, computed in the wider of both dtypes and float32, and rounded once."""
-    base: Any = layer.get_base_layer()
+    base = layer.get_base_layer()
     with gathered([base.weight], modify=True):
         weight = base.weight.data
         wide = torch.promote_types(weight.dtype, delta.dtype)

@@ -23,14 +23,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ...checkpoint.processes import agree, rank, world_size
+from ...checkpoint.processes import agree, broadcast, gathered, rank, world_size
 from ...mixture.goat import check_rank, starting_factors, triplet_indices
 from ...mixture.svd import Triplets, singular_triplets
 from ..config import MoELoRAConfig
 from ..patterns import layer_config
-from ..processes import broadcast, gathered
 from .base_weight import HASH_SHAPE, can_change, can_read, in_out_features, same_weight, shared_weights
-from .residual import AdaptedLayer, fold, original_hash, original_weight, unfold
+from .residual import fold, original_hash, original_weight, unfold
 from .svd_cache import cached_triplets
 
 _loading = contextvars.ContextVar("ds_moelora_loading", default=False)
@@ -72,7 +71,7 @@ def check_svd_targets(config: MoELoRAConfig, model: nn.Module, matches: Callable
             )
 
 
-def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """The layers in which an adapter starts from singular values, by name."""
     return {
         name: module
@@ -83,7 +82,7 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLaye
     }
 
 
-def _on_meta(layer: AdaptedLayer) -> bool:
+def _on_meta(layer: Any) -> bool:
     return any(p.is_meta for p in layer.get_base_layer().parameters(recurse=False))
 
 
@@ -111,9 +110,7 @@ def start_from_singular_values(model: nn.Module, adapter_name: str, config: MoEL
     bar.close()
 
 
-def _decompose_own(
-    batch: list[tuple[str, AdaptedLayer]], adapter_name: str, config: MoELoRAConfig
-) -> list[Tensor] | None:
+def _decompose_own(batch: list[tuple[str, Any]], adapter_name: str, config: MoELoRAConfig) -> list[Tensor] | None:
     """[U, S, V, hash] of this process's layer of the round; None if there is none for it."""
     process = rank()
     name, own = batch[process] if process < len(batch) else ("", None)
@@ -141,9 +138,7 @@ def _decompose_own(
 
 
 @torch.no_grad()
-def _start_layer(
-    layer: AdaptedLayer, adapter_name: str, config: MoELoRAConfig, found: list[Tensor] | None, owner: int
-) -> None:
+def _start_layer(layer: Any, adapter_name: str, config: MoELoRAConfig, found: list[Tensor] | None, owner: int) -> None:
     """Broadcasts one layer's triplets, writes its factors, and folds their mean into the base weight."""
     experts = layer.experts(adapter_name)
     lora_A, lora_B = experts.factors()
