@@ -36,13 +36,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ds_moelora import GateRiemannianAdamW, GateRiemannianSGD
 from ds_moelora.mixture import grouped_mm
 from ds_moelora.mixture.choice import BY_NAME
-from ds_moelora.mixture.fused import NO_TRITON
 from ds_moelora.mixture.fused_losses import Sequences, fused_losses
 from ds_moelora.mixture.grouped_mm import GROUPED_MM
 from ds_moelora.mixture.mixture import mix
 from ds_moelora.mixture.operands import Operands, Products, RoutingRule
 from ds_moelora.mixture.reference import max_relative_error, reference_layer
 from ds_moelora.mixture.routing import chosen_by, route, sequence_balance_loss, sequence_z_loss
+from ds_moelora.mixture.triton_operators import NO_TRITON
 from ds_moelora.optimizer.reference import ReferenceAdamW, ReferenceSGD
 from ds_moelora.pairs import GateSettings, LoraPair, tag_pair
 

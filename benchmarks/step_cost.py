@@ -87,10 +87,17 @@ def cost(shapes: Sequence[Shape], world: int, stage: int) -> Cost:
     plans = [plan_of(factors, process, world, stage) for process in range(world)]
     inverted = [sum(plan.grads.num.values()) for plan in plans]
     summed = [sum(plan.weights.sums.values()) for plan in plans]
-    collective = plans[0].exchange.collective if plans[0].exchange.numel else "none"
+    exchange = plans[0].exchange
+    collective = ("all_to_all" if exchange.is_direct else "all_reduce") if exchange.numel else "none"
     busiest = max(range(world), key=summed.__getitem__)
-    sent = max(4 * plan.exchange.sent for plan in plans)
+    sent = max(4 * elements_sent(plan.exchange) for plan in plans)
     return Cost(max(inverted), max(summed), sent, collective, peak(factors, busiest, world, stage))
+
+
+def elements_sent(exchange: transfer.Transfer) -> int:
+    """By this process; an all-reduce as on a ring."""
+    world = exchange.world
+    return sum(exchange.sent_to) if exchange.is_direct else round(2 * (world - 1) / world * exchange.numel)
 
 
 def peak(factors: Sequence[Factor], process: int, world: int, stage: int) -> int:
@@ -126,7 +133,7 @@ def planning(world: int, stage: int) -> tuple[float, float]:
     factors = factors_of(shapes)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     plan = plan_of(factors, world // 2, world, stage)
-    assert plan.exchange.sent >= 0  # builds the routes
+    assert elements_sent(plan.exchange) >= 0  # builds the routes
     seconds = time.process_time() - start
     return seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 

@@ -78,21 +78,13 @@ class Exchanged(Products):
         y = base_out if inplace else base_out.clone()
         return y.index_add_(0, rows.token, rows.back(y_M)), moved, p
 
-    def backward(
-        self,
-        operands: Operands,
-        p: Tensor,
-        dy: Tensor,
-        needs: Needs,
-        onto: Tensor | None = None,
-        dlogits: Tensor | None = None,
-    ) -> Grads:
-        assert dlogits is None, "the router runs before the tokens are sent"
+    def backward(self, operands: Operands, p: Tensor, dy: Tensor, needs: Needs) -> Grads:
+        assert needs.dlogits is None, "the router runs before the tokens are sent"
         rows, (num_local, in_features, _) = self._rows, operands.lora_A.shape
-        grads = self.products.backward(operands, p, rows.there(dy[rows.token]), needs)
+        grads = self.products.backward(operands, p, rows.there(dy[rows.token]), needs._replace(onto=None))
         dx = dgates = None
         if grads.x is not None:
-            dx = dy.new_zeros(len(dy), in_features) if onto is None else onto
+            dx = dy.new_zeros(len(dy), in_features) if needs.onto is None else needs.onto
             dx.index_add_(0, rows.token, rows.back(grads.x))
         if grads.gates is not None:
             dgates = grads.gates.new_zeros(len(dy), len(rows.sent) * num_local)

@@ -243,17 +243,9 @@ class Gathered(Products):
         y, _, p = self.products.forward(operands._replace(lora_A=A, lora_B=B), base_out, inplace)
         return y, operands, p
 
-    def backward(
-        self,
-        operands: Operands,
-        p: Tensor,
-        dy: Tensor,
-        needs: Needs,
-        onto: Tensor | None = None,
-        dlogits: Tensor | None = None,
-    ) -> Grads:
+    def backward(self, operands: Operands, p: Tensor, dy: Tensor, needs: Needs) -> Grads:
         A, B = self.gathers.factors(self.layer, p.dtype, backwards=True)
-        grads = self.products.backward(operands._replace(lora_A=A, lora_B=B), p, dy, needs, onto, dlogits)
+        grads = self.products.backward(operands._replace(lora_A=A, lora_B=B), p, dy, needs)
         # Summed in the parameters' dtype, as DeepSpeed sums them without expert parallelism.
         dtype = operands.lora_A.dtype
         dA, dB = (None if grad is None else grad.to(dtype) for grad in (grads.A, grads.B))

@@ -136,15 +136,7 @@ class _Dense(Products):
         B = stack(o.lora_B, dtype)
         return base_out.addmm_(weighted, B) if inplace else torch.addmm(base_out, weighted, B), o, p
 
-    def backward(
-        self,
-        operands: Operands,
-        p: Tensor,
-        dy: Tensor,
-        needs: Needs,
-        onto: Tensor | None = None,
-        dlogits: Tensor | None = None,
-    ) -> Grads:
+    def backward(self, operands: Operands, p: Tensor, dy: Tensor, needs: Needs) -> Grads:
         o, gates, dtype = operands, operands.token_gates(), p.dtype
         num_A, _, R = o.lora_A.shape
         h = _by_expert(o.gradient_factor() * o.scaling, dtype)
@@ -159,11 +151,11 @@ class _Dense(Products):
         if needs.gates:
             dgates = _inner_products(joint.q, expert_rows(p, R), gates.dtype).mul_(o.scaling).t()
             if router is not None:
-                joint.below.copy_(o.logits_gradient(dgates, dlogits).t())
-        same = o.settings.gate_scaling == "none" or o.settings.scale_input_grad
+                joint.below.copy_(o.logits_gradient(dgates, needs.dlogits).t())
+        same = o.scales_alike()
         if needs.x:
             exact = joint.scaled(h if same else _by_expert(gates * o.scaling, dtype), last=same or not needs.A)
-            dx = _send_down(_token_rows(exact), o.lora_A, router, onto)
+            dx = _send_down(_token_rows(exact), o.lora_A, router, needs.onto)
         if needs.A:
             rows = exact if same and needs.x else joint.scaled(h, last=True)
             dA, drouter = _factor_gradients(rows, o.x, o.lora_A)

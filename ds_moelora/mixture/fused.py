@@ -14,36 +14,17 @@ FakeTensors and counters see it. On a CPU the operator is written in torch, or i
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from .operands import Grads, Needs, Operands, Products, check_gate_scaling, gate_factor
 from .routing import gates_backward, route
+from .triton_operators import NO_TRITON, operator
 
 MAX_EXPERTS, MAX_RANK = 256, 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OLDEST_TRITON = "3.4"  # the oldest whose compiler took the kernels (benchmarks/kernel_resources.py)
-
-
-def why_no_triton() -> str | None:
-    """What is wrong with the installed Triton; None: nothing."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return "Triton is not installed (pip install 'ds_moelora[triton]')"
-    if TorchVersion(version) < OLDEST_TRITON:
-        return f"Triton {version} is older than {OLDEST_TRITON} (pip install -U triton, or a torch that brings it)"
-    return None
-
-
-NO_TRITON = why_no_triton()  # None: there is one, imported where a kernel is launched
-
-_LIBRARY = torch.library.Library("ds_moelora", "FRAGMENT")
 
 
 def why_not(num_experts: int, rank: int, dtype: torch.dtype, device: str) -> str | None:
@@ -72,15 +53,7 @@ class _Fused(Products):
         y = base_out.addmm_(weighted, up) if inplace else torch.addmm(base_out, weighted, up)
         return y, o._replace(gates=gates), p
 
-    def backward(
-        self,
-        operands: Operands,
-        p: Tensor,
-        dy: Tensor,
-        needs: Needs,
-        onto: Tensor | None = None,
-        dlogits: Tensor | None = None,
-    ) -> Grads:
+    def backward(self, operands: Operands, p: Tensor, dy: Tensor, needs: Needs) -> Grads:
         o, T, routed = operands, len(dy), operands.router is not None
         (E, _, R), num_A = o.lora_B.shape, len(o.lora_A)
         send = needs.x or needs.gates or needs.A
@@ -88,19 +61,19 @@ class _Fused(Products):
         q = torch.mm(dy, up.t(), out=_rows(dy, T, E * R)) if send else None
         columns = num_A * R + (E if routed else 0)
         rows_x = _rows(dy, T, columns) if needs.x else None
-        same = o.settings.gate_scaling == "none" or o.settings.scale_input_grad
-        rows_A = _rows(dy, T, columns) if needs.A and not (same and needs.x) else None
+        rows_A = _rows(dy, T, columns) if needs.A and not (o.scales_alike() and needs.x) else None
         weighted = _rows(dy, T, E * R) if needs.B else None
         wide = torch.promote_types(p.dtype, torch.float32)
         dgates = dy.new_empty(T, E, dtype=wide) if needs.gates and not routed else None
         check_gate_scaling(o.settings.gate_scaling)
+        dlogits = None if needs.dlogits is None else needs.dlogits.contiguous()
         torch.ops.ds_moelora.gate_backward(
-            p, q, o.gates, None if dlogits is None else dlogits.contiguous(), rows_x, rows_A, weighted, dgates,
+            p, q, o.gates, dlogits, rows_x, rows_A, weighted, dgates,
             o.scaling, *_routing(o), o.settings.gate_scaling, o.settings.scale_input_grad, E, R,
         )  # fmt: skip
         dx = None
         if rows_x is not None:
-            dx = rows_x @ down if onto is None else onto.addmm_(rows_x, down)
+            dx = rows_x @ down if needs.onto is None else needs.onto.addmm_(rows_x, down)
         of_A = (rows_x if rows_A is None else rows_A) if needs.A else None
         down_gradient = None if of_A is None else of_A.t() @ o.x
         up_gradient = None if weighted is None else weighted.t() @ dy
@@ -180,33 +153,6 @@ def load_kernels() -> Any:
     return kernels
 
 
-def operator(schema: str) -> Any:
-    """Defines an operator without results: Triton on CUDA, the decorated function on CPUs.
-
-    The function `_launch_<name>` beside the decorated one launches the kernel.
-    """
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-    def decorate(in_torch: Any) -> Any:
-        def launch(*args: Any) -> None:
-            with torch._C.DisableTorchFunction():
-                in_torch.__globals__[f"_launch_{name}"](*args)
-
-        def on_cpu(*args: Any) -> None:
-            (launch if os.environ.get("TRITON_INTERPRET") == "1" else in_torch)(*args)
-
-        _LIBRARY.impl(name, launch, "CUDA")
-        _LIBRARY.impl(name, on_cpu, "CPU")
-        torch.library.register_fake(f"ds_moelora::{name}", lambda *_: None, lib=_LIBRARY)
-        return in_torch
-
-    return decorate
-
-
-@operator(
-    "gate_forward(Tensor p, Tensor(a!) gates, Tensor(b!)? weighted, float scaling, int top_k, float? top_p) -> ()"
-)
 def _gate_forward(
     p: Tensor, gates: Tensor, weighted: Tensor | None, scaling: float, top_k: int, top_p: float | None
 ) -> None:
@@ -233,11 +179,13 @@ def _launch_gate_forward(
     )  # fmt: skip
 
 
-@operator(
-    "gate_backward(Tensor p, Tensor? q, Tensor? gates, Tensor? dlogits, Tensor(a!)? rows_x, Tensor(b!)? rows_A, "
-    "Tensor(c!)? weighted, Tensor(d!)? dgates, float scaling, int top_k, float? top_p, str gate_scaling, "
-    "bool scale_input_grad, int num_experts, int rank) -> ()"
+operator(
+    "gate_forward(Tensor p, Tensor(a!) gates, Tensor(b!)? weighted, float scaling, int top_k, float? top_p) -> ()",
+    _launch_gate_forward,
+    _gate_forward,
 )
+
+
 def _gate_backward(
     p: Tensor, q: Tensor | None, gates: Tensor | None, dlogits: Tensor | None, rows_x: Tensor | None,
     rows_A: Tensor | None, weighted: Tensor | None, dgates: Tensor | None, scaling: float, top_k: int,
@@ -284,10 +232,15 @@ def _launch_gate_backward(
     )  # fmt: skip
 
 
-@operator(
-    "restack(Tensor? A, Tensor? B, Tensor? router, Tensor(a!)? to_A, Tensor(b!)? to_B, Tensor(c!)? to_router, "
-    "float factor, int rank, bool stack) -> ()"
+operator(
+    "gate_backward(Tensor p, Tensor? q, Tensor? gates, Tensor? dlogits, Tensor(a!)? rows_x, Tensor(b!)? rows_A, "
+    "Tensor(c!)? weighted, Tensor(d!)? dgates, float scaling, int top_k, float? top_p, str gate_scaling, "
+    "bool scale_input_grad, int num_experts, int rank) -> ()",
+    _launch_gate_backward,
+    _gate_backward,
 )
+
+
 def _restack(
     A: Tensor | None, B: Tensor | None, router: Tensor | None, to_A: Tensor | None, to_B: Tensor | None,
     to_router: Tensor | None, factor: float, rank: int, stack: bool,
@@ -330,7 +283,14 @@ def _launch_restack(
     )  # fmt: skip
 
 
-@operator("combine(Tensor(a!) y, Tensor rows, Tensor order) -> ()")
+operator(
+    "restack(Tensor? A, Tensor? B, Tensor? router, Tensor(a!)? to_A, Tensor(b!)? to_B, Tensor(c!)? to_router, "
+    "float factor, int rank, bool stack) -> ()",
+    _launch_restack,
+    _restack,
+)
+
+
 def _combine(y: Tensor, rows: Tensor, order: Tensor) -> None:
     """y_t += sum_j rows[order_tj]: y (T, F), rows (N, F), order (T, k)."""
     y.copy_(y + rows[order].to(torch.promote_types(y.dtype, torch.float32)).sum(1))
@@ -343,6 +303,9 @@ def _launch_combine(y: Tensor, rows: Tensor, order: Tensor) -> None:
         kernels.combine[(T, -(-F // block))](
             y, rows, order, F, y.stride(0), rows.stride(0), K=order.shape[1], BLOCK=block
         )
+
+
+operator("combine(Tensor(a!) y, Tensor rows, Tensor order) -> ()", _launch_combine, _combine)
 
 
 def _by_expert(p: Tensor, E: int, R: int, top_k: int) -> Tensor:

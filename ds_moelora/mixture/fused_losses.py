@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fused import DTYPES, MAX_EXPERTS, NO_TRITON, load_kernels, operator
-from .routing import chosen_by
+from .fused import DTYPES, MAX_EXPERTS, load_kernels
+from .triton_operators import NO_TRITON, operator
 
 TILE = 1024  # elements (tokens, E) that a program takes at once: 8 per thread of 4 warps
 MOST_PARTS = 128  # of a sequence, whose sums one program adds up
@@ -115,39 +115,6 @@ def _parts(E: int, N: int) -> int:
     return min(-(-N // tile_of(E, N)["BLOCK_N"]), MOST_PARTS)
 
 
-def _by_sequence(rows: Tensor, packed: Tensor | None, N: int) -> Tensor:
-    """(T, ...) -> (S, N, ...) in float32 or wider; zero where a packed sequence has ended."""
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    if packed is None:
-        return wide.unflatten(0, (len(rows) // N if N else 0, N))
-    return torch.cat([wide, torch.zeros_like(wide[:1])])[packed.clamp(max=len(rows))]
-
-
-def _real(z: Tensor, packed: Tensor | None, mask: Tensor | None, T: int) -> Tensor:
-    """(S, N, 1): 1 where a token is real, else 0; z (S, N, E)."""
-    if packed is not None:
-        real = packed < T
-    elif mask is not None:
-        real = mask.ne(0)
-    else:
-        return torch.ones_like(z[..., :1])
-    return real.to(z.dtype).unsqueeze(-1)
-
-
-@operator("router_sums(Tensor logits, Tensor gates, Tensor? packed, Tensor? mask, Tensor(a!) sums, int N) -> ()")
-def _router_sums(
-    logits: Tensor, gates: Tensor, packed: Tensor | None, mask: Tensor | None, sums: Tensor, N: int
-) -> None:
-    """The kernel `router_sums` (`mixture.kernels`), all in the first part."""
-    z = _by_sequence(logits, packed, N)
-    real = _real(z, packed, mask, len(logits))
-    chosen = _by_sequence(chosen_by(gates).to(gates.dtype), packed, N)
-    squares = z.logsumexp(-1, keepdim=True).square()
-    columns = torch.cat([z.softmax(-1), chosen, squares, torch.ones_like(squares)], -1)
-    sums.zero_()
-    sums[:, :1] = (columns * real).sum(1, keepdim=True)
-
-
 def _launch_router_sums(
     logits: Tensor, gates: Tensor, packed: Tensor | None, mask: Tensor | None, sums: Tensor, N: int
 ) -> None:
@@ -159,23 +126,10 @@ def _launch_router_sums(
         )
 
 
-@operator(
-    "router_losses(Tensor sums, Tensor? weights, Tensor(a!) losses, Tensor(b!) slopes, bool balance, bool z) -> ()"
+operator(
+    "router_sums(Tensor logits, Tensor gates, Tensor? packed, Tensor? mask, Tensor(a!) sums, int N) -> ()",
+    _launch_router_sums,
 )
-def _router_losses(
-    sums: Tensor, weights: Tensor | None, losses: Tensor, slopes: Tensor, balance: bool, z: bool
-) -> None:
-    """The kernel `router_losses`."""
-    E = slopes.shape[1] - 1
-    probabilities, chosen, squares, tokens = sums.sum(1).split([E, E, 1, 1], dim=1)
-    weight = (1 / max(len(sums), 1) if weights is None else weights.unsqueeze(1)) / tokens.clamp(min=1)
-    share = chosen / chosen.sum(1, keepdim=True).clamp(min=1)
-    slopes.copy_(torch.cat([E * weight * share, 2 * weight], 1))
-    losses.zero_()
-    if balance:
-        losses[:, 0] = (slopes[:, :E] * probabilities).sum(1)
-    if z:
-        losses[:, 1:] = squares * weight
 
 
 def _launch_router_losses(
@@ -188,28 +142,10 @@ def _launch_router_losses(
         )
 
 
-@operator(
-    "router_gradient(Tensor logits, Tensor? packed, Tensor? mask, Tensor slopes, Tensor? dbalance, Tensor? dz, "
-    "Tensor(a!) dlogits, int N) -> ()"
+operator(
+    "router_losses(Tensor sums, Tensor? weights, Tensor(a!) losses, Tensor(b!) slopes, bool balance, bool z) -> ()",
+    _launch_router_losses,
 )
-def _router_gradient(
-    logits: Tensor, packed: Tensor | None, mask: Tensor | None, slopes: Tensor, dbalance: Tensor | None,
-    dz: Tensor | None, dlogits: Tensor, N: int,
-) -> None:  # fmt: skip
-    """The kernel `router_gradient`."""
-    z = _by_sequence(logits, packed, N)
-    likely, d = z.softmax(-1), torch.zeros_like(z)
-    slope, slope_z = slopes.unsqueeze(1).split([z.shape[2], 1], dim=2)
-    if dbalance is not None:
-        d += likely * (slope - (likely * slope).sum(-1, keepdim=True)) * dbalance
-    if dz is not None:
-        d += likely * z.logsumexp(-1, keepdim=True) * slope_z * dz
-    d *= _real(z, packed, mask, len(logits))
-    if packed is None:
-        dlogits.copy_(d.flatten(0, 1))
-    else:
-        inside = packed < len(logits)
-        dlogits[packed[inside]] = d[inside].to(dlogits.dtype)
 
 
 def _launch_router_gradient(
@@ -223,3 +159,10 @@ def _launch_router_gradient(
         load_kernels().router_gradient[(S * tiles,)](
             logits, packed, mask, slopes, dbalance, dz, dlogits, T, N, logits.stride(0), tiles, E=E, **tile
         )
+
+
+operator(
+    "router_gradient(Tensor logits, Tensor? packed, Tensor? mask, Tensor slopes, Tensor? dbalance, Tensor? dz, "
+    "Tensor(a!) dlogits, int N) -> ()",
+    _launch_router_gradient,
+)

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .operands import Grads, Needs, Operands, Products
+from .operands import Grads, Needs, Operands, Products, through_router
 from .routing import chosen_by
 
 
@@ -58,20 +58,12 @@ class _Grouped(Products):
             parts.append(p)
         return y, o, torch.cat(parts) if parts else o.x.new_empty(0, A.shape[2])
 
-    def backward(
-        self,
-        operands: Operands,
-        p: Tensor,
-        dy: Tensor,
-        needs: Needs,
-        onto: Tensor | None = None,
-        dlogits: Tensor | None = None,
-    ) -> Grads:
+    def backward(self, operands: Operands, p: Tensor, dy: Tensor, needs: Needs) -> Grads:
         o, s, gates, dtype = operands, operands.scaling, operands.token_gates(), p.dtype
         A, B = o.lora_A.to(dtype), o.lora_B.to(dtype)
         h = (o.gradient_factor() * s).to(dtype)
         exact = h if o.settings.scale_input_grad else (gates * s).to(dtype)
-        dx = (dy.new_zeros(len(dy), A.shape[1]) if onto is None else onto) if needs.x else None
+        dx = (dy.new_zeros(len(dy), A.shape[1]) if needs.onto is None else needs.onto) if needs.x else None
         dgates = torch.zeros_like(gates) if needs.gates else None
         dA, dB = torch.zeros_like(A) if needs.A else None, torch.zeros_like(B) if needs.B else None
         for i, tokens, rows in _rows(chosen_by(gates)):
@@ -85,11 +77,7 @@ class _Grouped(Products):
                 _of(dA, i).addmm_(o.x[tokens].t(), q_i * h_i)
             if dB is not None:
                 torch.mm(dy_i.t(), p_i * h_i, out=dB[i])
-        drouter = None
-        if dgates is not None and o.router is not None:
-            below = o.logits_gradient(dgates, dlogits).to(dtype)
-            dx = None if dx is None else dx.addmm_(below, o.router.to(dtype))
-            drouter = below.t() @ o.x if needs.A else None
+        dx, drouter = through_router(o, dgates, dx, needs, dtype)
         dA, dB = None if dA is None else dA.to(o.lora_A.dtype), None if dB is None else dB.to(o.lora_B.dtype)
         return Grads(dx, dgates, dA, dB, drouter)
 

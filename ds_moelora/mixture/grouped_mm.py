@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .fused import route_at_once
-from .operands import Grads, Needs, Operands, Products, check_gate_scaling
+from .operands import Grads, Needs, Operands, Products, check_gate_scaling, through_router
 from .routing import chosen_by
 
 
@@ -66,15 +66,7 @@ class _GroupedMM(Products):
         torch.ops.ds_moelora.combine(y, rows, order)
         return y, o._replace(pairs=sorted_by_expert), p
 
-    def backward(
-        self,
-        operands: Operands,
-        p: Tensor,
-        dy: Tensor,
-        needs: Needs,
-        onto: Tensor | None = None,
-        dlogits: Tensor | None = None,
-    ) -> Grads:
+    def backward(self, operands: Operands, p: Tensor, dy: Tensor, needs: Needs) -> Grads:
         o, dtype = operands, p.dtype
         assert o.pairs is not None
         check_gate_scaling(o.settings.gate_scaling)
@@ -82,9 +74,8 @@ class _GroupedMM(Products):
         expert, token = pairs.unbind(1)
         dy_N = dy.index_select(0, token)
         q = grouped_mm(dy_N, o.lora_B.to(dtype), offsets) if needs.x or needs.gates or needs.A else None
-        same = o.settings.gate_scaling == "none" or o.settings.scale_input_grad
         rows_x = torch.empty_like(p) if needs.x else None
-        rows_A = torch.empty_like(p) if needs.A and not (same and needs.x) else None
+        rows_A = torch.empty_like(p) if needs.A and not (o.scales_alike() and needs.x) else None
         weighted = torch.empty_like(p) if needs.B else None
         dgate = torch.empty_like(gate) if needs.gates else None
         torch.ops.ds_moelora.gate_backward(
@@ -96,17 +87,14 @@ class _GroupedMM(Products):
         dA = None
         if needs.A and of_A is not None:
             dA = grouped_mm(o.x.index_select(0, token).t(), of_A, offsets).to(o.lora_A.dtype)
-        dx = dgates = below = drouter = None
+        dx = dgates = None
         if dgate is not None:
             dgates = torch.zeros_like(o.token_gates()).index_put_((token, expert), dgate.squeeze(1))
-            below = None if o.router is None else o.logits_gradient(dgates, dlogits).to(dtype)
         if rows_x is not None:
             rows = grouped_mm(rows_x, A.transpose(1, 2), offsets)
-            dx = dy.new_zeros(len(dy), A.shape[1]) if onto is None else onto
+            dx = dy.new_zeros(len(dy), A.shape[1]) if needs.onto is None else needs.onto
             torch.ops.ds_moelora.combine(dx, rows, order)
-        if below is not None and o.router is not None:
-            dx = None if dx is None else dx.addmm_(below, o.router.to(dtype))
-            drouter = below.t() @ o.x if needs.A else None
+        dx, drouter = through_router(o, dgates, dx, needs, dtype)
         return Grads(dx, dgates, dA, dB, drouter)
 
 

@@ -147,7 +147,7 @@ class _Mixture(torch.autograd.Function):
         )
         with no_autocast(dy):
             onto = dy @ base_weight.to(dy.dtype) if needs_x and base_weight is not None else None
-            grads: Grads = ctx.products.backward(operands, p, dy, needs, onto, dlogits)
+            grads: Grads = ctx.products.backward(operands, p, dy, needs._replace(onto=onto, dlogits=dlogits))
             dx = None if grads.x is None else grads.x.to(ctx.x_dtype)
             drouter = grads.router.to(router.dtype) if needs_router and grads.router is not None else None
         dgates = grads.gates if router is None else None

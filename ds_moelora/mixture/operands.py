@@ -61,6 +61,10 @@ class Operands(NamedTuple):
         """(T, E), h of `gate_factor`."""
         return gate_factor(self.settings.gate_scaling, self.token_gates())
 
+    def scales_alike(self) -> bool:
+        """Whether the gradients of A and of x have the same factor."""
+        return self.settings.gate_scaling == "none" or self.settings.scale_input_grad
+
     def logits_gradient(self, dgates: Tensor, dlogits: Tensor | None) -> Tensor:
         """(T, E): the gradient of the router's product W x, from those of the gates and of the logits."""
         assert self.rule is not None
@@ -70,12 +74,18 @@ class Operands(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients a backward pass has to compute."""
+    """Which gradients a backward pass has to compute. With a router, `A` covers its weight.
+
+    Args:
+        onto: dx is added onto it in place. dlogits: (T, E), what auxiliary losses send into the logits, if anything.
+    """
 
     x: bool
     gates: bool
     A: bool
     B: bool
+    onto: Tensor | None = None
+    dlogits: Tensor | None = None
 
 
 class Grads(NamedTuple):
@@ -114,24 +124,24 @@ class Products:
         """
         raise NotImplementedError
 
-    def backward(
-        self,
-        operands: Operands,
-        p: Tensor,
-        dy: Tensor,
-        needs: Needs,
-        onto: Tensor | None = None,
-        dlogits: Tensor | None = None,
-    ) -> Grads:
-        """The gradients.
+    def backward(self, operands: Operands, p: Tensor, dy: Tensor, needs: Needs) -> Grads:
+        """The gradients; with a router among the operands, dx has its share.
 
         Args:
             operands: as saved; x is read for dA (and drouter) alone.
-            onto: dx is added onto it in place.
-            dlogits: (T, E), what auxiliary losses send into the logits; None: nothing. With a router among the operands
-                dx has its share, and `needs.A` covers its weight.
         """
         raise NotImplementedError
+
+
+def through_router(
+    o: Operands, dgates: Tensor | None, dx: Tensor | None, needs: Needs, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx, onto which the router's share is added, and drouter; nothing without a router."""
+    if dgates is None or o.router is None:
+        return dx, None
+    dlogits = o.logits_gradient(dgates, needs.dlogits).to(dtype)
+    dx = None if dx is None else dx.addmm_(dlogits, o.router.to(dtype))
+    return dx, dlogits.t() @ o.x if needs.A else None
 
 
 def gate_factor(gate_scaling: str, gates: Tensor) -> Tensor:

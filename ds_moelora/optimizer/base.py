@@ -13,7 +13,6 @@ clipped the gradients: `optimizer.sharding` says how. Gate scaling acts in the l
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple, Protocol
@@ -101,7 +100,7 @@ class GateRiemannian(torch.optim.Optimizer):
         """`given`: the constructor's `locals()`. What torch's class does not take are options of pairs."""
         given = {name: value for name, value in given.items() if name != "self"}
         groups = as_groups(given.pop("params"))
-        kernels = renamed(given.pop("kernels", "auto"), given.pop("compiled", None))
+        kernels = given.pop("kernels")
         known = inspect.signature(self._base).parameters
         options = {name: value for name, value in given.items() if name not in known}
         for group in groups or [{}]:
@@ -288,15 +287,6 @@ class GateRiemannian(torch.optim.Optimizer):
             self._located = _Located(holder, storage, preconditioner, update)
             stepped(factors)
         return self._located
-
-
-def renamed(kernels: str, compiled: bool | None) -> str:
-    """`kernels`, of which `compiled` was an earlier name: true is "cpp", false "torch"."""
-    if compiled is None:
-        return kernels
-    value = "cpp" if compiled else "torch"
-    warnings.warn(f'the option "compiled" is now "kernels": set "kernels": "{value}".', FutureWarning, stacklevel=4)
-    return value
 
 
 def scaled(matrices: Tensor, scale: Tensor | float) -> Tensor:

@@ -64,7 +64,6 @@ class GateRiemannianAdamW(_Preconditioned, torch.optim.AdamW):
         kernels: who does the work on pairs, in one pass with AdamW's: "torch"; "cpp" (`optimizer.kernels.cpp`): float32
             on CPUs, CPU offload included; ranks 1, 2, 4, 8, 16; torch does other ranks; "auto" takes what can do it.
             But for torch, gradients are not overwritten.
-        compiled: the earlier name; true is "cpp", false "torch".
 
     damping to include_scaling can be set per parameter group.
 
@@ -89,7 +88,6 @@ class GateRiemannianAdamW(_Preconditioned, torch.optim.AdamW):
         gate_lr_scale: float = 1.0,
         include_scaling: bool = False,
         kernels: str = "auto",
-        compiled: bool | None = None,
     ) -> None:
         betas = tuple(betas)  # type: ignore[assignment]
         self._construct(locals())
@@ -125,6 +123,5 @@ class GateRiemannianSGD(_Preconditioned, torch.optim.SGD):
         gate_lr_scale: float = 1.0,
         include_scaling: bool = False,
         kernels: str = "auto",
-        compiled: bool | None = None,
     ) -> None:
         self._construct(locals())

@@ -153,12 +153,6 @@ def _problem(base: Any) -> str:
     return ""
 
 
-def deepspeed_zero() -> Any:
-    import deepspeed
-
-    return deepspeed.zero
-
-
 def activate_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     """`ParamWrapper._activate_lora`, which adds B_e A_e to the weights: not where `experts_forward` has them."""
 
@@ -174,7 +168,9 @@ def activate_lora(original: Callable[..., Any]) -> Callable[..., Any]:
         for _, adapter in active[self.parameter_name]:
             for factor in (self.lora_A[adapter].weight, self.lora_B[adapter].weight):
                 if hasattr(factor, "ds_id"):  # ZeRO-3: nobody calls the `nn.Linear` that it belongs to
-                    deepspeed_zero().register_external_parameter(base, factor)
+                    import deepspeed
+
+                    deepspeed.zero.register_external_parameter(base, factor)
         try:
             yield
         finally:

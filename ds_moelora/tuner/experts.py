@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..expert_parallel.spec import FACTORS, INITIAL_FACTORS, ShardSpec, build_shard, check_ep_size
+from ..expert_parallel.spec import FACTORS, INITIAL_FACTORS, ShardSpec, build_shard
 from ..mixture.choice import choose_products
 from ..mixture.goat import mean_product
 from ..mixture.initial_values import draw_uniform_
@@ -64,7 +64,6 @@ class MoELoRAExperts(nn.Module):
         self.expert_compute = config.expert_compute
         self.is_sharded = config.ep_size > 1
         if self.is_sharded:
-            check_ep_size(config.ep_size, config.num_experts)  # again: fields can be set after the config was checked
             spec = ShardSpec(
                 layer_name=layer_name,
                 num_experts=config.num_experts,
@@ -222,12 +221,11 @@ class MoELoRAExperts(nn.Module):
         x_TI = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         # A reshape to the same shape would be a view, onto which nothing may be added in place.
         base_TO = base_out if base_out.dim() == 2 else base_out.reshape(-1, base_out.shape[-1])
-        # ZeRO-3's hooks hand this module a view, which may not be changed in place. A compiler finds out for itself.
-        inplace = inplace and not torch.compiler.is_compiling() and not base_TO._is_view()
+        inplace = inplace and _may_be_overwritten(base_TO)
         dropped_TI = self.dropout(x_TI) if self.training else x_TI
         if self.shared is not None:
             base_TO = self.shared(dropped_TI, base_TO, inplace, base_weight)
-            base_weight, inplace = None, not base_TO._is_view()  # this sum is nobody else's
+            base_weight, inplace = None, _may_be_overwritten(base_TO)  # this sum is nobody else's
         options: dict[str, Any] = {"scaling": self.scaling, "settings": self.pair.gate, "rule": self.rule}
         if self._sees_what_router_sees():
             options["router"] = self.router.weight
@@ -305,6 +303,11 @@ class MoELoRAExperts(nn.Module):
                     "with the configuration that was saved beside it."
                 )
         state_dict.update(self.experts_shard().local_entries(prefix + "shard.", whole))
+
+
+def _may_be_overwritten(values: Tensor) -> bool:
+    """False for a view, such as ZeRO-3's hooks hand over; a compiler finds out for itself what it may overwrite."""
+    return not torch.compiler.is_compiling() and not values._is_view()
 
 
 def _tag_after_load(module: nn.Module, incompatible_keys: Any) -> None:

@@ -15,10 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from .config import MoELoRAConfig
 from .experts import MoELoRAExperts
 from .router import as_in_forward, has_no_hooks
-from .start.base_weight import in_out_features
+from .start.base_weight import can_change, in_out_features
 from .start.residual import check_ready, correct, unfold
-
-_MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class MoELoRALayer(nn.Module, BaseTunerLayer):
@@ -174,8 +172,7 @@ class MoELoRALayer(nn.Module, BaseTunerLayer):
     def _base_matrix(self) -> Tensor:
         base = self.get_base_layer()
         weight: Any = getattr(base, "weight", None)
-        plain = isinstance(base, (nn.Linear, Conv1D)) and weight.dtype in _MERGEABLE
-        if not plain or weight.numel() != self.in_features * self.out_features:
+        if not can_change(base) or weight.numel() != self.in_features * self.out_features:
             raise ValueError(
                 f"Cannot merge into a {type(base).__name__} whose weight is quantised or partitioned; merge into an "
                 "unquantised copy of the base model, on one process."

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..expert_parallel.spec import FACTORS, INITIAL_FACTORS
 from .base_experts import wrap_parameter
 from .checks import check_adapter_name, check_complete, check_finite, check_not_partitioned
-from .config import PATTERNS, MoELoRAConfig
+from .config import MoELoRAConfig
 from .files.saving import cut_for_loading, sharded_experts, with_whole_experts
 from .layer import MoELoRALayer, refuse_merge, refuse_tied
 from .loss_hooks import LossHooks
@@ -87,8 +87,7 @@ class MoELoRAModel(_Base):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         check_targets(peft_config, model, self._check_target_module_exists)
-        if any(getattr(peft_config, pattern) for pattern in PATTERNS):
-            check_patterns(peft_config, target_names(peft_config, model, self._check_target_module_exists))
+        check_patterns(peft_config, target_names(peft_config, model, self._check_target_module_exists))
         if peft_config.from_svd:
             check_svd_targets(peft_config, model, self._check_target_module_exists)
 
@@ -104,22 +103,16 @@ class MoELoRAModel(_Base):
     ) -> None:
         if parameter_name is not None:
             layer: nn.Module | None = wrap_parameter(peft_config, adapter_name, target, parameter_name)
+        elif isinstance(target, MoELoRALayer):
+            layer = None
+            target.update_layer(adapter_name, layer_config(peft_config, current_key), current_key)
         else:
-            layer = self._mixture(layer_config(peft_config, current_key), adapter_name, target, current_key)
-        if layer is None:
+            layer = MoELoRALayer(target, adapter_name, layer_config(peft_config, current_key), current_key)
+        if layer is None:  # the target has taken the adapter
             return
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter trains only once it is made the active one
         self._replace_module(parent, target_name, layer, target)
-
-    def _mixture(
-        self, peft_config: MoELoRAConfig, adapter_name: str, target: nn.Module, current_key: str
-    ) -> MoELoRALayer | None:
-        """A new layer; None where `target` is one, which takes the adapter."""
-        if isinstance(target, MoELoRALayer):
-            target.update_layer(adapter_name, peft_config, current_key)
-            return None
-        return MoELoRALayer(target, adapter_name, peft_config, current_key)
 
     def tag(self) -> None:
         """Puts the pairs' tags on the parameters (again)."""

@@ -69,6 +69,9 @@ def stacked_lora(
     return model
 
 
+WITH_ADAPTERS = {adapters: functools.partial(stacked_lora, adapters) for adapters in (1, 2)}
+
+
 class Mixture(nn.Module):
     """Two of the three experts of transformers' own class see a token."""
 
@@ -137,8 +140,10 @@ def most_bytes(kind: str, world: int) -> float:
 @pytest.mark.parametrize(
     ("kind", "stage", "world", "adapters"),
     [
-        *(("GateRiemannianAdamW", stage, world, 1) for stage in range(4) for world in (1, 2, 3, 4)),
-        *((kind, stage, 3, 1) for kind in SHARDED[1:] for stage in (0, 2, 3)),
+        ("GateRiemannianAdamW", 0, 2, 1),
+        ("GateRiemannianAdamW", 1, 3, 1),
+        *(("GateRiemannianAdamW", stage, world, 1) for stage in (2, 3) for world in (1, 2, 3, 4)),
+        *((kind, stage, 3, 1) for kind in SHARDED[1:] for stage in (2, 3)),
         ("GateRiemannianAdamW", 3, 2, 2),
     ],
 )
@@ -146,11 +151,10 @@ def most_bytes(kind: str, world: int) -> float:
 def test_equals_the_reference(
     kind: str, stage: int, world: int, adapters: int, report: Callable[[str, str], None]
 ) -> None:
-    model = functools.partial(stacked_lora, adapters)
     results = run_on_ranks(
-        world, run_engine, config=engine_config(stage, kind), model=functools.partial(model, tagged=False)
+        world, run_engine, config=engine_config(stage, kind), model=functools.partial(stacked_lora, adapters, False)
     )
-    reference = run_reference(kind, world, model=model)["weights"]
+    reference = run_reference(kind, world, model=WITH_ADAPTERS[adapters])["weights"]
     found = max(deviation(result["weights"], reference) for result in results)
     traffic = results[0]["traffic"]
     name = f"{kind:20s} stage {stage} world {world} adapters {adapters}"

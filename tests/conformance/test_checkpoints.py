@@ -80,13 +80,13 @@ def train(
     return {"losses": losses, "weights": weights}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(
-    ("kind", "model", "groups"),
+    ("kind", "stage", "model", "groups"),
     [
-        *((kind, "moe", "one") for kind in SHARDED),
-        ("GateRiemannianAdamW", "moe", "loraplus"),
-        ("GateRiemannianSGD", "lora", "one"),
+        *(("GateRiemannianAdamW", stage, "moe", "one") for stage in (0, 1, 2, 3)),
+        *((kind, stage, "moe", "one") for kind in SHARDED[1:] for stage in (1, 3)),
+        *(("GateRiemannianAdamW", stage, "moe", "loraplus") for stage in (2, 3)),
+        *(("GateRiemannianSGD", stage, "lora", "one") for stage in (0, 2, 3)),
     ],
 )
 def test_same_topology_is_bit_equal(kind: str, stage: int, model: str, groups: str, tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ pytestmark = pytest.mark.dist
 
 # The same fp32 sums in another order; 10 steps of Adam, whose first is nearly a sign. Seen: below 4e-6.
 TOLERANCE = 1e-5
-KINDS = ["GateRiemannianAdamW", "GateRiemannianSGD", "GateRiemannianMuon", "AdamW"]
 
 
 def compare(found: dict[str, Any], wanted: dict[str, Any], what: str) -> float:
@@ -44,7 +43,9 @@ def loss_deviation(found: dict[str, Any], wanted: dict[str, Any]) -> float:
 @pytest.mark.parametrize(
     ("kind", "stage", "world", "ep_size"),
     [
-        *((kind, stage, 2, 2) for kind in KINDS for stage in (0, 1, 2)),
+        *(("GateRiemannianAdamW", stage, 2, 2) for stage in (0, 1, 2)),
+        *((kind, stage, 2, 2) for kind in ("GateRiemannianSGD", "AdamW") for stage in (0, 2)),
+        *(("GateRiemannianMuon", stage, 2, 2) for stage in (1, 2)),
         ("GateRiemannianAdamW", 2, 4, 2),
         ("GateRiemannianSGD", 1, 4, 4),
         ("GateRiemannianAdamW", 0, 4, 2),

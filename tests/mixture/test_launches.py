@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_moelora import MoELoRAConfig
-from ds_moelora.mixture import fused, fused_losses
+from ds_moelora.mixture import fused, fused_losses, triton_operators
 from ds_moelora.mixture.choice import choose_products
 from ds_moelora.mixture.dense import DENSE
 from ds_moelora.mixture.fused import FUSED
@@ -26,8 +26,6 @@ from ds_moelora.mixture.mixture import Mixed, _forward, mix
 from ds_moelora.mixture.operands import Needs, Operands, RoutingRule
 from ds_moelora.pairs import GateSettings
 from ds_moelora.tuner.losses import BatchLayout, start_collecting, stop_collecting
-
-from .interpreted import losses_agree
 
 WITHOUT_LAUNCH = {"empty", "new_empty", "empty_like", "empty_strided", "detach", "promote_types", "lift_fresh"}
 
@@ -96,6 +94,9 @@ def test_four_more_launches_with_the_routers_losses(
     num_experts: int, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused_losses, "covers", lambda logits: True)  # as on CUDA
+    library = torch.library.Library("ds_moelora", "IMPL")
+    for name in ("router_sums", "router_losses", "router_gradient"):
+        library.impl(name, lambda *_: None, "CPU")  # counted alone
     fields = MoELoRAConfig(
         num_experts=num_experts, r=4, top_k=2, target_modules=["linear"], expert_compute="fused", router_z_loss_coef=0.1
     )
@@ -111,10 +112,6 @@ def test_four_more_launches_with_the_routers_losses(
     assert (len(forward.names), len(backward.names)) == (8, 9), (forward.names, backward.names)
     kernels = [name for name in forward.names + backward.names if name.startswith("router_")]
     assert kernels == ["router_sums", "router_losses", "router_gradient"]
-
-
-def test_the_routers_losses_in_few_launches_are_the_formula() -> None:
-    losses_agree()
 
 
 def test_decoding_launches_four_operations_beside_the_base() -> None:
@@ -180,7 +177,7 @@ def test_on_a_gpu_nothing_waits_for_the_host_or_mixes_devices(products: Any, gat
         mixed, kept, p = _forward(o, base, True, products)
         kept = kept._replace(router=o.router)
         onto, dlogits = torch.empty_like(o.x), torch.empty(32, 8, device="cuda", dtype=o.x.dtype)
-        grads = products.backward(kept, p, dy, Needs(True, True, True, True), onto, dlogits)
+        grads = products.backward(kept, p, dy, Needs(True, True, True, True, onto, dlogits))
         tensors = [t for t in (*mixed, p, *grads) if t is not None]
         assert {t.device.type for t in tensors} == {"cuda"}
         assert [None if t is None else t.shape for t in (grads.x, grads.A, grads.B, grads.router)] == [
@@ -227,7 +224,7 @@ def test_which_triton_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for found, reason in ((None, "not installed (pip install"), ("3.3.1", "3.3.1 is older than 3.4"), ("3.10.0", None)):
         monkeypatch.setattr(importlib.metadata, "version", lambda _, found=found: version(found))
-        why = fused.why_no_triton()
+        why = triton_operators.why_no_triton()
         assert why is None if reason is None else reason in why
 
 

@@ -36,8 +36,7 @@ def moe_lora() -> nn.Module:
     return get_peft_model(MLP(), config)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("stage", "world"), [(0, 2), (1, 3), (2, 2), (2, 3), (3, 3)])
 def test_the_adapter_is_exact(stage: int, world: int) -> None:
     config = engine_config(stage, "GateRiemannianAdamW")
     config["optimizer"]["params"]["gate_scaling"] = "none"  # the reference differentiates the loss as it is
@@ -56,7 +55,7 @@ def test_gate_scaling_of_the_config_reaches_the_adapter(scaling: str) -> None:
         return run_on_ranks(2, run_engine, config=config, model=moe_lora)[0]["weights"]
 
     unsharded = {k: v.double() for k, v in run(0, scaling).items()}
-    for stage in (1, 2, 3):
+    for stage in (2, 3):
         assert deviation(run(stage, scaling), unsharded) < 1e-5
     assert deviation(run(2, "none"), unsharded) > 1e-3
 

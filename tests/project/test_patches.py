@@ -46,7 +46,7 @@ def changes(before):
                 found.add(f"{{name}}.{{key}}")
     return sorted(found)
 
-before = survey()
+before, modules = survey(), set(sys.modules)
 print("classes", sum(":" in n for n in before))
 """
 REGISTERED = {
@@ -77,9 +77,10 @@ def survey(code: str) -> list[set[str]]:
 
 
 def test_the_import_changes_what_is_listed_and_nothing_else() -> None:
-    at_import, later, other = survey("""
+    at_import, loaded, later, other = survey("""
 import ds_moelora
 print(json.dumps(changes(before)))
+print(json.dumps(sorted({m.split(".")[0] for m in set(sys.modules) - modules} - set(sys.stdlib_module_names))))
 from ds_moelora import patches
 patches.install_for_expert_parallelism()
 ds_moelora.register()
@@ -89,6 +90,7 @@ print(json.dumps(changes(before)))
 """)
     listed = REGISTERED | places((*patches.PEFT, *patches.DEEPSPEED))
     assert at_import == listed
+    assert loaded == {"ds_moelora"}
     assert later == listed | places(patches.expert_parallel())
     assert other == later | {"peft.peft_model:PeftModel.forward"}  # the survey would find another change
 

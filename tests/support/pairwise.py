@@ -10,8 +10,13 @@ from typing import Any
 Case = dict[str, Any]
 
 
-def pairwise(settings: dict[str, list[Any]], valid: Callable[[Case], bool], seed: int = 0) -> Iterator[Case]:
-    """Greedy: of many random cases around a pair that is still missing, the one that covers most missing pairs.
+def pairwise(
+    settings: dict[str, list[Any]],
+    valid: Callable[[Case], bool],
+    seed: int = 0,
+    cost: Callable[[Case], float] = lambda case: 1.0,
+) -> Iterator[Case]:
+    """Greedy: of many random cases around a pair that is still missing, the one that covers most for its cost.
 
     Pairs that no valid case contains are given up after many draws; `valid` decides, on complete cases.
     """
@@ -33,6 +38,7 @@ def pairwise(settings: dict[str, list[Any]], valid: Callable[[Case], bool], seed
         if not candidates:
             missing.discard((a, x, b, y))
             continue
-        best = max(candidates, key=lambda case: len(pairs(case) & missing))
+        # A power: of two pairs in one dear case, neither needs a case of its own.
+        best = max(candidates, key=lambda case: len(pairs(case) & missing) / cost(case) ** 0.3)
         missing -= pairs(best)
         yield best

@@ -7,35 +7,20 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ds_moelora import MoELoRAConfig, MoELoRAModel
+from ds_moelora import MoELoRAConfig
 from ds_moelora.mixture.reference import max_relative_error, reference_layer
 from ds_moelora.tuner import MoELoRALayer
 from ds_moelora.tuner.layer import in_out_features
 
-
-class Net(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.lin = layer
-
-    def forward(self, x):
-        return self.lin(x)
+from ..support.adapter_support import Net, wrap
 
 
 def layer_of(model) -> MoELoRALayer:
     return model.base_model.model.lin
-
-
-def wrap(base, seed=0, **fields):
-    torch.manual_seed(seed)
-    fields = {"r": 2, "num_experts": 4, "top_k": 2, "init_lora_weights": False, "target_modules": ["lin"], **fields}
-    return get_peft_model(Net(base), MoELoRAConfig(**fields), autocast_adapter_dtype=False)
 
 
 def expected(model, x, base, adapter="default", **kwargs):
@@ -87,18 +72,6 @@ def test_output_and_gradients_for_any_rank_of_input(kind, lead):
     errors.append(max_relative_error(experts.router.weight.grad, others.router.weight.grad))
     assert max(errors) < 1e-12, errors
     assert all(p.grad is None for p in base.parameters())
-
-
-@given(
-    st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.booleans(),
-    st.lists(st.integers(0, 4), min_size=1, max_size=3),
-)  # fmt: skip
-@settings(max_examples=30, deadline=None)
-def test_any_sizes(in_features, out_features, num_experts, k, r, bias, lead):
-    base = nn.Linear(in_features, out_features, bias=bias).double()
-    model = wrap(base, r=r, num_experts=num_experts, top_k=min(k, num_experts))
-    x = torch.randn(*lead, in_features, dtype=torch.float64)
-    torch.testing.assert_close(model(x), expected(model, x, base), rtol=1e-10, atol=1e-10)
 
 
 def test_shapes_names_initialisation():
@@ -233,15 +206,6 @@ def test_bfloat16_autocast(base_dtype):
     assert max_relative_error(experts.lora_B.grad, layer_of(exact).experts("default").lora_B.grad) < 6e-2
 
 
-def test_float32_adapter_on_a_bfloat16_model_without_autocast():
-    model = get_peft_model(Net(nn.Linear(16, 12).bfloat16()), MoELoRAConfig(target_modules=["lin"]))
-    x = torch.randn(9, 16, dtype=torch.bfloat16, requires_grad=True)
-    y = model(x)
-    y.sum().backward()
-    experts = layer_of(model).experts("default")
-    assert (y.dtype, x.grad.dtype, experts.lora_B.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
-
-
 def test_nobody_else_sees_the_base_output_overwritten():
     base = nn.Linear(6, 5, bias=False)
     model = wrap(base)
@@ -305,7 +269,3 @@ def test_sizes_come_from_attributes_where_zero3_has_emptied_the_weight():
     del conv.nx, conv.nf
     assert in_out_features(conv) == (6, 5)
     assert in_out_features(nn.Embedding(3, 4)) is None
-
-
-def test_layers_are_found_by_class():
-    assert isinstance(wrap(nn.Linear(6, 5)).base_model, MoELoRAModel)

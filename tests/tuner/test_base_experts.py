@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +69,8 @@ def test_gradient_checkpointing_and_compile() -> None:
         return model.train()
 
     assert both(lora_model("mixtral").train(), checkpointed) < 2e-5
-    assert both(lora_model("mixtral"), lambda model: torch.compile(model, backend="eager")) < 2e-5
+    small = get_peft_model(base_model("mixtral", num_hidden_layers=1), mixed_config())  # with mixtures on attention
+    assert both(small, lambda model: torch.compile(model, backend="eager")) < 2e-5
 
 
 def formula(base: Any, wrappers: dict[str, Any], x: Tensor, index: Tensor, gates: Tensor, power: float) -> Tensor:
@@ -161,35 +159,6 @@ def test_auto_ep_is_refused() -> None:
     check_auto_ep(SimpleNamespace(_config=config, module=nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="AutoEP"):
         check_auto_ep(SimpleNamespace(_config=config, module=lora_model("mixtral")))
-
-
-LOAD = """
-import sys, torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2]).eval()
-assert not any(name.startswith("ds_moelora") for name in sys.modules)
-torch.save(model(input_ids=torch.load(sys.argv[3])).logits, sys.argv[4])
-"""
-
-
-def test_files_are_pefts(tmp_path: Path) -> None:
-    """Trained with this package, loaded without it: the same function."""
-    model = lora_model("qwen3_moe")
-    base_model("qwen3_moe").save_pretrained(tmp_path / "base")
-    use_lora_experts(model)
-    tag_lora_pairs(model)
-    optimizer = GateRiemannianAdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    for _ in range(3):
-        run(model)
-        optimizer.step()
-    model.eval().save_pretrained(tmp_path / "adapter")
-    torch.save(tokens(), tmp_path / "tokens")
-    places = [str(tmp_path / name) for name in ("base", "adapter", "tokens", "logits")]
-    subprocess.run(
-        [sys.executable, "-c", LOAD, *places], check=True, env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    )
-    assert torch.allclose(torch.load(places[3]), model(input_ids=tokens()).logits, atol=1e-5)
 
 
 def mixed_config(**more: Any) -> MoELoRAConfig:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -64,20 +61,6 @@ def test_what_takes_lora_alone_is_refused_by_name(saved) -> None:
         hotswap_adapter(model, str(saved[2]), adapter_name="default")
     with pytest.raises(ValueError, match="'MOELORA' is not compatible with the `PeftMixedModel`"):
         get_peft_model(llama(), config(), mixed=True)
-
-
-def test_peft_alone_is_told_what_to_install(saved) -> None:
-    code = (
-        "import sys; from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
-        "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", code, str(saved[1]), str(saved[2])]
-    env = {**os.environ, "DS_MOELORA_AUTOLOAD": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
-    assert done.returncode == 1
-    assert (
-        "pip install ds_moelora; if it is installed, import ds_moelora before loading" in done.stderr.splitlines()[-1]
-    )
 
 
 @pytest.mark.parametrize("name", PEFT_TYPES)

@@ -18,8 +18,7 @@ from ..support.goat import GOAT, base, goat_model, largest, layers, logits, trai
 # The start
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("builder", [llama, gpt2])
+@pytest.mark.parametrize(("builder", "dtype"), [(llama, torch.float64), (gpt2, torch.float32), (llama, torch.bfloat16)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_base_weight_plus_mean_of_experts_is_the_original(builder, variant, dtype, report):
     """W + (s / E) sum_i B_i A_i = W0 up to one rounding of W; A and B follow the formula; Conv1D is transposed."""
@@ -176,7 +175,6 @@ def test_a_weight_in_an_unknown_form_is_refused():
         ({"svd_cache_dir": "x"}, r"svd_cache_dir='x' has no effect without init_lora_weights='goat'"),
         ({"eta": 2.0}, r"eta=2.0 has no effect without scaling='goat'"),
         ({"scaling": "goat", "lora_alpha": 32}, r"lora_alpha=32 has no effect without scaling='alpha' or 'rslora'"),
-        ({"rho": 0.0, **GOAT}, r"rho=0.0 must be a number > 0"),
         ({"eta": float("nan"), **GOAT}, r"eta=nan must be a number > 0"),
     ],
 )

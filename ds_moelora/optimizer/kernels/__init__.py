@@ -13,7 +13,7 @@ import os
 
 from torch import Tensor
 
-from ...mixture.fused import NO_TRITON
+from ...mixture.triton_operators import NO_TRITON
 from .cpp import load_kernels
 from .rows import Kernels
 

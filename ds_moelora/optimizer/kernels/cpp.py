@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .build import load_library
-from .rows import AdamWState, RowLayout
+from .rows import AdamWState, RowBlocks
 
 RANKS = (1, 2, 4, 8, 16)
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -67,8 +67,8 @@ class CppKernels:
         numbers = (ctypes.c_int64(rank), ctypes.c_int64(torch.get_num_threads()), ctypes.c_int64(count))
         getattr(self._library, name)(*numbers, *rest)
 
-    def add_grams_(self, grams: Tensor, rows: RowLayout, flats: Sequence[Tensor | None]) -> None:
-        operands = (_addresses(flats), rows.table, rows.matrix, grams)
+    def add_grams_(self, grams: Tensor, rows: RowBlocks, flats: Sequence[Tensor | None]) -> None:
+        operands = (_addresses(flats), rows.table, rows.matrix.on(grams.device), grams)
         self._call("add_grams", rows.rank, len(rows.blocks), *map(_at, operands))
 
     def damped_inverse(self, grams: Tensor, damping: Tensor | float) -> Tensor:
@@ -81,7 +81,7 @@ class CppKernels:
     def precondition_(
         self,
         matrices: Tensor,
-        rows: RowLayout,
+        rows: RowBlocks,
         gradients: Sequence[Tensor | None],
         states: Sequence[AdamWState | None] = (),
     ) -> None:
@@ -98,6 +98,6 @@ class CppKernels:
                 kept.extend((weight, average, square, state.step.data_ptr()))
                 settings.extend(state.settings)
             tables = [torch.frombuffer(kept, dtype=torch.int64), torch.frombuffer(settings, dtype=torch.float64)]
-        operands = [_addresses(gradients), rows.table, rows.matrix, matrices.contiguous(), *tables]
+        operands = [_addresses(gradients), rows.table, rows.matrix.on(matrices.device), matrices.contiguous(), *tables]
         padding = [None] * (6 - len(operands))
         self._call("precondition", rows.rank, len(rows.blocks), *map(_at, operands), *padding)

@@ -13,7 +13,6 @@ runs the kernels on CPU tensors.
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,22 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...mixture.triton_operators import INTERPRETED, operator
 from ..preconditioner import RELATIVE_DAMPING
-from .rows import AdamWState, Moves, RowLayout, capturing
+from .rows import AdamWState, Moves, RowBlocks, capturing
 from .triton_kernels import MOVED, add_grams, damped_inverse, move, square_of, step_rows, tile_of
 
 MAX_RANK = 64
-ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
 KEPT_TABLES = 64
 
-_library = torch.library.Library("ds_moelora", "FRAGMENT")
-_library.define("add_grams(Tensor(a!) grams, Tensor[] flats, Tensor table, int rank) -> ()")
-_library.define("damped_inverse(Tensor(a!) out, Tensor grams, Tensor? damping, float d) -> ()")
-_library.define(
-    "step_rows(Tensor(a!)[] gradients, Tensor(b!)[] weights, Tensor(c!)[] averages, Tensor(d!)[] squares, "
-    "Tensor[] steps, Tensor? matrices, Tensor table, int rank, Tensor? lr, float[] settings) -> ()"
-)
-_library.define("move(Tensor(a!)[] flats, Tensor lines, Tensor parts) -> ()")
 _tables: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
 
@@ -88,12 +79,14 @@ def _move(flats: list[Tensor], lines: Tensor, parts: Tensor) -> None:
     move[(len(lines),)](_addresses(lines.device, flats), lines, parts, BLOCK=MOVED)
 
 
-_OPERATORS = {"add_grams": _add_grams, "damped_inverse": _damped_inverse, "step_rows": _step_rows, "move": _move}
-for _name, _launch in _OPERATORS.items():
-    _library.impl(_name, _launch, "CUDA")
-    if ON_CPU:
-        _library.impl(_name, _launch, "CPU")
-    torch.library.register_fake(f"ds_moelora::{_name}", lambda *_: None, lib=_library)
+operator("add_grams(Tensor(a!) grams, Tensor[] flats, Tensor table, int rank) -> ()", _add_grams)
+operator("damped_inverse(Tensor(a!) out, Tensor grams, Tensor? damping, float d) -> ()", _damped_inverse)
+operator(
+    "step_rows(Tensor(a!)[] gradients, Tensor(b!)[] weights, Tensor(c!)[] averages, Tensor(d!)[] squares, "
+    "Tensor[] steps, Tensor? matrices, Tensor table, int rank, Tensor? lr, float[] settings) -> ()",
+    _step_rows,
+)
+operator("move(Tensor(a!)[] flats, Tensor lines, Tensor parts) -> ()", _move)
 
 
 class TritonKernels:
@@ -105,10 +98,10 @@ class TritonKernels:
         return rank <= MAX_RANK
 
     def refusal(self, weight: Tensor) -> str | None:
-        known = weight.dtype == torch.float32 and (weight.is_cuda or ON_CPU)
+        known = weight.dtype == torch.float32 and (weight.is_cuda or INTERPRETED)
         return None if known else f"are for float32 weights on GPUs, and there are {weight.dtype} on {weight.device}"
 
-    def add_grams_(self, grams: Tensor, rows: RowLayout, flats: Sequence[Tensor | None]) -> None:
+    def add_grams_(self, grams: Tensor, rows: RowBlocks, flats: Sequence[Tensor | None]) -> None:
         torch.ops.ds_moelora.add_grams(grams, _present(flats, grams), rows.experts_on(grams.device), rows.rank)
 
     def damped_inverse(self, grams: Tensor, damping: Tensor | float) -> Tensor:
@@ -120,7 +113,7 @@ class TritonKernels:
     def precondition_(
         self,
         matrices: Tensor,
-        rows: RowLayout,
+        rows: RowBlocks,
         gradients: Sequence[Tensor | None],
         states: Sequence[AdamWState | None] = (),
     ) -> None:

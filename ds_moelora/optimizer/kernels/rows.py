@@ -1,7 +1,7 @@
 """What kernels are told of a step: where rows lie in flat tensors, and what AdamW keeps of these.
 
 Kernels are one object with three functions (`Kernels`). They are given the flat tensors of units, in every step anew,
-and a layout that stays: which rows of which unit belong to which r x r matrix.
+and blocks that stay: which rows of which unit belong to which r x r matrix.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 14  # elements that one program of a GPU steps
+# A product over this many elements is long enough to hide what a call costs, and its operands still fit in a cache.
+MERGED_NUMEL = 1 << 18
 Extents = dict[Hashable, list[tuple[int, int]]]  # unit -> (start, end) of elements in its flat tensor
 
 
@@ -34,65 +36,113 @@ class AdamWState:
     settings: tuple[Any, ...]
 
 
-class Block(NamedTuple):
-    """`rows` whole rows of each of `experts` consecutive experts, from element `offset` of the tensor of unit `unit`.
+class Index(list[int]):
+    """Indices known on the host, and on the device from the first use on."""
 
-    Args:
-        strides: between experts, rows, and the elements of a row.
+    tensor: Tensor | None = None
+
+    def on(self, device: torch.device) -> Tensor:
+        if self.tensor is None or self.tensor.device != device:
+            self.tensor = torch.tensor(self, dtype=torch.long, device=device)
+        return self.tensor
+
+
+class RowBlock(NamedTuple):
+    """`rows` whole rows of each of `experts` consecutive experts, in the flat tensor of `source`.
+
+    The experts may be those of several factors that lie one behind the other.
     """
 
-    unit: int
+    source: Hashable
     offset: int
     experts: int
     rows: int
-    strides: tuple[int, int, int]
+    rank: int
+    transposed: bool
+    interleaved: bool = False  # (rows, rank, experts)
+    distance: int = 0  # in a table of interleaved rows: (rows, distance, rank), of which `experts` are meant
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.experts * self.rows * self.rank
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Between experts, rows, and the elements of a row."""
+        r, rows = self.rank, self.rows
+        if self.distance:
+            return r, self.distance * r, 1
+        if self.interleaved:
+            return 1, self.experts * r, self.experts
+        return (rows * r, 1, rows) if self.transposed else (rows * r, r, 1)
+
+    def view(self, flat: Tensor) -> Tensor:
+        shape = (self.experts, self.rows, self.rank)
+        return flat.as_strided(shape, self.strides, flat.storage_offset() + self.offset)
+
+    def continued_by(self, other: RowBlock) -> bool:
+        """True if `other` lies directly behind, looks the same, and both together are not too many for the caches."""
+        same = (self.source, *self[3:]) == (other.source, *other[3:])
+        mergeable = same and not self.transposed and not self.interleaved
+        return mergeable and self.end == other.offset and other.end - self.offset <= MERGED_NUMEL
 
 
-class RowLayout:
-    """Where blocks of rows of `rank` elements lie, and the matrix of every expert in them.
+class RowBlocks:
+    """Blocks of equal rank, as few as possible, and the r x r matrix of every expert in them.
 
     Args:
-        units: what a block's `unit` is the number of. blocks: one behind the other in `matrix`.
-        matrix: number of the matrix of every expert of all blocks.
+        rank, interleaved: of all of them.
     """
 
-    def __init__(self, units: Sequence[Hashable], blocks: Sequence[Block], matrix: Sequence[int], rank: int) -> None:
-        assert sum(block.experts for block in blocks) == len(matrix)
-        self.units, self.blocks, self.rank = list(units), list(blocks), rank
-        self.numbers = list(matrix)
+    def __init__(self, rank: int, interleaved: bool = False) -> None:
+        self.rank, self.interleaved = rank, interleaved
+        self.blocks: list[RowBlock] = []
+        self.matrix = Index()  # (to add to, or to multiply by) among those of equal rank
         self._experts: Tensor | None = None
 
+    def add(self, block: RowBlock, matrices: Sequence[int]) -> None:
+        """Puts a block behind the others; `matrices` are those of its experts."""
+        self.matrix.extend(matrices)
+        if self.blocks and self.blocks[-1].continued_by(block):
+            last = self.blocks.pop()
+            block = last._replace(experts=last.experts + block.experts)
+        self.blocks.append(block)
+
+    @property
+    def counts(self) -> list[int]:
+        return [block.experts for block in self.blocks]
+
     @cached_property
-    def matrix(self) -> Tensor:
-        """(experts,): the number of each one's matrix."""
-        return torch.tensor(self.numbers, dtype=torch.long)
+    def units(self) -> list[Hashable]:
+        """What kernels are given tensors of; below, a unit is its number among them."""
+        return list(dict.fromkeys(block.source for block in self.blocks))
 
     @cached_property
     def table(self) -> Tensor:
         """(blocks, 6): unit, offset, experts, rows, stride of a row's elements, number of the first expert."""
         found, first = [], 0
-        for block in self.blocks:
-            found.append([block.unit, block.offset, block.experts, block.rows, block.strides[2], first])
-            first += block.experts
+        for b in self.blocks:
+            found.append([self.units.index(b.source), b.offset, b.experts, b.rows, b.strides[2], first])
+            first += b.experts
         return torch.tensor(found, dtype=torch.long).view(-1, 6)
 
     def experts_on(self, device: torch.device) -> Tensor:
         """(experts, 6) on a device: unit, offset, rows, stride of rows, stride of a row's elements, matrix."""
         if self._experts is None or self._experts.device != device:
-            lines, matrices = [], iter(self.numbers)
-            for unit, offset, experts, rows, (between, row_stride, stride) in self.blocks:
-                for e in range(experts):
-                    lines.append([unit, offset + e * between, rows, row_stride, stride, next(matrices)])
+            lines, matrices = [], iter(self.matrix)
+            for b in self.blocks:
+                unit, (between, row_stride, stride) = self.units.index(b.source), b.strides
+                for e in range(b.experts):
+                    lines.append([unit, b.offset + e * between, b.rows, row_stride, stride, next(matrices)])
             self._experts = torch.tensor(lines, dtype=torch.long).view(-1, 6).to(device)
         return self._experts
 
     @cached_property
     def extents(self) -> Extents:
-        """The elements of each unit in the layout; blocks without gaps alone."""
+        """The elements of each unit in the blocks; of those without gaps alone."""
         found: Extents = {}
         for block in self.blocks:
-            end = block.offset + block.experts * block.rows * self.rank
-            found.setdefault(self.units[block.unit], []).append((block.offset, end))
+            found.setdefault(block.source, []).append((block.offset, block.end))
         return found
 
 
@@ -146,7 +196,7 @@ def capturing() -> bool:
 
 
 def extent_table(extents: Sequence[list[tuple[int, int]]], device: torch.device) -> Tensor:
-    """As `RowLayout.experts_on`, of elements in no row: a list of (start, end) for each unit; rows of one element."""
+    """As `RowBlocks.experts_on`, of elements in no row: a list of (start, end) for each unit; rows of one element."""
     chunks = [
         [unit, start, min(CHUNK, end - start), 1, 1, 0]
         for unit, parts in enumerate(extents)
@@ -167,7 +217,7 @@ class Kernels(Protocol):
     def refusal(self, weight: Tensor) -> str | None:
         """Why these kernels cannot step a weight: its dtype, or its device. None: they can."""
 
-    def add_grams_(self, grams: Tensor, rows: RowLayout, flats: Sequence[Tensor | None]) -> None:
+    def add_grams_(self, grams: Tensor, rows: RowBlocks, flats: Sequence[Tensor | None]) -> None:
         """Adds `rows^T rows` of every expert to its matrix in `grams`, (N, r, r) float32."""
 
     def damped_inverse(self, grams: Tensor, damping: Tensor | float) -> Tensor:
@@ -176,7 +226,7 @@ class Kernels(Protocol):
     def precondition_(
         self,
         matrices: Tensor,
-        rows: RowLayout,
+        rows: RowBlocks,
         gradients: Sequence[Tensor | None],
         states: Sequence[AdamWState | None] = (),
     ) -> None:

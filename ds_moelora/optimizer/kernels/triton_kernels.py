@@ -1,4 +1,4 @@
-"""The Triton kernels of `gpu`. A program does one line of a table, one expert: see `RowLayout.experts_on`.
+"""The Triton kernels of `gpu`. A program does one line of a table, one expert: see `RowBlocks.experts_on`.
 
 Rows of R elements are read in tiles (BLOCK, R_PAD). Sums are float32 and in a fixed order.
 """

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..factors import Factor
-from ..kernels.rows import AdamWState, Extents, Kernels
+from ..kernels.rows import AdamWState, Extents, Kernels, RowBlocks
 from ..preconditioner import algebra_dtype, gram, precondition_
 from .placement import Placement
-from .plan import GRAD, WEIGHT, RowBlocks, Rows, StepPlan
+from .plan import GRAD, WEIGHT, Rows, StepPlan
 from .zero import Flat
 
 Units = Callable[[Hashable], Flat]
@@ -257,8 +257,7 @@ class GroupCall:
         for blocks in equal if rows.sums else []:
             target = self.tables[which, blocks.rank, "grams"].view(-1, blocks.rank, blocks.rank)
             if self.kernels and self.kernels.covers(blocks.rank, blocks.interleaved) and not self.wide:
-                layout = blocks.layout
-                self.kernels.add_grams_(target, layout, [self.flats[unit][which] for unit in layout.units])
+                self.kernels.add_grams_(target, blocks, [self.flats[unit][which] for unit in blocks.units])
                 continue
             sources = [self.flats[b.source][which] for b in blocks.blocks]
             sums = [
@@ -283,13 +282,12 @@ class GroupCall:
         self, kernels: Kernels, blocks: RowBlocks, matrices: Tensor, adamw: StateOf, stepped: Extents
     ) -> None:
         """Steps the blocks of units that have a state, and preconditions the gradients of the others."""
-        layout = blocks.layout
-        gradients = [self.flats[unit][GRAD] for unit in layout.units]
-        states = [None if g is None else adamw(unit) for g, unit in zip(gradients, layout.units, strict=True)]
-        for unit, state in zip(layout.units, states, strict=True):
+        gradients = [self.flats[unit][GRAD] for unit in blocks.units]
+        states = [None if g is None else adamw(unit) for g, unit in zip(gradients, blocks.units, strict=True)]
+        for unit, state in zip(blocks.units, states, strict=True):
             if state is not None:
-                stepped.setdefault(unit, []).extend(layout.extents[unit])
-        kernels.precondition_(matrices, layout, gradients, states)
+                stepped.setdefault(unit, []).extend(blocks.extents[unit])
+        kernels.precondition_(matrices, blocks, gradients, states)
 
     def _assemble(self) -> None:
         """Phase 0: adds whole copies of the cut experts stored rank first to `flats`, as sources of their own."""

@@ -8,90 +8,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..factors import Factor
-from ..kernels.rows import Block, Moves, RowLayout
+from ..kernels.rows import Index, Moves, RowBlock, RowBlocks
 from .placement import Placement, expert_blocks, split_slice
-from .transfer import Index, Processes, Transfer
-
-# A product over this many elements is long enough to hide what a call costs, and its operands still fit in a cache.
-MERGED_NUMEL = 1 << 18
-
-
-class RowBlock(NamedTuple):
-    """`rows` whole rows of each of `experts` consecutive experts, in the flat tensor of `source`.
-
-    The experts may be those of several factors that lie one behind the other.
-    """
-
-    source: Hashable
-    offset: int
-    experts: int
-    rows: int
-    rank: int
-    transposed: bool
-    interleaved: bool = False  # (rows, rank, experts)
-    distance: int = 0  # in a table of interleaved rows: (rows, distance, rank), of which `experts` are meant
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.experts * self.rows * self.rank
-
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        """Between experts, rows, and the elements of a row."""
-        r, rows = self.rank, self.rows
-        if self.distance:
-            return r, self.distance * r, 1
-        if self.interleaved:
-            return 1, self.experts * r, self.experts
-        return (rows * r, 1, rows) if self.transposed else (rows * r, r, 1)
-
-    def view(self, flat: Tensor) -> Tensor:
-        shape = (self.experts, self.rows, self.rank)
-        return flat.as_strided(shape, self.strides, flat.storage_offset() + self.offset)
-
-    def continued_by(self, other: RowBlock) -> bool:
-        """True if `other` lies directly behind, looks the same, and both together are not too many for the caches."""
-        same = (self.source, *self[3:]) == (other.source, *other[3:])
-        mergeable = same and not self.transposed and not self.interleaved
-        return mergeable and self.end == other.offset and other.end - self.offset <= MERGED_NUMEL
-
-
-class RowBlocks:
-    """All blocks of equal rank, as few as possible, and the r x r matrix of every expert in them.
-
-    Args:
-        rank, interleaved: of all of them.
-    """
-
-    def __init__(self, rank: int, interleaved: bool = False) -> None:
-        self.rank, self.interleaved = rank, interleaved
-        self.blocks: list[RowBlock] = []
-        self.matrix = Index()  # (to add to, or to multiply by) among those of equal rank
-
-    def add(self, block: RowBlock, matrices: Sequence[int]) -> None:
-        """Puts a block behind the others; `matrices` are those of its experts."""
-        self.matrix.extend(matrices)
-        if self.blocks and self.blocks[-1].continued_by(block):
-            last = self.blocks.pop()
-            block = last._replace(experts=last.experts + block.experts)
-        self.blocks.append(block)
-
-    @property
-    def counts(self) -> list[int]:
-        return [block.experts for block in self.blocks]
-
-    @cached_property
-    def layout(self) -> RowLayout:
-        """For kernels."""
-        number = {unit: k for k, unit in enumerate(dict.fromkeys(b.source for b in self.blocks))}
-        blocks = [Block(number[b.source], b.offset, b.experts, b.rows, b.strides) for b in self.blocks]
-        return RowLayout(list(number), blocks, self.matrix, self.rank)
+from .transfer import Processes, Transfer
 
 
 @dataclass

@@ -23,20 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels.rows import Moves
+from ..kernels.rows import Index, Moves
 
 Processes = tuple[Tensor, Tensor]  # the first and the last one, of every slot
-
-
-class Index(list[int]):
-    """Indices known on the host, and on the device from the first use on."""
-
-    tensor: Tensor | None = None
-
-    def on(self, device: torch.device) -> Tensor:
-        if self.tensor is None or self.tensor.device != device:
-            self.tensor = torch.tensor(self, dtype=torch.long, device=device)
-        return self.tensor
 
 
 def rounds(targets: list[int]) -> list[tuple[Index, Index]]:
@@ -191,21 +180,6 @@ class Transfer:
             wanted = [slot for slot in table.slots if self.process in slot.wanted]
             found[name] = tuple(Index(t) for s in (held, wanted) for t in ([x.row for x in s], [x.number for x in s]))
         return found  # type: ignore[return-value]
-
-    @property
-    def collective(self) -> str:
-        return "all_to_all" if self.is_direct else "all_reduce"
-
-    @property
-    def sent_by_all(self) -> int:
-        """Elements that leave processes, if a ring carries an all-reduce; `sent`: this one."""
-        return self.sent_directly if self.is_direct else 2 * (self.world - 1) * self.numel
-
-    @property
-    def sent(self) -> int:
-        if not self.is_direct:
-            return round(self.sent_by_all / self.world)
-        return sum(self.sent_to)
 
     def __call__(self, tables: Mapping[Any, Tensor], group: Any, device: torch.device | None) -> None:
         """Puts the sums into the rows that want them, of tables (rows, width) that hold this process's parts.

@@ -37,7 +37,7 @@ Flat = tuple[torch.Tensor, torch.Tensor | None]  # local flat weights, and their
 class Storage(Protocol):
     """Where trained parameters lie. A parameter is named by its index in the list given to `find_storage`."""
 
-    sharded: bool
+    sharded: bool = True
 
     def placement(self, index: int) -> Placement:
         """Of parameter `index`; equal in every process but for its own part."""
@@ -45,11 +45,13 @@ class Storage(Protocol):
     def units(self, param_groups: Sequence[ParamGroup]) -> set[Hashable]:
         """What the running call of `optimizer.step()` updates, given the groups it sees."""
 
-    def held(self, unit: Hashable) -> Any:
+    def held(self, unit: Any) -> Any:
         """The optimizer's own local tensor of a unit, under which it keeps its state."""
 
-    def flat(self, unit: Hashable) -> Flat:
+    def flat(self, unit: Any) -> Flat:
         """The local flat weights of a unit and their gradient."""
+        partition = self.held(unit)
+        return partition.detach(), partition.grad
 
 
 def find_storage(params: list[Any], groups: list[int], known_groups: Mapping[int, ParamGroup]) -> Storage:
@@ -153,7 +155,7 @@ def _unknown(what: str) -> ValueError:
     )
 
 
-class WholeStorage:
+class WholeStorage(Storage):
     """Nothing is partitioned: the parameters, or full-precision copies of the same shapes. One unit each."""
 
     sharded = False
@@ -169,12 +171,10 @@ class WholeStorage:
     def units(self, param_groups: Sequence[ParamGroup]) -> set[Hashable]:
         return set(range(len(self._held)))
 
-    def held(self, unit: Hashable) -> Any:
-        assert isinstance(unit, int)
+    def held(self, unit: Any) -> Any:
         return self._held[unit]
 
-    def flat(self, unit: Hashable) -> Flat:
-        assert isinstance(unit, int)
+    def flat(self, unit: Any) -> Flat:
         p = self._held[unit]
         if not p.is_contiguous():
             # Rows must be consecutive, and torch's fused step wants weight and gradient in the same order.
@@ -209,7 +209,7 @@ def _master_copies(params: list[Any], groups: list[int], known_groups: Mapping[i
     return copies
 
 
-class ZeroPartitionStorage:
+class ZeroPartitionStorage(Storage):
     """ZeRO-1/2 and BF16_Optimizer: every group is one flat buffer, cut into equal partitions over its ranks.
 
     Reads `param._dp_group`. The model's parameters are views of the flat buffer of their whole group, so that
@@ -217,8 +217,6 @@ class ZeroPartitionStorage:
     `param._hp_mapping`, which tells it to owners alone, is wrong with `round_robin_gradients` (DeepSpeed 0.19.8 links
     it in the order before the reordering); only its presence is used, as the mark of these optimizers.
     """
-
-    sharded = True
 
     def __init__(self, params: list[Any], groups: list[int], known_groups: Mapping[int, ParamGroup]) -> None:
         self.params, self.groups, self.known_groups = params, groups, known_groups
@@ -245,8 +243,7 @@ class ZeroPartitionStorage:
             group=group,
         )
 
-    def held(self, unit: Hashable) -> Any:
-        assert isinstance(unit, int)
+    def held(self, unit: Any) -> Any:
         params = self.known_groups[unit]["params"]
         if len(params) != 1:
             raise _unknown(f"parameter group {unit} holds {len(params)} tensors, where ZeRO keeps one flat partition")
@@ -255,20 +252,14 @@ class ZeroPartitionStorage:
     def units(self, param_groups: Sequence[ParamGroup]) -> set[Hashable]:
         return {group[GROUP_KEY] for group in param_groups if group["params"]}
 
-    def flat(self, unit: Hashable) -> Flat:
-        partition = self.held(unit)
-        return partition.detach(), partition.grad
 
-
-class ZeroStage3Storage:
+class ZeroStage3Storage(Storage):
     """ZeRO-3: every parameter is cut into equal partitions of its own; a sub-group's lie in one flat tensor.
 
     Reads `param._z3_optimizer` with `get_param_id(param)`, `grad_position[id] = [sub_group, offset, numel]`,
     `fp32_partitioned_groups_flat`, `offload_optimizer` and `partial_offload` (offload_optimizer.ratio of the config);
     and `param.ds_numel`, `param.ds_process_group`.
     """
-
-    sharded = True
 
     def __init__(self, params: list[Any]) -> None:
         self.params = params
@@ -302,10 +293,5 @@ class ZeroStage3Storage:
         stepped = {id(p) for group in param_groups for p in group["params"]}
         return {i for i, partition in enumerate(self.partitions) if id(partition) in stepped}
 
-    def held(self, unit: Hashable) -> Any:
-        assert isinstance(unit, int)
+    def held(self, unit: Any) -> Any:
         return self.partitions[unit]
-
-    def flat(self, unit: Hashable) -> Flat:
-        partition = self.held(unit)
-        return partition.detach(), partition.grad

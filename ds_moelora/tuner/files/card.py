@@ -117,7 +117,10 @@ def _complete(model: PeftModel, path: Path, is_new: bool) -> None:
     card.text = _with_part(card.text, ADAPTER_PART, adapter_text(model, base))
     if record is not None:
         card.text = _with_part(card.text, TRAINING_PART, record.text)
-        _add_results(card.data, record)
+        if record.datasets:
+            card.data.datasets = sorted({*(card.data.datasets or []), *record.datasets})
+        if record.results:
+            card.data.model_name, card.data.eval_results = record.model_name, record.results
     card.data.library_name = "peft"
     card.data.tags = sorted({*(card.data.tags or []), *TAGS})
     if os.path.isdir(base):  # the hub refuses a card whose base_model is no repository
@@ -125,13 +128,6 @@ def _complete(model: PeftModel, path: Path, is_new: bool) -> None:
         card.data.tags = [tag for tag in card.data.tags if not tag.startswith("base_model:")]
     card.text = card.text.rstrip() + "\n"
     card.save(path)
-
-
-def _add_results(data: ModelCardData, record: TrainingRecord) -> None:
-    if record.datasets:
-        data.datasets = sorted({*(data.datasets or []), *record.datasets})
-    if record.results:
-        data.model_name, data.eval_results = record.model_name, record.results
 
 
 def _with_part(text: str, name: str, content: str) -> str:

@@ -11,7 +11,7 @@ from deepspeed.utils import groups
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_moelora.expert_parallel.nodes import explain_split, split_groups
+from ds_moelora.expert_parallel.groups import explain_split, split_groups
 
 
 def deepspeed_groups(world: int, ep_size: int, data_before_expert: bool = False) -> list[list[int]]:
