@@ -1,4 +1,4 @@
-"""The command `ds-moelora`: starts the launcher (`train`, `evaluate`, `generate`), or asks `ds_moelora.cli`.
+"""The command `ds-moelora`: starts a program of the launcher (`PROGRAMS`), or asks `ds_moelora.cli`.
 
 The module stands beside the package, whose import costs seconds and memory: who only starts a program needs neither.
 The launcher is no part of the package's code: nothing imports it. A checkout has it in `launch/`; an installed package
@@ -8,18 +8,18 @@ in `ds_moelora/_launcher/launch/`, with `configs/` beside it (setup.py puts both
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Started with their flags as they are; their --help is the program's own.
-SUMMARIES = {
-    "train": "fine-tunes a model: launch/train.py, under DeepSpeed's launcher where there is more than one device",
-    "evaluate": "scores an adapter on evaluation data: launch/evaluate.py",
-    "generate": "lets an adapter answer prompts: launch/generate.py",
+# Command -> (file in launch/, summary). Started with their flags as they are; their --help is the program's own.
+PROGRAMS = {
+    "train": ("train.py", "fine-tunes a model, under DeepSpeed's launcher where there is more than one device"),
+    "evaluate": ("evaluate.py", "scores an adapter on evaluation data"),
+    "generate": ("generate.py", "lets an adapter answer prompts"),
+    "preview": ("data/preview.py", "one training batch with its loss mask, from the flags of train"),
 }
 # Of DeepSpeed's own launcher.
 RUNNER_FLAGS = ("num_gpus", "num_nodes", "hostfile", "include", "exclude", "master_addr", "master_port")
@@ -35,40 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code, as `ds_moelora.cli.main`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] not in SUMMARIES:
+    if not words or words[0] not in PROGRAMS:
         from ds_moelora import cli
 
         return cli.main(words)
-    try:
-        return start(words[0], words[1:])
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return start(words[0], words[1:])
 
 
 def script(name: str) -> Path:
-    """The file of a program of the launcher, e.g. "train.py".
-
-    Raises:
-        ValueError: neither beside the package nor in it.
-    """
-    spec = importlib.util.find_spec("ds_moelora")  # imports nothing
-    assert spec is not None, "this module is installed with the package"
-    assert spec.origin is not None
-    package = Path(spec.origin).resolve().parent
-    places = [folder / "launch" / name for folder in (package.parent, package / "_launcher", Path.cwd())]
-    file = next((place for place in places if place.is_file()), None)
-    if file is None:
-        raise ValueError(
-            f"there is no {' or '.join(map(str, places))}. Install the package with its launcher (pip install "
-            "'ds_moelora[train]'), or run this command in a checkout of the repository."
-        )
-    return file
+    """The file of a program of the launcher, e.g. "train.py"."""
+    here = Path(__file__).resolve().parent
+    inside = here / "ds_moelora" / "_launcher"
+    return (inside if inside.is_dir() else here) / "launch" / name
 
 
 def start(command: str, words: Sequence[str]) -> int:
-    """Runs one of `SUMMARIES` in a process of its own; returns its exit code."""
-    file = script(f"{command}.py")
+    """Runs one of `PROGRAMS` in a process of its own; returns its exit code."""
+    file = script(PROGRAMS[command][0])
     return subprocess.run(command_line(command, file, words), check=False).returncode
 
 

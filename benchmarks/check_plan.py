@@ -16,7 +16,9 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
-from ds_moelora.planner import Choice, Hardware, Workload, hardware, layer_time, load_calibration
+from ds_moelora.planner.hardware import Hardware, hardware, load_calibration
+from ds_moelora.planner.timing import layer_time
+from ds_moelora.planner.workload import Choice, Workload
 
 RESULTS = Path(__file__).parent / "results"
 WAYS = {f"{d}, {c}": (d, c) for d, c in itertools.product(("weights", "tokens"), ("dense", "grouped"))}

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..optimizer.sharding.zero import accumulation_boundary
 from .gather import Segment, gather
 from .manifest import TensorFiles, check_contents, publish, read_manifest, write_manifest
-from .processes import NotFiniteError, agree, rank, world_size
+from .processes import NotFiniteError, agree, rank, together, world_size
 from .record import REFUSE, TABLE, compare, refuse_others, run_record, verdict
 from .run_state import base_rate, restore_run_state, run_state
 from .trained import Run, Trained, TrainedParameters, check_ownership
@@ -54,22 +54,16 @@ def save_elastic(engine: Any, folder: str | Path) -> None:
         )
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
-    what, failure = f"the elastic checkpoint {folder} could not be written", None
-    try:
+    what = f"the elastic checkpoint {folder} could not be written"
+    with together(what, OSError):
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-    except OSError as error:
-        failure = error
-    agree(failure, what)
     manifest, _ = write_state(Run.of(engine), partial)
-    try:
+    with together(what, OSError):
         if rank() == 0:
             write_manifest(partial, manifest)
             publish(partial, folder)
-    except OSError as error:
-        failure = error
-    agree(failure, what)
 
 
 def write_state(
@@ -92,18 +86,13 @@ def write_state(
     manifest = {"record": {**run_record(run), **(extra or {})}, "run": run_state(run)}
     buffers = _buffers(run.module) if rank() == 0 else {}
     files = TensorFiles(folder)
-    failure: Exception | None = None
-    try:
-        weights = _gather_finite(run, parameters, files)
-    except NotFiniteError as error:  # raised on every process; its thread is ended first
-        failure, weights = error, {}
-    try:
-        for name, buffer in buffers.items():
-            files.add(f"{name}|buffer", buffer.detach().cpu().contiguous())
-        manifest |= {"files": files.close(), "tensors": files.where}
-    except Exception as error:  # `agree` raises it on every process
-        failure = failure or error
-    agree(failure, f"{folder} could not be written")
+    with together(f"{folder} could not be written", Exception):
+        try:
+            weights = _gather_finite(run, parameters, files)
+            for name, buffer in buffers.items():
+                files.add(f"{name}|buffer", buffer.detach().cpu().contiguous())
+        finally:  # its thread is ended, whatever was raised
+            manifest |= {"files": files.close(), "tensors": files.where}
     manifest["parameters"] = {
         trained.name: {
             "numbers": parameters.state(trained)[1],
@@ -163,8 +152,7 @@ def check_state(
         ValueError: on every process.
     """
     parameters, mine = TrainedParameters(run), {**run_record(run), **(extra or {})}
-    failure, manifest, lines = None, {}, []
-    try:
+    with together(f"the elastic checkpoint {folder} cannot be loaded", ValueError, OSError, KeyError, kind=ValueError):
         manifest = read_manifest(folder)
         if "parameters" not in manifest:
             raise ValueError(f"{folder} holds the adapter alone, without optimizer state.")
@@ -175,9 +163,6 @@ def check_state(
         _check_numbers(manifest["parameters"], parameters)
         if contents:
             check_contents(folder, manifest, (rank(), world_size()))
-    except (ValueError, OSError, KeyError) as error:
-        failure = error
-    agree(failure, f"the elastic checkpoint {folder} cannot be loaded", ValueError)
     return manifest, lines
 
 
@@ -188,8 +173,8 @@ def restore_state(run: Run, folder: Path, manifest: dict[str, Any]) -> None:
     Raises:
         RuntimeError: a process failed.
     """
-    parameters, failure = TrainedParameters(run), None
-    try:
+    parameters = TrainedParameters(run)
+    with together(f"the elastic checkpoint {folder} could not be loaded", Exception):
         with ExitStack() as stack:
             opened = functools.cache(lambda name: stack.enter_context(safe_open(folder / name, framework="pt")))
             tensors: dict[str, dict[str, Any]] = {}  # {parameter or buffer: {kind: open file}}
@@ -208,9 +193,6 @@ def restore_state(run: Run, folder: Path, manifest: dict[str, Any]) -> None:
                 if "buffer" in tensors.get(name, {}):
                     buffer.copy_(tensors[name]["buffer"].get_tensor(f"{name}|buffer"))
         restore_run_state(run, manifest["run"])
-    except Exception as error:  # `agree` raises it on every process
-        failure = error
-    agree(failure, f"the elastic checkpoint {folder} could not be loaded")
 
 
 def why_not_elastic(run: Run) -> str | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pairs import tag_of
-from .processes import agree, everyone, rank
+from .processes import everyone, rank, together
 from .record import compare, refuse_others, run_record
 from .trained import Run
 
@@ -29,14 +29,11 @@ def record_when_saved(save: Callable[..., Any]) -> Callable[..., Any]:
     def save_checkpoint(self: Any, save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         result = save(self, save_dir, tag, *args, **kwargs)
         if _is_ours(self):
-            record, failure = run_record(Run.of(self)), None
+            record = run_record(Run.of(self))
             path = Path(save_dir) / str(tag or f"global_step{self.global_steps}") / RECORD
-            try:
+            with together(f"{path} could not be written", OSError):
                 if rank() == 0:
                     path.write_text(json.dumps(record, indent=1))
-            except OSError as error:
-                failure = error
-            agree(failure, f"{path} could not be written")
         return result
 
     return save_checkpoint
@@ -63,18 +60,15 @@ def compare_when_loaded(load: Callable[..., Any]) -> Callable[..., Any]:
 
 def _compare(engine: Any, folder: Path, tag: Any, weights_alone: bool) -> list[str]:
     """The lines to say of a checkpoint that has a record; [] without one. A collective call."""
-    saved, failure = None, None
-    try:
+    saved: dict[str, Any] = {}
+    kinds = (OSError, ValueError, TypeError, RecursionError)
+    with together(f"the {RECORD} of {folder} cannot be read", *kinds, kind=ValueError):
         latest = folder / ("latest_universal" if engine.load_universal_checkpoint() else "latest")
         folder /= str(tag) if tag is not None or not latest.is_file() else latest.read_text().strip()
         if (folder / RECORD).is_file():
             saved = dict(json.loads((folder / RECORD).read_text()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        failure = error
-    agree(failure, f"{folder / RECORD} cannot be read", ValueError)
-    if not all(everyone(saved is not None)):
+    if not all(everyone(bool(saved))):
         return []
-    assert saved is not None
     differences = compare(saved, run_record(Run.of(engine)))
     return refuse_others(
         [d for d in differences if not (weights_alone and d.name.startswith("optimizer."))], str(folder)

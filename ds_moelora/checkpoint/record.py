@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..optimizer.sharding.zero import is_partitioned, whole_shape
+from ..optimizer.sharding.zero import whole_shape
 from ..redaction import redact_text
+from .processes import gathered
 from .trained import Run, topology, trained_shapes
 
 REFUSE, SAY, IGNORE = "refuse", "say", "ignore"
@@ -160,12 +161,7 @@ def sample_weights(module: nn.Module) -> dict[str, Any]:
     chosen = [found[7 * number % len(found)] for number, found in enumerate(kinds.values())]  # of different layers
     samples: dict[str, Any] = {}
     for name, param in chosen[:: max(-(-len(chosen) // SAMPLED_PARAMETERS), 1)]:
-        if is_partitioned(param):
-            from deepspeed.runtime.zero import GatheredParameters
-
-            with GatheredParameters([param]):
-                samples[name] = _sample(param)
-        else:
+        with gathered([param]):
             samples[name] = _sample(param)
     return samples
 

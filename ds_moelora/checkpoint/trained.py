@@ -5,7 +5,6 @@ What an elastic checkpoint needs, whichever optimizer trains, under DeepSpeed or
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..optimizer.sharding.placement import Placement
-from ..optimizer.sharding.zero import Storage, find_storage, trained_groups, whole_shape, write_parameter
+from ..optimizer.sharding.zero import (
+    Storage,
+    ZeroPartitionStorage,
+    find_storage,
+    trained_groups,
+    whole_shape,
+    write_parameter,
+)
 from .gather import Segment
 from .processes import rank, world_size
 
@@ -179,16 +185,13 @@ class TrainedParameters(list[Trained]):
         write_parameter(trained.param, values, place)
 
 
-class FlatCopies:
+class FlatCopies(ZeroPartitionStorage):
     """FP16_Optimizer (stage 0 in half precision with a fused Adam): one flat fp32 copy per group, nothing partitioned.
 
     The model's parameters are views of the group's flat half-precision buffer, in the same order.
     """
 
     sharded = False
-
-    def __init__(self, params: list[Any], groups: list[int], known_groups: dict[int, dict[str, Any]]) -> None:
-        self.params, self.groups, self.known_groups = params, groups, known_groups
 
     def placement(self, index: int) -> Placement:
         param, unit = self.params[index], self.groups[index]
@@ -200,16 +203,6 @@ class FlatCopies:
             partition=self.held(unit).numel(),
             local_offset=position,
         )
-
-    def held(self, unit: Hashable) -> Any:
-        return self.known_groups[unit]["params"][0]  # type: ignore[index]
-
-    def flat(self, unit: Hashable) -> tuple[Tensor, Tensor | None]:
-        copy = self.held(unit)
-        return copy.detach(), copy.grad
-
-    def units(self, param_groups: Any) -> set[Hashable]:
-        return set(self.known_groups)
 
 
 def check_ownership(parameters: TrainedParameters, device: Any) -> None:

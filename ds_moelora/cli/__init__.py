@@ -2,9 +2,8 @@
 
 A command is a module of this folder with `SUMMARY` (one line), `add_arguments(parser)` and `run(args) -> int`, listed
 in `COMMANDS`; its docstring is its help, and `parents()`, if there, are parsers whose flags it has too. It raises
-ValueError for a mistake in what was asked. A command with `TAKES_OTHER_FLAGS = True` finds unknown flags in
-`args.other_flags`. The commands of `ds_moelora_command.SUMMARIES` are the launcher's programs, which get their flags as
-they are.
+ValueError for a mistake in what was asked. The commands of `ds_moelora_command.PROGRAMS` are the launcher's programs,
+which get their flags as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import ds_moelora_command as launcher
 
 from .tables import plain
 
-COMMANDS = ("plan", "preview", "inspect", "export", "init-adapter")
+COMMANDS = ("plan", "inspect", "export", "init-adapter")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done, 1 an unexpected error, 2 a mistake in what was asked.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, summary in launcher.SUMMARIES.items():
+    for name, (_, summary) in launcher.PROGRAMS.items():
         commands.add_parser(name, help=summary, add_help=False)
     for name in COMMANDS:
         module = importlib.import_module(f".{name.replace('-', '_')}", __name__)
@@ -51,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         module.add_arguments(command)
         command.add_argument("--debug", action="store_true", help="traceback of errors that are otherwise one line")
-        command.set_defaults(run=module.run, refuse=None if hasattr(module, "TAKES_OTHER_FLAGS") else command.error)
+        command.set_defaults(run=module.run)
     return parser
 
 
@@ -65,12 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 2 for a ValueError (one line on stderr), 1 for any other error.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in launcher.SUMMARIES:
+    if words and words[0] in launcher.PROGRAMS:
         return launcher.main(words)
-    args, others = build_parser().parse_known_args(words)
-    args.other_flags, args.words = others, words
-    if others and args.refuse is not None:
-        args.refuse(f"unrecognized arguments: {' '.join(others)}")
+    args = build_parser().parse_args(words)
+    args.words = words
     try:
         return args.run(args)
     except BrokenPipeError:  # `| head` has seen enough

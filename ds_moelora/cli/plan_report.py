@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
-from ..planner import Candidate, DoesNotFitError, Plan, Workload, evaluate
 from ..planner.hardware import GB
+from ..planner.planner import Candidate, DoesNotFitError, Plan, evaluate
 from ..planner.timing import transfer_seconds
+from ..planner.workload import Workload
 from .tables import table
 
 SHOWN_WAYS = 10
@@ -95,21 +96,11 @@ def _ways_table(plan: Plan, shown: Sequence[Candidate], style: str) -> str:
     header = ("stage", "ep_size", " dispatch", "memory GB", " fits", "sent GB", "compute s", "overlapped s")
     rows = []
     for way in shown:
-        choice, time = way.choice, way.time
-        mark = "  <-" if way is plan.best else ""
-        seconds = [time.compute, time.overlapped, time.exposed, time.optimizer, time.total]
-        rows.append(
-            (
-                str(choice.stage),
-                str(choice.ep_size),
-                choice.dispatch,
-                f"{way.memory.total / GB:.1f}",
-                "yes" if way.fits else "no",
-                f"{way.sent / GB:.3g}",
-                *(f"{s:.3f}" for s in seconds[:-1]),
-                f"{seconds[-1]:.3f}{mark}",
-            )
-        )
+        choice, fits = way.choice, "yes" if way.fits else "no"
+        names = (str(choice.stage), str(choice.ep_size), choice.dispatch)
+        seconds = [f"{s:.3f}" for s in (*way.time, way.time.total)]
+        seconds[-1] += "  <-" if way is plan.best else ""
+        rows.append((*names, f"{way.memory.total / GB:.1f}", fits, f"{way.sent / GB:.3g}", *seconds))
     fitting = sum(c.fits for c in plan.candidates)
     title = f"Ways to run it: {fitting} of {len(plan.candidates)} fit; shown {len(rows)}"
     return table(title, (*header, "exposed s", "optimizer s", "step s"), rows, style)
@@ -117,9 +108,9 @@ def _ways_table(plan: Plan, shown: Sequence[Candidate], style: str) -> str:
 
 def _memory_table(plan: Plan, style: str) -> str:
     memory = plan.best.memory
-    rows = [(i.name, i.phase, f"{i.bytes / GB:.3f}", i.formula) for i in memory.items]
-    rows.append(("total", "", f"{memory.total / GB:.3f}", "always + max(backward, step)"))
-    return table(f"Memory per GPU, {plan.best.choice}", ("item", " when", "GB", " formula"), rows, style)
+    rows = [(item.name, item.phase, f"{item.bytes / GB:.3f}") for item in memory.items]
+    rows.append(("total", "always + the larger", f"{memory.total / GB:.3f}"))
+    return table(f"Memory per GPU, {plan.best.choice}", ("item", " when", "GB"), rows, style)
 
 
 def _traffic_table(plan: Plan, style: str) -> str:

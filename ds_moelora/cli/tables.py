@@ -19,7 +19,9 @@ def plain(text: str) -> str:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], style: str = "table") -> str:
-    """A table as text. The first column is left-aligned, and so is every column whose header begins with a space.
+    """A table as text, as wide as the terminal; colours only there.
+
+    The first column is left-aligned, and so is every column whose header begins with a space.
 
     Args:
         style: "table" or "markdown".
@@ -38,14 +40,9 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], styl
         out.add_column(name, justify="left" if is_left else "right", no_wrap=i == 0)
     for row in rows:
         out.add_row(*row)
-    return rendered(out)
-
-
-def rendered(content: Table) -> str:
-    """As wide as the terminal; colours only there."""
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if terminal else PIPED_WIDTH
     console = Console(file=io.StringIO(), width=width, force_terminal=terminal, markup=False, emoji=False)
     with console.capture() as capture:
-        console.print(content)
+        console.print(out)
     return capture.get().rstrip("\n")

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from .descriptions import add_scalar
-from .heat_map import heat_map
+from .heat_map import write_heat_map
 from .meter import Report, TrainingMeter
-from .run_info import configuration, hyperparameters, write_run_info
+from .run_info import write_run_info
+
+SETTINGS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "world_size")
 
 
 class MoELoRACallback(TrainerCallback):
@@ -39,68 +41,45 @@ class MoELoRACallback(TrainerCallback):
         self.trainer, self.heat_map_every, self.on_report = trainer, heat_map_every, on_report
         if heat_map_every < 0:
             raise ValueError(f"heat_map_every={heat_map_every} must be at least 0; 0 draws no heat map.")
-        if on_report is None:
-            self._tensorboard()
+        if on_report is None and self._tensorboard() is None:
+            raise ValueError(
+                f"this Trainer reports to {trainer.args.report_to or 'nothing'}; add "
+                'report_to="tensorboard" to its TrainingArguments.'
+            )
         self.meter: TrainingMeter | None = None
-        self._reports = 0
+
+    def _tensorboard(self) -> TensorBoardCallback | None:
+        callbacks = self.trainer.callback_handler.callbacks
+        return next((callback for callback in callbacks if isinstance(callback, TensorBoardCallback)), None)
 
     def _writer(self) -> Any:
-        """TensorBoard's; None without it."""
-        found = [c for c in self.trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
-        return found[0].tb_writer if found else None
+        """TensorBoard's, once training has begun; None without it, and on all processes but the first."""
+        return getattr(self._tensorboard(), "tb_writer", None)
 
-    def _tensorboard(self) -> None:
-        if any(isinstance(callback, TensorBoardCallback) for callback in self.trainer.callback_handler.callbacks):
-            return
-        raise ValueError(
-            f"this Trainer reports to {self.trainer.args.report_to or 'nothing'}; add "
-            'report_to="tensorboard" to its TrainingArguments.'
-        )
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         engine, model = self.trainer.deepspeed, self.trainer.model
         optimizer = engine or self.trainer.optimizer
-        self.meter, self._reports = TrainingMeter(model, optimizer), 0
-        if not state.is_world_process_zero or self._writer() is None:
-            return
-        extra = {
-            "learning_rate": args.learning_rate,
-            "per_device_train_batch_size": args.per_device_train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "max_steps": state.max_steps,
-            "seed": args.seed,
-            "world_size": args.world_size,
-            "zero_stage": None if engine is None else engine.zero_optimization_stage(),
-        }
-        values = hyperparameters(model, optimizer, extra)
-        write_run_info(self._writer(), values, configuration(model, engine))
+        self.meter = TrainingMeter(model, optimizer)
+        if self._writer() is not None:
+            extra = {"max_steps": state.max_steps, **{name: getattr(args, name) for name in SETTINGS}}
+            write_run_info(self._writer(), model, optimizer, engine, extra)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         step = state.global_step + 1
         if self.meter is not None and (
             step % state.logging_steps == 0 or step == state.max_steps or (step == 1 and args.logging_first_step)
         ):  # the number alone decides, on every rank alike
             self.meter.arm()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         report = self.meter.step_done() if self.meter is not None else None
         if report is not None:
             if self.on_report is not None:
                 self.on_report(report)
-            if state.is_world_process_zero and self._writer() is not None:
-                self._write(report, state.global_step)
-            self._reports += 1
-
-    def _write(self, report: Report, step: int) -> None:
-        writer = self._writer()
-        for tag, value in report.scalars.items():
-            add_scalar(writer, tag, value, step)
-        if self.heat_map_every and self._reports % self.heat_map_every == 0 and len(report.loads):
-            writer.add_image("moe/load", heat_map(report.loads, report.layers, step), step, dataformats="HWC")
+            if (writer := self._writer()) is not None:
+                for tag, value in report.scalars.items():
+                    add_scalar(writer, tag, value, state.global_step)
+                write_heat_map(writer, report, state.global_step, self.heat_map_every)
 
     def _leave_out(self, *args: Any, **kwargs: Any) -> None:
         """What has passed since the last step is not training."""
@@ -109,9 +88,7 @@ class MoELoRACallback(TrainerCallback):
 
     on_evaluate = on_save = on_epoch_begin = _leave_out
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         if self.meter is not None:
             self.meter.close()
             self.meter = None

@@ -31,6 +31,8 @@ DESCRIPTIONS = {
     "eval/answered": "Share of written answers in which the pattern found one.",
     "eval/accuracy": "Share of rows whose class was right.",
 }
+# Those that this package measures itself.
+TAGS = tuple(tag for tag in DESCRIPTIONS if not tag.startswith(("train/", "eval/")))
 # For tags that are not listed.
 PREFIXES = {"train/": "Logged by the trainer while it trains.", "eval/": "A score on the evaluation rows."}
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .heat_map import heat_map
+from .heat_map import write_heat_map
 from .meter import TrainingMeter
-from .run_info import configuration, hyperparameters, write_run_info
+from .run_info import write_run_info
 
 
 class EngineMonitor:
@@ -45,7 +45,6 @@ class EngineMonitor:
         self.engine, self.every, self.heat_map_every = engine, every, heat_map_every
         self.meter = TrainingMeter(engine.module, engine)
         self._first = self._done = engine.global_steps
-        self._reports = 0
         # For images and text; only rank 0 has one, and only with a `tensorboard` block.
         self._writer = getattr(engine.monitor.tb_monitor, "summary_writer", None)
         if self._writer is not None:
@@ -53,10 +52,8 @@ class EngineMonitor:
                 "train_batch_size": engine.train_batch_size(),
                 "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
                 "world_size": dist.get_world_size(),
-                "zero_stage": engine.zero_optimization_stage(),
             }
-            values = hyperparameters(engine.module, engine, extra)
-            write_run_info(self._writer, values, configuration(engine.module, engine))
+            write_run_info(self._writer, engine.module, engine, engine, extra)
         self._arm_if_due()
 
     def step(self) -> None:
@@ -67,12 +64,8 @@ class EngineMonitor:
         report = self.meter.step_done()
         if report is not None:
             self.engine.monitor.write_events([(tag, value, self._done) for tag, value in report.scalars.items()])
-            draws = self.heat_map_every and self._reports % self.heat_map_every == 0 and len(report.loads)
-            if self._writer is not None and draws:
-                image = heat_map(report.loads, report.layers, self._done)
-                self._writer.add_image("moe/load", image, self._done, dataformats="HWC")
-                self._writer.flush()
-            self._reports += 1
+            if self._writer is not None:
+                write_heat_map(self._writer, report, self._done, self.heat_map_every)
         self._arm_if_due()
 
     def pause(self) -> None:

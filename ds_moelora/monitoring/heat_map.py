@@ -11,6 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .meter import Report
+
 # log2(load) from -2 to 2: a quarter of an even share to four times that.
 COLORS = np.array([[33, 102, 172], [146, 197, 222], [247, 247, 247], [244, 165, 130], [178, 24, 43]], dtype=float)
 DEAD, ABSENT = (0, 0, 0), (255, 255, 255)
@@ -27,6 +29,13 @@ def colors_of(loads: Tensor) -> np.ndarray:
     rgb[(loads == 0).numpy()] = DEAD
     rgb[loads.isnan().numpy()] = ABSENT
     return rgb.round().astype(np.uint8)
+
+
+def write_heat_map(writer: Any, report: Report, step: int, every: int) -> None:
+    """The heat map of the first and then of every `every`-th report, into the run of a `SummaryWriter`; 0: of none."""
+    if every and report.number % every == 0 and len(report.loads):
+        writer.add_image("moe/load", heat_map(report.loads, report.layers, step), step, dataformats="HWC")
+        writer.flush()
 
 
 def heat_map(loads: Tensor, names: Sequence[str], step: int) -> np.ndarray:

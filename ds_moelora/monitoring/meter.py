@@ -18,24 +18,12 @@ from torch import Tensor, nn
 
 from ..optimizer.base import GateRiemannian
 from ..optimizer.step_statistics import StepStatistics
+from ..tuner import MoELoRAExperts, MoELoRAModel
 from ..tuner.losses import batch_layout
-from .formulas import load_over_ideal, mean_similarity
-from .routers import RouterMeter
+from .descriptions import TAGS
+from .formulas import load_over_ideal, mean_similarity, projection, router_sums, sketch_products
 from .run_info import basic_optimizer
 
-TAGS = (
-    "moe/load_max_over_ideal",
-    "moe/router_entropy",
-    "moe/dead_expert_fraction",
-    "moe/aux_loss",
-    "moe/expert_similarity",
-    "riemannian/gram_condition_max",
-    "riemannian/update_to_weight",
-    "riemannian/preconditioned_over_raw",
-    "perf/tokens_per_second",
-    "perf/step_seconds",
-    "memory/peak_bytes",
-)
 _SUMS = ("raw", "preconditioned", "weight", "update", "tokens")
 _MAXIMA = ("condition", "seconds", "peak")
 
@@ -47,12 +35,77 @@ class Report:
     Args:
         scalars: tag of `TAGS` -> value; without those that nothing was seen of.
         loads: (L, E) `monitoring.formulas.load_over_ideal`; L = 0 without a mixture.
-        layers: names of the L layers.
+        layers: names of the L layers. number: of reports before it.
     """
 
     scalars: dict[str, float]
     loads: Tensor
     layers: list[str]
+    number: int
+
+
+class RouterMeter:
+    """A `RouterListener` of every MoE-LoRA adapter in a model; sums over the forward passes since `arm`.
+
+    Layers are the trained `MoELoRAExperts` in the model's order, which is the same on every rank.
+
+    Args:
+        model: with or without MoE-LoRA layers.
+
+    Attributes:
+        names: of the layers. num_experts: E of each. ep_size: ranks that share the experts.
+        packed: (L, 4 + E): entropy, balance, tokens, sequences and slots of `RouterSums`, E padded to the largest.
+        sketches: (L, E, P * P), `monitoring.formulas.sketch_products`; zero where the experts are other ranks'.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tuners = [m for m in model.modules() if isinstance(m, MoELoRAModel)]
+        experts = [m for m in model.modules() if isinstance(m, MoELoRAExperts) and m.router.weight.requires_grad]
+        self.experts = experts
+        self.names = [e.pair.name for e in experts]
+        self.num_experts = [e.num_experts for e in experts]
+        self.ep_size = max((e.num_experts // len(e.factors()[1]) for e in experts if e.is_sharded), default=1)
+        self._projections: dict[tuple[int, torch.device], Tensor] = {}
+        self._position: dict[Any, int] = {}
+
+    def arm(self, device: torch.device) -> None:
+        """From zero; the next training forwards are looked at."""
+        L, E = len(self.experts), max(self.num_experts, default=0)
+        self.packed = torch.zeros(L, 4 + E, device=device)
+        self.sketches = torch.zeros(L, E, projection(1).shape[1] ** 2, device=device)
+        self._sketched: set[int] = set()
+        self._position = {id(e): i for i, e in enumerate(self.experts)}
+        for tuner in self.tuners:
+            tuner.router_listener = self
+
+    def disarm(self) -> None:
+        """Nothing is looked at any more."""
+        for tuner in self.tuners:
+            tuner.router_listener = None
+
+    def saw_experts(self, experts: Any) -> None:
+        layer = self._position.get(id(experts))
+        if layer is None or layer in self._sketched:
+            return
+        self._sketched.add(layer)
+        lora_A, lora_B = experts.factors()
+        first = experts.experts_shard().first_expert if experts.is_sharded else 0
+        sketches = sketch_products(lora_A, lora_B, *(self._projection(f) for f in (lora_A, lora_B)))
+        self.sketches[layer, first : first + len(sketches)] = sketches
+
+    def saw_router(self, experts: Any, logits: Tensor, chosen: Tensor, mask: Tensor | None) -> None:
+        layer = self._position.get(id(experts))
+        if layer is None:
+            return
+        sums = router_sums(logits[None], chosen[None], mask)
+        columns = torch.cat([torch.stack(sums[1:], 1), sums.slots], 1)[0]
+        self.packed[layer, : len(columns)] += columns
+
+    def _projection(self, factor: Tensor) -> Tensor:
+        key = (factor.shape[1], factor.device)
+        if key not in self._projections:
+            self._projections[key] = projection(*key)
+        return self._projections[key]
 
 
 class TrainingMeter:
@@ -67,7 +120,7 @@ class TrainingMeter:
         found = basic_optimizer(optimizer)
         self.optimizer = found if isinstance(found, GateRiemannian) else None
         self.device = next(p.device for p in model.parameters())
-        self.is_armed = False
+        self.is_armed, self._reports = False, 0
         self._tokens: Tensor | int = 0
         self._seconds, self._steps, self._mark = 0.0, 0, time.perf_counter()
         self._hook = model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
@@ -97,7 +150,7 @@ class TrainingMeter:
         statistics = self.optimizer.statistics if self.optimizer is not None else None
         self._disarm()
         report = self._report(statistics or StepStatistics())
-        self._tokens, self._seconds, self._steps = 0, 0.0, 0
+        self._tokens, self._seconds, self._steps, self._reports = 0, 0.0, 0, self._reports + 1
         return report
 
     def _disarm(self) -> None:
@@ -140,7 +193,8 @@ class TrainingMeter:
         loads = load_over_ideal(packed[:, 4:], torch.tensor(self.routers.num_experts))
         scalars = {**_of_routers(packed, loads, sketches), **_of_optimizer(totals, largest)}
         scalars |= self._of_machine(totals, largest)
-        return Report({tag: scalars[tag] for tag in TAGS if tag in scalars}, loads, self.routers.names)
+        scalars = {tag: scalars[tag] for tag in TAGS if tag in scalars}
+        return Report(scalars, loads, self.routers.names, self._reports)
 
     def _vector(self, values: list[Tensor | float | None]) -> Tensor:
         numbers = [0.0 if value is None else value for value in values]

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.utils.tensorboard.summary import hparams
 
+from ..checkpoint.record import plain
 from ..optimizer.base import GateRiemannian
 from ..redaction import redact, redact_words
 
@@ -45,8 +46,8 @@ def hyperparameters(model: nn.Module, optimizer: Any, extra: dict[str, Any]) -> 
         if name in getattr(basic, "defaults", {}):
             found[name] = basic.defaults[name]
     found |= extra
-    plain = {name: value for name, value in redact(found).items() if value is not None}
-    return {name: value if isinstance(value, Value) else str(value) for name, value in plain.items()}
+    known = {name: value for name, value in redact(found).items() if value is not None}
+    return {name: value if isinstance(value, Value) else str(value) for name, value in known.items()}
 
 
 def basic_optimizer(optimizer_or_engine: Any) -> Any:
@@ -73,14 +74,15 @@ def configuration(model: nn.Module, engine: Any = None) -> dict[str, Any]:
     return redact(found)
 
 
-def write_run_info(writer: Any, values: dict[str, Value], config: dict[str, Any]) -> None:
-    """Both into the run of a `SummaryWriter`, whose scalars the HParams tab then shows beside the hyperparameters."""
-    for summary in hparams(values, dict.fromkeys(METRICS, 0.0)):
+def write_run_info(writer: Any, model: nn.Module, optimizer: Any, engine: Any, extra: dict[str, Any]) -> None:
+    """Both into the run of a `SummaryWriter`, whose scalars the HParams tab then shows beside the hyperparameters.
+
+    Args:
+        engine: DeepSpeed's; None without it.
+    """
+    extra = {**extra, "zero_stage": None if engine is None else engine.zero_optimization_stage()}
+    for summary in hparams(hyperparameters(model, optimizer, extra), dict.fromkeys(METRICS, 0.0)):
         writer.file_writer.add_summary(summary)
-    text = json.dumps(config, indent=2, default=_as_plain)
+    text = json.dumps(plain(configuration(model, engine)), indent=2)
     writer.add_text("run/configuration", "\n".join("    " + line for line in text.splitlines()))  # Markdown's verbatim
     writer.flush()
-
-
-def _as_plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 GB = 1e9
 EFFICIENCY = 0.8  # of a link's published bandwidth
@@ -60,16 +60,11 @@ class Group(NamedTuple):
     per_node: int
 
 
-class Network(Protocol):
-    def seconds(self, collective: str, group: Group, sent: float, calls: float) -> float:
-        """Time of `calls` collectives in which every rank sends `sent` bytes altogether."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class TwoLevelNetwork:
     """Nodes whose GPUs are joined by `intra`, and which reach other nodes by one `inter` link per GPU.
 
-    Seconds of a group of n ranks, m of them per node, c calls:
+    Seconds of c calls in a group of n ranks, m of them per node, each of which sends `sent` bytes altogether:
 
         one node        sent / B_intra
         several nodes   sent / min(B_intra, m B_inter): the m ranks of a node share what crosses its border
@@ -84,10 +79,10 @@ class TwoLevelNetwork:
         n, m = group
         if n < 2:
             return 0.0
-        link = self.intra if m == n else self.inter
-        waiting = calls * link.latency * math.ceil(math.log2(n))
+        rounds = calls * math.ceil(math.log2(n))
         if m == n:
-            return waiting + sent / self.intra.bandwidth
+            return rounds * self.intra.latency + sent / self.intra.bandwidth
+        waiting = rounds * self.inter.latency
         if collective == "all_to_all":
             outside = (n - m) / (n - 1)
             return waiting + sent * max(outside / self.inter.bandwidth, (1 - outside) / self.intra.bandwidth)
@@ -98,7 +93,7 @@ class TwoLevelNetwork:
 class CalibratedNetwork:
     """Measured collectives: seconds = calls latency + sent seconds_per_byte, whatever the group.
 
-    An all_reduce that was not measured is a reduce_scatter and an all_gather of half its bytes each.
+    An all_reduce is a reduce_scatter and an all_gather of half its bytes each.
     """
 
     collectives: Mapping[str, tuple[float, float]]
@@ -106,9 +101,8 @@ class CalibratedNetwork:
     def seconds(self, collective: str, group: Group, sent: float, calls: float) -> float:
         if group.ranks < 2:
             return 0.0
-        if collective == "all_reduce" and collective not in self.collectives:
-            halves = ("reduce_scatter", "all_gather")
-            return sum(self.seconds(half, group, sent / 2, calls) for half in halves)
+        if collective == "all_reduce":
+            return sum(self.seconds(half, group, sent / 2, calls) for half in ("reduce_scatter", "all_gather"))
         latency, per_byte = self.collectives[collective]
         return calls * latency + sent * per_byte
 
@@ -129,7 +123,7 @@ class Hardware:
     dense: float
     grouped: float
     memory_bandwidth: float
-    network: Network
+    network: TwoLevelNetwork | CalibratedNetwork
 
 
 def hardware(
@@ -160,8 +154,9 @@ def hardware(
     for name, share in (("efficiency", efficiency), ("utilisation", utilisation), ("usable", usable)):
         if not 0 < share <= 1:
             raise ValueError(f"{name}={share} must be in (0, 1].")
-    for name, value in (("peak", peak), ("memory", memory), ("latency", latency)):
-        if value is not None and not (math.isfinite(value) and value > 0):
+    numbers = {"peak": peak, "memory": memory, "latency": latency, "intra": intra, "inter": inter}
+    for name, value in numbers.items():
+        if isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value} must be > 0.")
     spec = GPUS[gpu]
     links = [_link(name, value, efficiency, latency) for name, value in (("intra", intra), ("inter", inter))]
@@ -187,8 +182,6 @@ def _link(name: str, value: str | float, efficiency: float, latency: float | Non
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(LINKS)}, or a bandwidth.")
         link = LINKS[value]._replace(bandwidth=LINKS[value].bandwidth * efficiency)
     else:
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name}={value} must be > 0 bytes per second.")
         link = Link(value, LINKS["infiniband-400"].latency)
     return link if latency is None else link._replace(latency=latency)
 
@@ -203,23 +196,19 @@ def load_calibration(path: str | Path, base: Hardware) -> Hardware:
     Raises:
         ValueError: no such file, or one that lacks these numbers; says which.
     """
-    path = Path(path)
     try:
-        found = json.loads(path.read_text())
-        collectives = {
-            name: (_positive(values, "latency_s"), _positive(values, "seconds_per_byte"))
-            for name, values in found["collectives"].items()
-        }
+        found = json.loads(Path(path).read_text())
         dense, grouped = (_positive(found["flops_per_second"], kind) for kind in ("dense", "grouped"))
-        absent = {"all_gather", "reduce_scatter", "all_to_all"} - collectives.keys()
-        if absent:
-            raise KeyError(", ".join(sorted(absent)))
+        collectives = {
+            name: tuple(_positive(found["collectives"][name], key) for key in ("latency_s", "seconds_per_byte"))
+            for name in ("all_gather", "reduce_scatter", "all_to_all")
+        }
     except OSError as error:
         raise ValueError(f"calibration {path} cannot be read: {error.strerror}.") from error
-    except KeyError as error:
-        raise ValueError(f"calibration {path} has no {error}; write it anew with the benchmark.") from error
-    except (json.JSONDecodeError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"calibration {path} is not one: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"calibration {path} is not one ({type(error).__name__}: {error}); write it anew with the benchmark."
+        ) from error
     name = f"{found.get('hardware', path)}, measured {found.get('date', 'on an unknown date')}"
     return replace(base, name=name, dense=dense, grouped=grouped, network=CalibratedNetwork(collectives))
 
@@ -227,5 +216,5 @@ def load_calibration(path: str | Path, base: Hardware) -> Hardware:
 def _positive(values: Mapping[str, float], key: str) -> float:
     value = float(values[key])
     if not (math.isfinite(value) and value >= 0) or (value == 0 and key != "latency_s"):
-        raise ValueError(f"{key}={value} must be > 0.")
+        raise ValueError(f"{key}={value} must be > 0")
     return value

@@ -1,9 +1,4 @@
-"""Bytes on one GPU, item by item, each with its formula.
-
-Letters, beside those of docs/expert_parallelism.md: N GPUs, n = ep_size, P_e = E r sum(I + O) elements of all experts,
-P_r = E sum(I) of the routers, P_b of the base model, b bytes per element, T tokens per GPU, H hidden size, V words.
-What DeepSpeed 0.19.8 does with the settings in configs/ is assumed; docs/scaling.md has the reasons.
-"""
+"""Bytes on one GPU, item by item; docs/scaling.md has the formulas, and what they assume of DeepSpeed 0.19.8."""
 
 from __future__ import annotations
 
@@ -29,7 +24,6 @@ class Item(NamedTuple):
     name: str
     phase: str
     bytes: float
-    formula: str
 
 
 class Memory(NamedTuple):
@@ -53,9 +47,9 @@ class Memory(NamedTuple):
 class Trainable(NamedTuple):
     """Elements of trainable parameters."""
 
-    experts: float  # P_e
-    routers: float  # P_r
-    local: float  # on one GPU before ZeRO: P_e / n + P_r
+    experts: float  # P_e = E r sum(I + O)
+    routers: float  # P_r = E sum(I)
+    local: float  # on one GPU before ZeRO: P_e / ep_size + P_r
     owned: float  # whose optimizer state lies on one GPU
 
 
@@ -76,55 +70,37 @@ def memory_per_gpu(model: ModelShape, work: Workload, choice: Choice) -> Memory:
 def _weights(model: ModelShape, work: Workload, choice: Choice) -> list[Item]:
     base, count = model.base_parameters * work.base_size, trainable(model, work, choice)
     if choice.stage < 3:
-        return [
-            Item("base weights", "always", base, "P_b b"),
-            Item("experts and routers", "always", count.local * work.size, "(P_e / n + P_r) b"),
-        ]
+        return [Item("base weights", "always", base), Item("experts and routers", "always", count.local * work.size)]
     every = model.base_parameters + count.experts + count.routers
-    live = min(every, MAX_LIVE_PARAMETERS + model.largest_parameter) * work.size
+    live = min(every, MAX_LIVE_PARAMETERS + model.largest_parameter)
     return [
-        Item("base weights", "always", base / work.gpus, "P_b b / N"),
-        Item("experts and routers", "always", count.owned * work.size, "(P_e + P_r) b / N"),
-        Item("gathered weights", "backward", live, "min(all, stage3_max_live_parameters + largest tensor) b"),
+        Item("base weights", "always", base / work.gpus),
+        Item("experts and routers", "always", count.owned * work.size),
+        Item("gathered weights", "backward", live * work.size),
     ]
 
 
 def _training(model: ModelShape, work: Workload, choice: Choice) -> list[Item]:
     count, b, stage = trainable(model, work, choice), work.size, choice.stage
+    if stage == 1:  # without overlap_comm (configs/zero1.json) it reduces when the backward pass has ended
+        gradients = [Item("gradients", "backward", b * count.local), Item("reduced gradients", "step", b * count.owned)]
+    else:
+        gradients = [Item("gradients", "always", b * (count.local if stage == 0 else count.owned))]
     # Without ZeRO, fp32 parameters are their own master copy and their gradients the optimizer's.
-    plain = stage == 0 and work.dtype == "fp32"
-    states = 4 * OPTIMIZER_STATES[work.optimizer] * count.owned
+    copied = 0 if stage == 0 and work.dtype == "fp32" else 4 * count.owned
     items = [
-        *_gradients(count, b, stage),
-        Item("fp32 master copy", "always", 0 if plain else 4 * count.owned, "4 bytes per owned element"),
-        Item("optimizer states", "always", states, "4 bytes per owned element and state (AdamW: 2)"),
-        Item("reduction buffers", "backward", _buffers(model, work, choice), "bucket b; stage 2: two"),
-        Item(
-            "fp32 gradients",
-            "step",
-            0 if plain else 4 * (min(count.owned, SUB_GROUP) if stage == 3 else count.owned),
-            "4 bytes per owned element (stage 3: of one sub-group)",
-        ),
+        *gradients,
+        Item("fp32 master copy", "always", copied),
+        Item("optimizer states", "always", 4 * OPTIMIZER_STATES[work.optimizer] * count.owned),
+        Item("reduction buffers", "backward", _buffers(model, work, choice)),
+        Item("fp32 gradients", "step", min(copied, 4 * SUB_GROUP) if stage == 3 else copied),
     ]
     if work.riemannian:
         # The largest factor's gradient on this GPU, and what the Cholesky factorisations need.
         factor = max(max(shape) for shape in model.adapted_shapes) * work.num_experts * work.rank / choice.ep_size
-        factor = min(factor, count.owned)
         grams = GRAM_COPIES * 4 * step_share(model, work, choice).matrices * work.rank**2
-        items.append(Item("Riemannian step", "step", grams + 4 * factor, "8 Grams, and one factor's gradient"))
+        items.append(Item("Riemannian step", "step", grams + 4 * min(factor, count.owned)))
     return items
-
-
-def _gradients(count: Trainable, b: int, stage: int) -> list[Item]:
-    # Stage 1 without overlap_comm (configs/zero1.json) reduces when the backward pass has ended.
-    if stage == 1:
-        return [
-            Item("gradients", "backward", b * count.local, "(P_e / n + P_r) b, until they are reduced"),
-            Item("reduced gradients", "step", b * count.owned, "(P_e + P_r) b / N"),
-        ]
-    whole = stage == 0
-    formula = "(P_e / n + P_r) b" if whole else "(P_e + P_r) b / N"
-    return [Item("gradients", "always", b * (count.local if whole else count.owned), formula)]
 
 
 def _buffers(model: ModelShape, work: Workload, choice: Choice) -> float:
@@ -138,20 +114,10 @@ def _buffers(model: ModelShape, work: Workload, choice: Choice) -> float:
 def _activations(model: ModelShape, work: Workload, choice: Choice) -> list[Item]:
     T, b, H = work.tokens, work.size, model.hidden_size
     block = block_activations(model, work, choice)
-    if work.checkpointing:
-        kept = T * H * b * model.num_blocks + block
-        formula = "T H b per block, and all of one block"
-    else:
-        kept = block * model.num_blocks
-        formula = "T (b sum(I + O) + 8 H) per block, and the mixtures' projections and gates"
-    logits = T * model.vocab_size * (2 * b + 8)
-    workspace = mixture_workspace(model, work, choice)
-    larger = max(logits, workspace)
-    which = "T V (2 b + 8): logits, and their loss in fp32" if logits >= workspace else "the widest mixture's products"
-    return [
-        Item("activations", "backward", kept, formula),
-        Item("logits or mixture, the larger", "backward", larger, which),
-    ]
+    kept = T * H * b * model.num_blocks + block if work.checkpointing else block * model.num_blocks
+    logits = T * model.vocab_size * (2 * b + 8)  # and their loss in fp32
+    larger = max(logits, mixture_workspace(model, work, choice))
+    return [Item("activations", "backward", kept), Item("logits or mixture, the larger", "backward", larger)]
 
 
 def block_activations(model: ModelShape, work: Workload, choice: Choice) -> float:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import transformers
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from torch import nn
 from transformers import CONFIG_MAPPING, CONFIG_NAME, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto as auto
 
 from ..tuner import MoELoRAConfig, MoELoRAModel
 from ..tuner.layer import MoELoRALayer
@@ -24,12 +22,13 @@ from ..tuner.start.base_weight import in_out_features
 
 # The name of a repeated block, at the beginning of those of its modules: up to the first number.
 BLOCK = re.compile(r".*?\.\d+\.")
-# Model type -> name of a class, or several.
-MODELS: tuple[Mapping[str, Any], ...] = (
-    auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    auto.MODEL_MAPPING_NAMES,
+# Where a config does not name its class: those that generate text first.
+KINDS = (
+    transformers.AutoModelForCausalLM,
+    transformers.AutoModelForImageTextToText,
+    transformers.AutoModelForSeq2SeqLM,
+    transformers.AutoModelForTextToWaveform,
+    transformers.AutoModel,
 )
 HUB_SECONDS = 5.0  # for the hub's first word
 # Of a config that anybody may have written; every layer is built.
@@ -44,10 +43,6 @@ class Linear:
     in_features: int
     out_features: int
     adapted: bool
-
-    @property
-    def numel(self) -> int:
-        return self.in_features * self.out_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +94,7 @@ class ModelShape:
     @cached_property
     def linear_numel(self) -> int:
         """Weights that every token is multiplied with."""
-        return sum(m.numel for m in self.linears)
+        return sum(m.in_features * m.out_features for m in self.linears)
 
     @cached_property
     def block_width(self) -> float:
@@ -127,9 +122,7 @@ def describe_model(config: str | Path | Any, target_modules: str | Sequence[str]
     model = _build(config, name)
     words, head = _embedding(model, "get_input_embeddings"), _embedding(model, "get_output_embeddings")
     text = _text_config(config)
-    parts = [getattr(config, part, None) for part in getattr(config, "sub_configs", ())]
     hidden = _size(text, "hidden_size") or (words.shape[1] if words is not None else 0)
-    hidden = hidden or max((_size(part, "hidden_size") for part in parts), default=0)
     if not hidden:
         raise ValueError(f"{name}: the config says nothing of hidden_size, which the planner needs.")
     heads = _size(text, "num_attention_heads")
@@ -217,41 +210,17 @@ def _from_hub(name: str) -> Path:
 
 
 def _build(config: Any, name: str) -> Any:
-    first: Exception | None = None
-    for model_class in dict.fromkeys(_model_classes(config)):
+    """The class that `architectures` names, or else the first of `KINDS` that can be built from the config."""
+    named = [getattr(transformers, str(found), None) for found in getattr(config, "architectures", None) or []]
+    makers: list[Any] = [c for c in named if isinstance(c, type) and issubclass(c, PreTrainedModel)]
+    makers = makers or [partial(kind.from_config, trust_remote_code=False) for kind in KINDS]
+    for make in makers:
         try:
             with torch.device("meta"):
-                return model_class(config)
+                return make(config)
         except Exception as error:  # what the model's code does with a config that it cannot use
-            first = first or ValueError(
-                f"{name}: {model_class.__name__} cannot be built: {type(error).__name__}: {_short(error)}"
-            )
-    raise first or ValueError(f"{name}: transformers has no model for {type(config).__name__}.")
-
-
-def _model_classes(config: Any) -> Iterator[type[nn.Module]]:
-    """What `architectures` names; else models for the config, those that generate text first."""
-    names = [str(name) for name in getattr(config, "architectures", None) or []]
-    if not names:
-        found = [mapping.get(config.model_type, ()) for mapping in MODELS]
-        names = [name for entry in found for name in ([entry] if isinstance(entry, str) else entry)]
-    known = [getattr(transformers, name, None) for name in names]
-    models = [c for c in known if isinstance(c, type) and issubclass(c, PreTrainedModel)]
-    yield from models
-    if models and getattr(config, "architectures", None):
-        return
-    # Parts of larger models, and models of other tasks.
-    try:
-        module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
-    except ImportError:
-        return
-    own = [
-        c
-        for c in vars(module).values()
-        if isinstance(c, type) and issubclass(c, PreTrainedModel) and getattr(c, "config_class", None) is type(config)
-        if not c.__name__.endswith("PreTrainedModel")  # the base class of the others
-    ]
-    yield from sorted(own, key=lambda c: ("ForConditionalGeneration" not in c.__name__, len(c.__name__)))
+            failure = f"{name}: no model can be built from its config: {type(error).__name__}: {_short(error)}"
+    raise ValueError(failure)
 
 
 def _short(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """Shows the first training batch as the trainer would get it: which tokens are read, and which are trained.
 
-    python -m ds_moelora preview [--rows N] [--no-color] ...the launcher's flags...
+    ds-moelora preview [--rows N] [--no-color] ...the launcher's flags...
 
 No weights are loaded: the trainer gets the model as a shape, and is asked for its first batch. So what is shown has
 gone through the very code that trains: reading, mixing, templates, tokenizer, mask, cutting, packing, order and
@@ -51,10 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: as the launcher.
     """
-    own = argparse.ArgumentParser(prog="python -m ds_moelora preview", allow_abbrev=False, add_help=False)
-    own.add_argument("--rows", type=int, default=1)
-    own.add_argument("--no-color", action="store_true")
-    options, flags = own.parse_known_args(sys.argv[1:] if argv is None else argv)
+    options, flags = read_options(argv)
     quieten()
     datasets.disable_progress_bars()
     color = not options.no_color and not os.environ.get("NO_COLOR") and sys.stdout.isatty()
@@ -66,6 +63,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_flags(arguments)
         show(arguments, console, options.rows, color)
         console.print(Text(LEGEND_IN_COLOR if color else LEGEND))
+
+
+def read_options(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The preview's own flags, and the launcher's."""
+    own = argparse.ArgumentParser(
+        prog="ds-moelora preview",
+        description="The first training batch as the trainer would get it: which tokens are read, which are trained.",
+        epilog="All other flags are those of launch/train.py.",
+        allow_abbrev=False,
+    )
+    own.add_argument("--rows", type=int, default=1, help="rows of the batch to show (default: 1)")
+    own.add_argument("--no-color", action="store_true", help="trained tokens between [[ and ]], as in a pipe")
+    options, flags = own.parse_known_args(argv)
+    if options.rows < 1:
+        own.error(f"--rows {options.rows} must be at least 1")
+    return options, flags
 
 
 def show(arguments: Arguments, console: Console, rows: int, color: bool) -> None:

@@ -86,5 +86,5 @@ def test_a_damaged_record_is_named(content: str, saved: str, tmp_path: Path) -> 
     shutil.copytree(saved, folder)
     (folder / "global_step1" / RECORD).write_text(content)
     for said, same in run_on_ranks(2, loads, folder=str(folder), kind=OURS, model={}, options={}):
-        assert f"{RECORD} cannot be read" in said
+        assert f"the {RECORD} of {folder} cannot be read" in said
         assert same

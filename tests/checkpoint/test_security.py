@@ -21,7 +21,8 @@ from ds_moelora import check_data_only, data_only
 from launch import train
 from launch.checks.errors import UserError
 from launch.training import modeling
-from tests.support.launch_support import ROOT, alpaca_rows, launch, tiny_model, write_jsonl
+from tests.support.failures import undisturbed_run
+from tests.support.launch_support import ROOT, alpaca_rows, tiny_model, write_jsonl
 
 
 class Malicious:
@@ -66,11 +67,9 @@ def test_a_file_that_was_cut_short_is_named(kept: float, tmp_path: Path) -> None
 
 
 @pytest.mark.dist
-def test_a_checkpoint_of_the_launcher_holds_no_pickle(tmp_path: Path) -> None:
-    flags = _trains(tiny_model(tmp_path / "model"), tmp_path, "--max_steps", "1", "--save_steps", "1")
-    finished = launch(flags, ranks=1)
-    assert finished.code == 0, finished.output[-3000:]
-    suffixes = {path.suffix for path in (tmp_path / "out").rglob("*") if path.is_file()}
+def test_a_checkpoint_of_the_launcher_holds_no_pickle(tmp_path_factory: pytest.TempPathFactory) -> None:
+    run = undisturbed_run(tmp_path_factory.getbasetemp()).reference
+    suffixes = {path.suffix for path in run.rglob("*") if path.is_file()}
     assert not suffixes & {".pt", ".pth", ".bin", ".pkl"}
     assert ".safetensors" in suffixes
 

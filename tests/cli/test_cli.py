@@ -88,7 +88,7 @@ def test_sweep(capsys: pytest.CaptureFixture[str]) -> None:
         (["--model-config", "no/where"], "Get https://huggingface.co/no/where/resolve/main/config.json where"),
         (["--calibration", "nowhere"], "calibration nowhere cannot be read"),
         (["--gpus", "12"], "not a multiple of gpus_per_node=8"),
-        (["--inter-bandwidth", "-3"], "must be > 0 bytes per second"),
+        (["--inter-bandwidth", "-3"], "inter=-3000000000.0 must be > 0"),
     ],
 )
 def test_errors_are_one_line(

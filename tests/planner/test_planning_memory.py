@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 
 import ds_moelora
-from ds_moelora.planner import Choice, Workload, describe_model, memory_per_gpu
-from ds_moelora.planner.memory import block_activations, trainable
+from ds_moelora.planner.memory import block_activations, memory_per_gpu, trainable
+from ds_moelora.planner.model import describe_model
+from ds_moelora.planner.workload import Choice, Workload
 from tests.support.planning import NET, engine_bytes
 from tests.support.ranks import run_on_ranks
 
@@ -82,10 +83,9 @@ def test_total_takes_the_larger_phase() -> None:
 @pytest.mark.dist
 def test_real_engines_hold_as_much(report: Callable[[str, str], None]) -> None:
     """DeepSpeed pads every partition to a few elements: up to 8 of 4 bytes for each of two parameter groups."""
-    ways = [(0, 2), (1, 1), (2, 2), (3, 1)]
-    for rank, results in enumerate(run_on_ranks(2, engine_bytes, ways=ways)):
-        for (stage, ep_size), found in zip(ways, results, strict=True):
-            planned = memory_per_gpu(NET, TWO, choice(stage, ep_size))
+    for stage, ep_size in [(0, 2), (1, 1), (2, 2), (3, 1)]:
+        planned = memory_per_gpu(NET, TWO, choice(stage, ep_size))
+        for rank, found in enumerate(run_on_ranks(2, engine_bytes, stage=stage, ep_size=ep_size)):
             for name, measured in found.items():
                 padding = 2 * 8 * 4 * (2 if name == "optimizer states" else 1)
                 assert planned.item(name) <= measured <= planned.item(name) + padding, (rank, stage, ep_size, name)

@@ -61,10 +61,7 @@ def test_python_runs(page, tmp_path):
     run_on_ranks(2, doc_blocks.execute, page=page, sources=sources, folder=str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "block",
-    [pytest.param(b, id=f"{n}:{b.line}") for n, found in BY_PAGE.items() for b in found if b.language == "json"],
-)
+@pytest.mark.parametrize("block", of_language("json"))
 def test_json_is_a_config(block):
     text = block.text.strip()
     config = json.loads(text if text.startswith(("{", "[")) else f"{{{text}}}")
@@ -72,10 +69,7 @@ def test_json_is_a_config(block):
         doc_blocks.check_optimizer_block(config["optimizer"], ds_moelora)
 
 
-@pytest.mark.parametrize(
-    "block",
-    [pytest.param(b, id=f"{n}:{b.line}") for n, found in BY_PAGE.items() for b in found if b.language == "yaml"],
-)
+@pytest.mark.parametrize("block", of_language("yaml"))
 def test_yaml_is_a_recipe(block, tmp_path):
     assert yaml.safe_load(block.text)
     recipe = tmp_path / "recipe.yaml"

@@ -38,7 +38,6 @@ ALLOWED = {
     ("expert_parallel/gather.py", "_current_graph_task_id"): "torch's, as its own checkpointing asks for it",
     ("monitoring/engine.py", "enabled"): "a public attribute of the engine's monitor",
     ("monitoring/engine.py", "gradient_accumulation_steps"): "a public method of the engine",
-    ("monitoring/callback.py", "gradient_accumulation_steps"): "of transformers' TrainingArguments",
     ("tuner/base_experts.py", "_config"): "DeepSpeed's, for a refusal; absent ones mean no AutoEP",
     ("tuner/base_experts.py", "enabled"): "of DeepSpeed's AutoEP config, likewise",
     ("tuner/base_experts.py", "_experts_implementation"): EXPERTS,

@@ -160,33 +160,26 @@ def _check_training(words: list[str]) -> None:
             parse_launcher(arguments, DEFAULTS)
 
 
-def _check_cli(words: list[str]) -> None:
-    from ds_moelora.cli import build_parser
-
-    args, others = build_parser().parse_known_args(words[words.index("ds_moelora") + 1 :])
-    if args.refuse is None:  # a command that takes the launcher's flags
-        _check_flags(others)
-    else:
-        assert not others, f"unknown: {others}"
-
-
 def _check_command(words: list[str]) -> None:
-    """`ds-moelora COMMAND ...`; of the launcher's programs the flags."""
+    """`ds-moelora COMMAND ...`, or `python -m ds_moelora COMMAND ...`; of the launcher's programs the flags."""
+    from ds_moelora.cli import build_parser
     from launch import evaluate, generate
     from launch.checks.arguments import read_flags
+    from launch.data.preview import read_options
 
-    command, *flags = words[1:]
+    first = next(i for i, word in enumerate(words) if word in ("ds-moelora", "ds_moelora"))
+    command, *flags = words[first + 1 :]
     with chdir(ROOT):
         if "|" in command:  # several at once, in prose
             return
-        if command == "train":
-            _check_flags(flags)
+        if command in ("train", "preview"):
+            _check_flags(read_options(flags)[1] if command == "preview" else flags)
         elif command == "evaluate":
             evaluate.read_arguments(flags)
         elif command == "generate":
             read_flags((generate.GenerationArguments,), flags, command)
         else:
-            _check_cli(["ds_moelora", *words[1:]])
+            build_parser().parse_args([command, *flags])
 
 
 def _check_flags(words: list[str]) -> None:
@@ -246,9 +239,8 @@ PROGRAMS = (
 )
 RULES: list[tuple[Callable[[list[str]], bool], Callable[[list[str]], None]]] = [
     (lambda words: any(word.endswith("launch/train.py") for word in words), _check_training),
-    (lambda words: words[0] == "ds-moelora", _check_command),
     (lambda words: words[0].startswith("--"), _check_flags),
-    (lambda words: "ds_moelora" in words and "-m" in words, _check_cli),
+    (lambda words: words[0] == "ds-moelora" or ("ds_moelora" in words and "-m" in words), _check_command),
     (lambda words: words[0] == "make", _check_make),
     (lambda words: _script(words) is not None, _check_script),
     (lambda words: words[0] in PROGRAMS or words[:3] == ["python", "-m", "pip"], _check_program),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ds_moelora.planner import Linear, ModelShape
+from ds_moelora.planner.model import Linear, ModelShape
 
 from .expert_parallel import adapted, batches
 from .training import engine_config
@@ -24,12 +24,8 @@ NET = ModelShape(
 )
 
 
-def engine_bytes(ways: list[tuple[int, int]]) -> list[dict[str, int]]:
-    """On every rank, for each (stage, ep_size): bytes of trainable weights, fp32 master copies and AdamW's states."""
-    return [_engine_bytes(stage, ep_size) for stage, ep_size in ways]
-
-
-def _engine_bytes(stage: int, ep_size: int) -> dict[str, int]:
+def engine_bytes(stage: int, ep_size: int) -> dict[str, int]:
+    """On every rank: bytes of trainable weights, fp32 master copies and AdamW's states."""
     import deepspeed
 
     module = adapted(ep_size=ep_size, modules_to_save=None)

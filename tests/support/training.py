@@ -58,8 +58,6 @@ def engine_config(
         },
         "steps_per_print": 10**9,
     }
-    if stage == 3:
-        config["zero_optimization"].setdefault("stage3_param_persistence_threshold", 0)
     if precision != "fp32":
         config[precision] = {"enabled": True}
     if precision == "fp16":

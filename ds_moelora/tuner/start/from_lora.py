@@ -20,9 +20,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor
 
+from ...checkpoint.processes import gathered
 from ..files.adapter_file import MODEL_PREFIX, check_weights_file, saved_fields
 from ..layer import MoELoRALayer
-from ..processes import gathered
 
 # What a LoRA may have besides A and B, and what it is called.
 OTHERS = {"use_dora": "DoRA", "rank_pattern": "ranks per layer", "alpha_pattern": "alphas per layer"}

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from ...checkpoint.processes import gathered
 from ...mixture.goat import mean_product
-from ..processes import gathered
 from .base_weight import can_change, read_weight, weight_hash
 
 

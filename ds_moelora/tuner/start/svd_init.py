@@ -23,12 +23,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ...checkpoint.processes import agree, rank, world_size
+from ...checkpoint.processes import agree, broadcast, gathered, rank, world_size
 from ...mixture.goat import check_rank, starting_factors, triplet_indices
 from ...mixture.svd import Triplets, singular_triplets
 from ..config import MoELoRAConfig
 from ..patterns import layer_config
-from ..processes import broadcast, gathered
 from .base_weight import HASH_SHAPE, can_change, can_read, in_out_features, same_weight, shared_weights
 from .residual import fold, original_hash, original_weight, unfold
 from .svd_cache import cached_triplets
