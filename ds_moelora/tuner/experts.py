@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..expert_parallel.spec import FACTORS, INITIAL_FACTORS, ShardSpec, build_shard, check_ep_size
+from ..expert_parallel.spec import FACTORS, INITIAL_FACTORS, ShardSpec, build_shard
 from ..mixture.choice import choose_products
 from ..mixture.goat import mean_product
 from ..mixture.initial_values import draw_uniform_
@@ -64,7 +64,6 @@ class MoELoRAExperts(nn.Module):
         self.expert_compute = config.expert_compute
         self.is_sharded = config.ep_size > 1
         if self.is_sharded:
-            check_ep_size(config.ep_size, config.num_experts)  # again: fields can be set after the config was checked
             spec = ShardSpec(
                 layer_name=layer_name,
                 num_experts=config.num_experts,

@@ -282,26 +282,26 @@ def router_losses(
 
 def _weighted_sequences(logits: Tensor, lead: tuple[int, ...], layout: BatchLayout) -> Sequences:
     shape, mask, packed = _sequences(len(logits), lead, layout, logits.device)
-    weights = layout.weights
-    if weights is not None:
-        weights = weights.to(logits.device, torch.float32).contiguous()
-        if weights.shape != shape[:1]:
-            weights = (weights.sum() / max(shape[0], 1)).repeat(shape[0])
+    weights = _weights(layout, shape[0], logits.device)
     return Sequences(shape, packed, None if mask is None else mask.contiguous(), weights)
+
+
+def _weights(layout: BatchLayout, sequences: int, device: torch.device) -> Tensor | None:
+    """`BatchLayout.weights`, evened out where a layer's sequences are not the batch's."""
+    if layout.weights is None:
+        return None
+    weights = layout.weights.to(device, torch.float32).contiguous()
+    return weights if len(weights) == sequences else (weights.sum() / max(sequences, 1)).repeat(sequences)
 
 
 def _weighted_losses(
     logits: Tensor, gates: Tensor, coefs: AuxLosses, lead: tuple[int, ...], layout: BatchLayout
 ) -> tuple[Tensor, Tensor]:
     logits, chosen, mask = sequences_of(logits, gates, lead, layout)
+    weights = _weights(layout, len(logits), logits.device)
 
     def weighted(losses: Tensor) -> Tensor:
-        if layout.weights is None:
-            return losses.sum() / max(len(logits), 1)
-        weights = layout.weights.to(losses)
-        if weights.shape == losses.shape:
-            return (weights * losses).sum()
-        return weights.sum() * losses.sum() / max(len(logits), 1)
+        return losses.sum() / max(len(logits), 1) if weights is None else (weights * losses).sum()
 
     none = torch.zeros((), device=logits.device)
     return (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..expert_parallel.spec import FACTORS, INITIAL_FACTORS
 from .base_experts import wrap_parameter
 from .checks import check_adapter_name, check_complete, check_finite, check_not_partitioned
-from .config import PATTERNS, MoELoRAConfig
+from .config import MoELoRAConfig
 from .files.saving import cut_for_loading, sharded_experts, with_whole_experts
 from .layer import MoELoRALayer, refuse_merge, refuse_tied
 from .loss_hooks import LossHooks
@@ -87,8 +87,7 @@ class MoELoRAModel(_Base):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         check_targets(peft_config, model, self._check_target_module_exists)
-        if any(getattr(peft_config, pattern) for pattern in PATTERNS):
-            check_patterns(peft_config, target_names(peft_config, model, self._check_target_module_exists))
+        check_patterns(peft_config, target_names(peft_config, model, self._check_target_module_exists))
         if peft_config.from_svd:
             check_svd_targets(peft_config, model, self._check_target_module_exists)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from peft import get_peft_model
+from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -96,6 +97,24 @@ def config(builder=llama, **changes):
 def adapted(builder=llama, dtype=torch.float32, **changes):
     torch.manual_seed(1)
     return get_peft_model(builder().to(dtype), config(builder, **changes), autocast_adapter_dtype=False)
+
+
+class Net(nn.Module):
+    """One module, `lin`, as a model."""
+
+    def __init__(self, lin):
+        super().__init__()
+        self.lin = lin
+
+    def forward(self, x):
+        return self.lin(x)
+
+
+def wrap(lin, **fields):
+    """The model of one module, adapted, with B live."""
+    torch.manual_seed(0)
+    fields = {"r": 2, "num_experts": 4, "top_k": 2, "init_lora_weights": False, "target_modules": ["lin"], **fields}
+    return get_peft_model(Net(lin), MoELoRAConfig(**fields), autocast_adapter_dtype=False)
 
 
 def batch(builder=llama, rows=4, length=9, padded=True, seed=0):

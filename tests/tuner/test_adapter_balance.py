@@ -220,19 +220,13 @@ def test_layout_of_a_batch():
     assert batch_layout({**encoder, "labels": labels[:, :2]}, False, True).mask is mask
 
 
-@pytest.mark.parametrize("builder", [llama, bert])
-def test_trainer_gives_the_same_weights_for_any_accumulation(builder, tmp_path):
-    """One SGD step of the real Trainer on 8 sequences, as 1 x 8, 4 x 2 and 8 x 1."""
-    inputs = batch(builder, rows=8)
+def test_trainer_gives_the_same_weights_for_any_accumulation(tmp_path):
+    """One SGD step of the real Trainer on 8 sequences, as 1 x 8 and 4 x 2."""
+    inputs = batch(rows=8)
     dataset = [{name: value[i] for name, value in inputs.items()} for i in range(8)]
     finals = []
-    for accumulation in (1, 4, 8):
-        model = adapted(builder, router_aux_loss_coef=COEF)
-        if builder is bert:
-            # transformers' own mean loss is summed over micro-batches here (its `accepts_loss_kwargs` says True for
-            # any **kwargs); scaled to nothing, it leaves the balance loss to be compared.
-            model.base_model.model.classifier.requires_grad_(False)
-            model.base_model.model.classifier.modules_to_save["default"].weight.data.zero_()
+    for accumulation in (1, 4):
+        model = adapted(router_aux_loss_coef=COEF)
         arguments = TrainingArguments(
             output_dir=str(tmp_path),
             per_device_train_batch_size=8 // accumulation,
@@ -249,9 +243,6 @@ def test_trainer_gives_the_same_weights_for_any_accumulation(builder, tmp_path):
         )
         Trainer(model=model, args=arguments, train_dataset=dataset).train()
         finals.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
-    start = {n: p.detach() for n, p in adapted(builder).named_parameters() if n in finals[0]}
-    moved = {n: finals[0][n] - start[n] for n in start}
-    assert max(m.abs().max() for m in moved.values()) > 1e-4
-    for other in finals[1:]:
-        # float32 sums in another order, relative to the largest weight
-        assert_same(other, finals[0], rtol=1e-5)
+    start = {n: p.detach() for n, p in adapted().named_parameters() if n in finals[0]}
+    assert max((finals[0][n] - start[n]).abs().max() for n in start) > 1e-4
+    assert_same(finals[1], finals[0], rtol=1e-5)  # float32 sums in another order, relative to the largest weight

@@ -16,24 +16,11 @@ from ds_moelora.mixture.reference import max_relative_error, reference_layer
 from ds_moelora.tuner import MoELoRALayer
 from ds_moelora.tuner.layer import in_out_features
 
-
-class Net(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.lin = layer
-
-    def forward(self, x):
-        return self.lin(x)
+from ..support.adapter_support import Net, wrap
 
 
 def layer_of(model) -> MoELoRALayer:
     return model.base_model.model.lin
-
-
-def wrap(base, seed=0, **fields):
-    torch.manual_seed(seed)
-    fields = {"r": 2, "num_experts": 4, "top_k": 2, "init_lora_weights": False, "target_modules": ["lin"], **fields}
-    return get_peft_model(Net(base), MoELoRAConfig(**fields), autocast_adapter_dtype=False)
 
 
 def expected(model, x, base, adapter="default", **kwargs):

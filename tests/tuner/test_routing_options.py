@@ -18,7 +18,7 @@ from ds_moelora.mixture.reference import max_relative_error, reference_layer
 from ds_moelora.mixture.routing import chosen_by, route
 from ds_moelora.tuner import MoELoRALayer
 
-from ..support.adapter_support import adapted, assert_same, batch, config, gradients, llama, train_step
+from ..support.adapter_support import adapted, assert_same, batch, config, gradients, llama, train_step, wrap
 
 EVERYTHING = {
     "router_z_loss_coef": 1e-2,
@@ -37,21 +37,6 @@ def layers_of(model):
     return {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if type(m) is MoELoRALayer}
 
 
-class Net(nn.Module):
-    def __init__(self, in_features=6, out_features=5):
-        super().__init__()
-        self.lin = nn.Linear(in_features, out_features).double()
-
-    def forward(self, x):
-        return self.lin(x)
-
-
-def wrap(base, **fields):
-    torch.manual_seed(0)
-    fields = {"r": 2, "num_experts": 4, "top_k": 2, "init_lora_weights": False, "target_modules": ["lin"], **fields}
-    return get_peft_model(base, MoELoRAConfig(**fields), autocast_adapter_dtype=False)
-
-
 # Temperature and jitter
 
 
@@ -68,7 +53,7 @@ def test_a_layer_with_any_options_is_the_formula(sizes, temperature, top_p, shar
     T, I, O, E, k, r = sizes
     options = {"router_temperature": temperature, "top_p": top_p, "expert_compute": compute}
     options |= {"shared_A": shared[0], "shared_expert": shared[1]}
-    base = Net(I, O)
+    base = nn.Linear(I, O).double()
     model = wrap(copy.deepcopy(base), r=r, num_experts=E, top_k=min(k, E), **options)
     e = layers_of(model)["lin"].experts("default")
     x = torch.randn(T, I, dtype=torch.float64, requires_grad=True)
@@ -94,7 +79,7 @@ def test_a_layer_with_any_options_is_the_formula(sizes, temperature, top_p, shar
 
 
 def test_jitter_is_noise_on_the_routers_input_in_training_alone():
-    eps, base = 0.3, Net()
+    eps, base = 0.3, nn.Linear(6, 5).double()
     model, plain = wrap(copy.deepcopy(base), router_jitter=eps), wrap(copy.deepcopy(base))
     e = layers_of(model)["lin"].experts("default")
     x = torch.randn(50, 6, dtype=torch.float64)
@@ -230,13 +215,6 @@ def test_merging_looks_at_every_layer():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"router_z_loss_coef": -1.0}, r"router_z_loss_coef=-1.0 must be a number >= 0"),
-        ({"router_temperature": 0}, r"router_temperature=0 must be a number > 0"),
-        ({"router_temperature": float("inf")}, r"router_temperature=inf must be"),
-        ({"router_jitter": 1.0}, r"router_jitter=1.0 must be a number in \[0, 1\)"),
-        ({"router_jitter": True}, r"router_jitter=True must be"),
-        ({"top_p": 0}, r"top_p=0 must be a number in \(0, 1\)"),
-        ({"top_p": 1.0}, r"top_p=1.0 must be a number in \(0, 1\)"),
         ({"shared_expert": 2}, r"shared_expert=2 must be True or False"),
         ({"shared_A": "yes"}, r"shared_A='yes' must be True or False"),
         ({"shared_A": True, "ep_size": 2}, r"shared_A=True cannot be used with ep_size=2: .*Use ep_size=1"),

@@ -147,25 +147,19 @@ def read_adapter(folder: str | os.PathLike[str]) -> SavedAdapter:
 
 def _read_layer(name: str, entries: dict[str, Tensor], adapter: MoELoRAConfig) -> SavedLayer:
     config = layer_config(adapter, name)
-    needed = ["lora_A", "lora_B", _ROUTER]
-    needed += ["shared.lora_A", "shared.lora_B"] if config.shared_expert else []
-    needed += ["initial_A", "initial_B"] if config.from_svd else []
-    missing = [part for part in needed if part not in entries]
-    if missing:
+    E, r, num_A = config.num_experts, config.r, 1 if config.shared_A else config.num_experts
+    I, O = (
+        entries[part].shape[1] if part in entries and entries[part].dim() == 3 else 0 for part in ("lora_A", "lora_B")
+    )
+    shapes = {"lora_A": (num_A, I, r), "lora_B": (E, O, r), _ROUTER: (E, I)}
+    if config.shared_expert:
+        shapes |= {"shared.lora_A": (1, I, r), "shared.lora_B": (1, O, r)}
+    if config.from_svd:
+        shapes |= {"initial_A": (E, I, r), "initial_B": (E, O, r)}
+    if missing := [part for part in shapes if part not in entries]:
         raise ValueError(f"{name} lacks {', '.join(missing)}: the file may be truncated, or of another configuration.")
-    E, r = config.num_experts, config.r
-    I, O = (entries[factor].shape[1] if entries[factor].dim() == 3 else 0 for factor in ("lora_A", "lora_B"))
-    shapes = {
-        "lora_A": (1 if config.shared_A else E, I, r),
-        "lora_B": (E, O, r),
-        _ROUTER: (E, I),
-        "shared.lora_A": (1, I, r),
-        "shared.lora_B": (1, O, r),
-        "initial_A": (E, I, r),
-        "initial_B": (E, O, r),
-    }
-    for part in needed:
-        tensor, shape = entries[part], shapes[part]
+    for part, shape in shapes.items():
+        tensor = entries[part]
         if tuple(tensor.shape) != shape or not tensor.is_floating_point() or 0 in shape:
             raise ValueError(
                 f"{name}: {part} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} in the file, and "
