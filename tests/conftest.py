@@ -15,7 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Files that take longest, longest first: no process is left alone with one of them at the end. Seconds of a core.
 LONGEST = {
-    "launch/test_failures.py": 180,
+    "launch/test_failures.py": 150,
     "conformance/test_settings.py": 90,
     "launch/test_launch_runs.py": 80,
     "integrations/test_front_ends.py": 40,

@@ -38,7 +38,7 @@ def check_flags(arguments: Arguments) -> None:
 
 
 def check_stage(arguments: Arguments) -> None:
-    """Finds what ZeRO's stage, the number of ranks or a missing package stands in the way of."""
+    """Whether ZeRO's stage, the number of processes and the packages here allow `--load_in_4bit` and `--ep_size`."""
     adapter, path = arguments.adapter, arguments.training.deepspeed
     stage = 0 if path is None else read_deepspeed_config(path).get("zero_optimization", {}).get("stage", 0)
     if arguments.run.load_in_4bit:
