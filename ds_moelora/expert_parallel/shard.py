@@ -119,8 +119,8 @@ class ShardedExperts(MoE):
         """
         if use_data_before_expert_parallel_:
             raise ValueError(
-                "use_data_before_expert_parallelism wants groups of ranks far apart, and MoE-LoRA's experts are shared by "
-                "ep_size consecutive ones: leave it out."
+                "use_data_before_expert_parallelism wants groups of ranks far apart, and MoE-LoRA's experts are shared "
+                "by ep_size consecutive ones: leave it out."
             )
         create_groups(self.ep_size)
         self.is_connected = True
