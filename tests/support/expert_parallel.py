@@ -70,6 +70,13 @@ def batches(steps: int, accumulate: int, ranks: int, how: str = "even", seed: in
     return [[[one(rank) for rank in range(ranks)] for _ in range(accumulate)] for _ in range(steps)]
 
 
+def one_step(engine: Any) -> None:
+    """On this process's own first batch."""
+    x, target = batches(1, 1, dist.get_world_size())[0][0][dist.get_rank()]
+    engine.backward(engine(x, target)["loss"])
+    engine.step()
+
+
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """Every trained parameter, with all experts, by the names of ep_size=1; on rank 0, {} elsewhere."""
     whole = {name: tensor for name, tensor in gather_experts(model).items() if ".initial_" not in name}
