@@ -177,10 +177,9 @@ class ForkedRun(Run):
         return left
 
 
-def deepspeed_command(arguments: list[str], ranks: int = 2, script: Path = TRAIN) -> list[str]:
-    """`deepspeed --num_gpus <ranks> <script> <arguments>` on a free port."""
-    port = str(find_free_port())
-    return ["deepspeed", "--master_port", port, "--num_gpus", str(ranks), str(script), *arguments]
+def deepspeed_command(arguments: list[str]) -> list[str]:
+    """The launcher with two processes, on a free port."""
+    return ["deepspeed", "--master_port", str(find_free_port()), "--num_gpus", "2", str(TRAIN), *arguments]
 
 
 def losses_of(checkpoint: Path) -> list[float]:
