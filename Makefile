@@ -36,7 +36,7 @@ test: $(VENV)/.ready
 
 # Every launcher on two hosts out of network namespaces: root, and openssh-server, pdsh, openmpi-bin, iproute2.
 test-multinode: $(VENV)/.ready
-	python -m pytest tests/multinode tests/launch/test_multinode_launch.py tests/launch/test_hosts.py tests/expert_parallel/test_nodes.py -ra $(PYTEST_ARGS)
+	python -m pytest tests/multinode tests/launch/test_multinode_launch.py tests/launch/test_hosts.py tests/expert_parallel/test_groups.py -ra $(PYTEST_ARGS)
 
 conformance: $(VENV)/.ready
 	python -m pytest $(TWO_AT_A_TIME) tests/conformance tests/optimizer/test_zero_exactness.py $(PYTEST_ARGS)

@@ -95,17 +95,7 @@ class EvaluationArguments(SourceArguments, DataArguments):
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Evaluates, prints a table and writes the results.
-
-    Args:
-        argv: arguments without the program's name; None: those of the command line.
-
-    Returns:
-        The results, as they are written.
-
-    Raises:
-        UserError: something that the caller can put right.
-    """
+    """Evaluates, prints a table and writes the results; returns them, too."""
     quieten()
     started = time.monotonic()
     wish, scoring = read_arguments(sys.argv[1:] if argv is None else argv)
@@ -176,9 +166,6 @@ def read_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, ScoringArg
     """The flags, and those of the recipe that mean something here.
 
     Of a recipe for training the evaluation data is taken, and `output_dir` as the adapter.
-
-    Raises:
-        UserError: wrong flags, or no data.
     """
 
     def translate(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -203,11 +190,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[EvaluationArguments, ScoringArg
 def load_evaluation_rows(
     wish: EvaluationArguments, source: Source, processor: PreTrainedTokenizerBase | BaseImageProcessor
 ) -> Dataset:
-    """The rows as the task's trainer takes them.
-
-    Raises:
-        UserError: as `launch.data.rows` and `launch.data.causal`, or a label that is none of the model's classes.
-    """
+    """The rows as the task's trainer takes them."""
     where = f"--dataset_name {wish.dataset_name}"
     if wish.dataset_name == DEMO:
         return demo.held_out_rows(TRAINING_CLASSES[TASKS[0]].seed)

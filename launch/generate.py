@@ -93,17 +93,7 @@ class GenerationArguments(SourceArguments):
 
 
 def main(argv: Sequence[str] | None = None) -> list[str]:
-    """Answers all prompts.
-
-    Args:
-        argv: arguments without the program's name; None: those of the command line.
-
-    Returns:
-        the answers; [] where they were asked for one by one.
-
-    Raises:
-        UserError: something that the caller can put right.
-    """
+    """Answers all prompts; returns the answers, or [] where they were asked for one by one."""
     quieten()
     (wish,) = read_flags((GenerationArguments,), sys.argv[1:] if argv is None else argv, "launch/generate.py")
     prompts = wish.prompt or (_read_prompts(wish.prompt_file) if wish.prompt_file else [])

@@ -15,6 +15,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import datasets
 import deepspeed
 import torch.distributed as dist
 import transformers
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_utils import set_seed
 
 import ds_moelora  # noqa: F401  (registers the optimizers and the tuner)
@@ -86,24 +87,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     watch.reached("the loading of the model")
     stopping = Stopping(arguments.run.stop_after_nan_steps)
     status = saving.StatusFile(arguments.run.status_file)
-    remember = Remember(arguments, optimizer)
-    callbacks: list[TrainerCallback] = [status, watchdog.Progress(watch), remember, EvaluateOnce()]
-    if arguments.demo:
-        callbacks.append(demo.ExactMatch(processor))
     hub = HubUpload(arguments.training)
-    callbacks.append(hub)
+    exact_match = demo.ExactMatch(processor) if arguments.demo else None
+    callbacks = [status, watchdog.Progress(watch), EvaluateOnce(), *filter(None, [exact_match]), hub]
     trainer = trainers.build_trainer(arguments, model, processor, made.train, evaluation, callbacks, stopping)
-    remember.trainer = trainer
+    remember = Remember(trainer, arguments, optimizer)
+    trainer.add_callback(remember)
     guard_curves(trainer)
     if trainer.is_world_process_zero():
         report.print_truncation(trainer.truncation)
     if answers:
         trainer.add_callback(answering.AnswerScores(trainer, evaluation, arguments.scoring))
-    progress = console.Progress(trainer, arguments, optimizer)
+    progress = console.Progress(trainer, arguments, remember.record)
     trainer.add_callback(MoELoRACallback(trainer, on_report=progress.take))
     trainer.add_callback(progress)  # the last one: its clock begins where the others are done
-    callbacks.append(progress)
-    summary = run(trainer, arguments, optimizer, callbacks)
+    summary = run(trainer, arguments, progress, exact_match)
     if summary is not None:
         hub.finish()
     with not_fatal("its line in --status_file", arguments.training.output_dir):
@@ -188,7 +186,7 @@ def prepare_output_dir(arguments: Arguments) -> OutputLock:
 
 
 def run(
-    trainer: Trainer, arguments: Arguments, optimizer: str, callbacks: list[TrainerCallback]
+    trainer: Trainer, arguments: Arguments, progress: console.Progress, exact_match: demo.ExactMatch | None
 ) -> dict[str, Any] | None:
     """Trains, evaluates, saves and reports; None if training was told to stop before its end."""
     training, stopping = arguments.training, trainer.stopping
@@ -209,38 +207,31 @@ def run(
     if trainer.is_world_process_zero():
         with not_fatal("the model card's part on training", training.output_dir):
             model = trainer.accelerator.unwrap_model(trainer.model)
-            record_training(model, card.training_record(arguments, trainer, remembered(callbacks), eval_metrics))
+            record_training(model, card.training_record(arguments, trainer, progress.record, eval_metrics))
             model.create_or_update_model_card(training.output_dir)
     with not_fatal("its summary", training.output_dir):
-        return report_run(trainer, arguments, optimizer, callbacks, eval_metrics)
+        return report_run(trainer, arguments, progress, exact_match, eval_metrics)
     return {}
-
-
-def remembered(callbacks: list[TrainerCallback]) -> dict[str, Any]:
-    """What `Remember` has written down."""
-    return next(callback.record for callback in callbacks if isinstance(callback, Remember))
 
 
 def report_run(
     trainer: Trainer,
     arguments: Arguments,
-    optimizer: str,
-    callbacks: list[TrainerCallback],
+    progress: console.Progress,
+    exact_match: demo.ExactMatch | None,
     eval_metrics: dict[str, float],
 ) -> dict[str, Any]:
     """The closing summary, written and printed by rank 0."""
-    extra: dict[str, Any] = {"truncation": {name: count.as_dict() for name, count in trainer.truncation.items()}}
+    extra: dict[str, Any] = {"truncation": {name: asdict(count) for name, count in trainer.truncation.items()}}
     if arguments.run.task not in LANGUAGE:
         extra["regression"] = arguments.run.regression
         classes = [] if arguments.run.regression else sorted(trainer.model.config.id2label.items())
         extra["classes"] = [name for _, name in classes]
-    extra["trained_with"] = remembered(callbacks)
-    exact_match = next((callback for callback in callbacks if isinstance(callback, demo.ExactMatch)), None)
+    extra["trained_with"] = progress.record
     if exact_match is not None:
         extra["exact_match"] = exact_match.accuracy
-    progress = next(callback for callback in callbacks if isinstance(callback, console.Progress))
     session = progress.steps, progress.tokens(), progress.seconds
-    summary = report.summarize(trainer, optimizer, eval_metrics, session, extra)
+    summary = report.summarize(trainer, progress.record["optimizer"], eval_metrics, session, extra)
     if trainer.is_world_process_zero():
         path = report.write_summary(summary, arguments.training.output_dir)
         with not_fatal("its loss curve", arguments.training.output_dir):

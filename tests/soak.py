@@ -21,12 +21,9 @@ import torch
 from safetensors.torch import load_file
 
 from launch.checkpoint.resume import checkpoints, newest_complete
-from tests.support.failures import Run, deepspeed_command, losses_of
+from tests.support.failures import BATCH, SETTINGS, Run, deepspeed_command, losses_of
 from tests.support.launch_support import ROOT, alpaca_rows, tiny_model, write_jsonl
 
-SETTINGS = ["--deepspeed", "configs/zero2.json", "--lora_r", "2", "--num_experts", "2", "--top_k", "1", "--seed", "3",
-            "--learning_rate", "1e-3", "--logging_steps", "1", "--per_device_train_batch_size", "2",
-            "--report_to", "none", "--resume_from_checkpoint", "auto"]  # fmt: skip
 ATTEMPT_ENDED = "[supervise] exit code"
 
 
@@ -53,33 +50,40 @@ class Soak:
         self.steps, self.random = steps, random.Random(seed)
         supervise = [str(ROOT / "launch" / "supervise.sh"), "--pause", "0", "--restarts", "1000", "--stuck", "0"]
         command = deepspeed_command([*arguments, "--max_steps", str(steps), "--output_dir", str(output_dir)])
+        self._since = 0  # where the output of this attempt begins
         self.run = Run([*supervise, *command], output_dir.with_name(f"{output_dir.name}.log"))
 
     def kill(self, count: int, while_starting: float = 1 / 6) -> list[Kill]:
         """Kills `count` times, between the first and the last tenth of the run; returns what it did."""
         targets = sorted(self.random.sample(range(self.steps // 10, self.steps - self.steps // 10), count))
-        return [self._kill_once(None if self.random.random() < while_starting else step) for step in targets]
+        return [self.kill_at(None if self.random.random() < while_starting else step) for step in targets]
 
-    def _kill_once(self, step: int | None) -> Kill:
-        offset, ended = len(self.run.output), self.run.output.count(ATTEMPT_ENDED)
+    def kill_at(self, step: int | None) -> Kill:
+        """Kills a random rank, some time after a step of this attempt was seen; None: while it starts."""
+        ended = self.run.output.count(ATTEMPT_ENDED)
         rank = self.random.randrange(2)
         if step is None:
             self._wait(lambda: len(self._ranks()) == 2)
             time.sleep(self.random.uniform(0, 8))
         else:
-            self._wait(lambda: (self._step_after(offset) or -1) >= step)
+            self.wait_for_step(step)
             time.sleep(self.random.uniform(0, 0.6))
-        seen = self._step_after(offset)
+        seen = self._newest_step()
         os.kill(self.run.rank(rank), signal.SIGKILL)
-        since = time.monotonic()
+        killed = time.monotonic()
         self._wait(lambda: self.run.output.count(ATTEMPT_ENDED) > ended)
-        return Kill(rank, seen, time.monotonic() - since)
+        self._since = len(self.run.output)
+        return Kill(rank, seen, time.monotonic() - killed)
+
+    def wait_for_step(self, step: int) -> None:
+        """Until this attempt has done a step, or a later one."""
+        self._wait(lambda: (self._newest_step() or -1) >= step)
 
     def _ranks(self) -> set[str]:
         return {rank for rank in self.run.processes().values() if rank is not None}
 
-    def _step_after(self, offset: int) -> int | None:
-        found = re.findall(rf"'step': '(\d+)/{self.steps}'", self.run.output[offset:])
+    def _newest_step(self) -> int | None:
+        found = re.findall(rf"'step': '(\d+)/{self.steps}'", self.run.output[self._since :])
         return int(found[-1]) if found else None
 
     def _wait(self, condition, timeout: float = 400.0) -> None:
@@ -111,7 +115,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         root = Path(folder)
         model, data = tiny_model(root / "model"), write_jsonl(root / "rows.jsonl", alpaca_rows(100))
-        arguments = [*SETTINGS, "--save_steps", "5", "--save_total_limit", "2",
+        arguments = [*SETTINGS, *BATCH, "--save_steps", "5", "--save_total_limit", "2",
                      "--model_name_or_path", str(model), "--dataset_name", str(data)]  # fmt: skip
         whole = Run(
             deepspeed_command([*arguments, "--max_steps", str(options.steps), "--output_dir", str(root / "whole")]),

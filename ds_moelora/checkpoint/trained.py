@@ -234,14 +234,14 @@ def topology(run: Run) -> dict[str, Any]:
     return {
         "world_size": world_size(),
         "zero_stage": run.engine.zero_optimization_stage() if run.engine is not None else 0,
-        "ep_size": int(shards[0].topology()[0]) if shards else 1,
+        "ep_size": shards[0].ep_size if shards else 1,
         "samples_per_step": run.engine.train_batch_size() if run.engine is not None else None,
     }
 
 
 def _sharded_experts(model: torch.nn.Module) -> list[Any]:
     """Modules whose experts are spread over processes; without DeepSpeed there are none."""
-    found = [m for m in model.modules() if hasattr(m, "first_expert") and hasattr(m, "topology")]
+    found = [m for m in model.modules() if hasattr(m, "first_expert")]
     if found:
         from ..expert_parallel.shard import ShardedExperts  # needs DeepSpeed, which need not be installed
 

@@ -6,7 +6,6 @@ Shape suffixes: L layers, S sequences, N tokens per sequence, E experts, P dimen
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,45 +15,27 @@ from ..mixture.routing import sequence_balance_loss
 SKETCH_DIM = 16
 
 
-class RouterSums(NamedTuple):
-    """Sums over real tokens, or sequences, which add up over micro-batches and ranks; float32.
-
-    Args:
-        slots: (L, E) slots (token, chosen expert) of each expert.
-        entropy: (L,) sum over tokens of H(p) / log E, p the softmax over all E experts; 0 for E = 1.
-        balance: (L,) sum over sequences of `mixture.routing.sequence_balance_loss`.
-        tokens: (L,). sequences: (L,) those with a real token.
-    """
-
-    slots: Tensor
-    entropy: Tensor
-    balance: Tensor
-    tokens: Tensor
-    sequences: Tensor
-
-
 @torch.no_grad()
-def router_sums(logits_LSNE: Tensor, chosen_LSNE: Tensor, real_SN: Tensor | None = None) -> RouterSums:
-    """The sums of several routers over the same batch.
+def router_sums(logits_SNE: Tensor, chosen_SNE: Tensor, real_SN: Tensor | None = None) -> Tensor:
+    """Sums over a router's real tokens, or sequences, which add up over micro-batches and processes.
 
     Args:
-        logits_LSNE: (L, S, N, E). chosen_LSNE: (L, S, N, E) bool.
+        logits_SNE: (S, N, E). chosen_SNE: (S, N, E) bool.
         real_SN: (S, N), non-zero where a token is real; None: all are.
+
+    Returns:
+        (4 + E,) float32: entropies H(p) / log E of the tokens, p the softmax over all E experts (0 for E = 1);
+        `mixture.routing.sequence_balance_loss` of the sequences; tokens; sequences with a real token; and the slots
+        (token, chosen expert) of each expert.
     """
-    L, S, N, E = logits_LSNE.shape
-    logits = logits_LSNE.float()
+    S, N, E = logits_SNE.shape
+    logits = logits_SNE.float()
     real = torch.ones(S, N, device=logits.device) if real_SN is None else real_SN.ne(0).float()
     log_p = logits.log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1) / (math.log(E) if E > 1 else 1.0)
-    flat, chosen = logits.view(L * S, N, E), chosen_LSNE.reshape(L * S, N, E)
-    balance = sequence_balance_loss(flat, chosen, None if real_SN is None else real.repeat(L, 1))
-    return RouterSums(
-        slots=(chosen_LSNE * real[..., None]).sum((1, 2)),
-        entropy=(entropy * real).sum((1, 2)),
-        balance=balance.view(L, S).sum(1),
-        tokens=real.sum().expand(L),
-        sequences=real.any(1).float().sum().expand(L),
-    )
+    balance = sequence_balance_loss(logits, chosen_SNE, None if real_SN is None else real)
+    sums = torch.stack([(entropy * real).sum(), balance.sum(), real.sum(), real.any(1).float().sum()])
+    return torch.cat([sums, (chosen_SNE * real[..., None]).sum((0, 1))])
 
 
 def load_over_ideal(slots_LE: Tensor, num_experts: Tensor) -> Tensor:

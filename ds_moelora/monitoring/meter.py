@@ -54,7 +54,7 @@ class RouterMeter:
 
     Attributes:
         names: of the layers. num_experts: E of each. ep_size: ranks that share the experts.
-        packed: (L, 4 + E): entropy, balance, tokens, sequences and slots of `RouterSums`, E padded to the largest.
+        packed: (L, 4 + E), `monitoring.formulas.router_sums`, E padded to the largest.
         sketches: (L, E, P * P), `monitoring.formulas.sketch_products`; zero where the experts are other ranks'.
     """
 
@@ -97,9 +97,8 @@ class RouterMeter:
         layer = self._position.get(id(experts))
         if layer is None:
             return
-        sums = router_sums(logits[None], chosen[None], mask)
-        columns = torch.cat([torch.stack(sums[1:], 1), sums.slots], 1)[0]
-        self.packed[layer, : len(columns)] += columns
+        sums = router_sums(logits, chosen, mask)
+        self.packed[layer, : len(sums)] += sums
 
     def _projection(self, factor: Tensor) -> Tensor:
         key = (factor.shape[1], factor.device)

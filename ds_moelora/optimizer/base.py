@@ -25,7 +25,7 @@ from ..pairs import tag_of
 from .factors import Factor, collect_pairs
 from .gates import GateHold
 from .groups import ParamGroup, as_groups, as_tensor, check_options, expert_group_name, scaled_learning_rates
-from .guard import await_step, stepped
+from .guard import await_step
 from .kernels import choose, load
 from .kernels.rows import AdamWState, Extents, Kernels, capturing
 from .sharding.exchange import Matrices, ShardedPreconditioner
@@ -65,7 +65,8 @@ class GateRiemannian(torch.optim.Optimizer):
     """
 
     _base: type[torch.optim.Optimizer]
-    _fused_dtypes: frozenset[torch.dtype]  # for which torch's fused kernel is asked for
+    # For which torch's fused kernel is asked for.
+    _fused_dtypes: frozenset[torch.dtype] = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
     _needs_gradient_grams = False
     statistics: StepStatistics | None = None  # set by who wants to know what the next steps do
     kernels = "auto"
@@ -285,7 +286,7 @@ class GateRiemannian(torch.optim.Optimizer):
             )
             update = self._update(storage, set(units), kernels)
             self._located = _Located(holder, storage, preconditioner, update)
-            stepped(factors)
+            await_step(factors, "")
         return self._located
 
 

@@ -20,14 +20,9 @@ OURS = ("GateRiemannianAdamW", "GateRiemannianSGD", "GateRiemannianMuon")
 
 
 def await_step(factors: Sequence[Factor], optimizer: str) -> None:
-    """Notes on the pairs that an optimizer was built for them; until `stepped`, another one would be a surprise."""
+    """Notes on pairs which optimizer was built for them and has not run: another one would be a surprise. "": none."""
     for factor in factors:
         factor.pair.awaits = optimizer
-
-
-def stepped(factors: Sequence[Factor]) -> None:
-    """Takes the notes back: the optimizer runs."""
-    await_step(factors, "")
 
 
 def check_after_configuring(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -59,7 +59,6 @@ class GateRiemannianMuon(GateRiemannian, torch.optim.AdamW):
     """
 
     _base = torch.optim.AdamW
-    _fused_dtypes = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
     _needs_gradient_grams = True
 
     def __init__(

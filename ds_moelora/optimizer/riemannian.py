@@ -73,7 +73,6 @@ class GateRiemannianAdamW(_Preconditioned, torch.optim.AdamW):
     """
 
     _base = torch.optim.AdamW
-    _fused_dtypes = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
     def __init__(
         self,

@@ -96,7 +96,7 @@ class CalibratedNetwork:
     An all_reduce is a reduce_scatter and an all_gather of half its bytes each.
     """
 
-    collectives: Mapping[str, tuple[float, float]]
+    collectives: Mapping[str, tuple[float, ...]]  # latency, seconds per byte
 
     def seconds(self, collective: str, group: Group, sent: float, calls: float) -> float:
         if group.ranks < 2:

@@ -71,7 +71,7 @@ def evaluate(model: ModelShape, work: Workload, choice: Choice, hw: Hardware) ->
     memory = memory_per_gpu(model, work, choice)
     transfers = step_traffic(model, work, choice)
     fits = memory.total <= hw.usable * hw.memory
-    return Candidate(choice, memory, transfers, step_time(model, work, choice, hw), fits)
+    return Candidate(choice, memory, transfers, step_time(model, work, choice, hw, transfers), fits)
 
 
 def candidates(model: ModelShape, work: Workload, hw: Hardware) -> list[Candidate]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from .hardware import Hardware
 from .memory import trainable
 from .model import Linear, ModelShape
-from .traffic import Transfer, dispatch_traffic, received_rows, step_traffic
+from .traffic import Transfer, dispatch_traffic, received_rows
 from .workload import OPTIMIZER_STATES, Choice, Workload
 
 
@@ -83,10 +83,14 @@ def transfer_seconds(transfer: Transfer, hw: Hardware) -> float:
     return hw.network.seconds(transfer.collective, transfer.group, transfer.sent, transfer.calls)
 
 
-def step_time(model: ModelShape, work: Workload, choice: Choice, hw: Hardware) -> StepTime:
-    """The expected time of one step."""
-    transfers = step_traffic(model, work, choice)
-    return _time(model, work, choice, hw, transfers, optimizer_seconds(model, work, choice, hw))
+def step_time(model: ModelShape, work: Workload, choice: Choice, hw: Hardware, transfers: list[Transfer]) -> StepTime:
+    """The expected time of one step that sends `transfers`."""
+    flops = step_flops(model, work, choice)
+    rate = hw.dense if work.expert_compute == "dense" else hw.grouped
+    overlapped = sum(transfer_seconds(t, hw) for t in transfers if t.overlapped)
+    exposed = sum(transfer_seconds(t, hw) for t in transfers if not t.overlapped)
+    compute = flops.base / hw.dense + flops.experts / rate
+    return StepTime(compute, overlapped, exposed, optimizer_seconds(model, work, choice, hw))
 
 
 def layer_time(in_features: int, out_features: int, work: Workload, choice: Choice, hw: Hardware) -> StepTime:
@@ -101,15 +105,5 @@ def layer_time(in_features: int, out_features: int, work: Workload, choice: Choi
         largest_parameter=in_features * out_features,
         linears=(Linear("layer", in_features, out_features, True),),
     )
-    return _time(layer, work, choice, hw, dispatch_traffic(layer, work, choice), 0.0)
-
-
-def _time(
-    model: ModelShape, work: Workload, choice: Choice, hw: Hardware, transfers: list[Transfer], optimizer: float
-) -> StepTime:
-    flops = step_flops(model, work, choice)
-    rate = hw.dense if work.expert_compute == "dense" else hw.grouped
-    seconds = [(transfer_seconds(t, hw), t.overlapped) for t in transfers]
-    overlapped = sum(s for s, is_overlapped in seconds if is_overlapped)
-    exposed = sum(s for s, is_overlapped in seconds if not is_overlapped)
-    return StepTime(flops.base / hw.dense + flops.experts / rate, overlapped, exposed, optimizer)
+    time = step_time(layer, work, choice, hw, dispatch_traffic(layer, work, choice))
+    return time._replace(optimizer=0.0)

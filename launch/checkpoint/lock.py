@@ -86,9 +86,6 @@ def _take(path: Path, own: Path, lock: Path) -> None:
 
     Of several runs that find the same dead owner, the one that replaces it holds a claim on just that owner: a lock
     like any other, beside this one. The lock itself is never away.
-
-    Raises:
-        UserError: a run that may be alive holds `path`.
     """
     for _ in range(ATTEMPTS):
         if _place(own, path):

@@ -69,9 +69,6 @@ def check_output_dir(arguments: Arguments) -> None:
     """Settles where results go, and which checkpoint a flag names; writes nothing.
 
     `resume_from_checkpoint` is replaced by the path of a checkpoint, by AUTO (see `choose_checkpoint`), or by None.
-
-    Raises:
-        UserError: a non-empty folder without resume or overwrite, or a checkpoint that is not there or not complete.
     """
     training = arguments.training
     output_dir = Path(training.output_dir)

@@ -30,7 +30,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -268,11 +268,7 @@ class CheckpointedTrainer(Trainer):
         return prepared
 
     def _restore(self, checkpoint: str, flag: str, contents: bool) -> None:
-        """Compares the checkpoint's record with this run, says what differs, and loads.
-
-        Raises:
-            UserError: it is damaged, or of another run.
-        """
+        """Compares the checkpoint's record with this run, says what differs, and loads."""
         run, folder = self.as_run(), Path(checkpoint)
         try:
             manifest, lines = check_state(run, folder, self.settings, TABLE, contents)
@@ -359,12 +355,10 @@ class StatusFile(TrainerCallback):
     def __init__(self, path: str | None) -> None:
         self.path = path
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.write(state, f"started {os.getpid()} {socket.gethostname()}")
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if (Path(args.output_dir) / f"checkpoint-{state.global_step}").is_dir():
             self.write(state, f"checkpoint {state.global_step}")
 
@@ -399,7 +393,8 @@ def check_shared(output_dir: str | Path) -> None:
 
 def _ignoring_signals(loader: DataLoader) -> DataLoader:
     """A loader whose workers leave signals to their process."""
-    loader.worker_init_fn = partial(ignore_signals, loader.worker_init_fn)
+    reader = getattr(loader, "base_dataloader", loader)  # the one that starts workers inside accelerate's wrapper
+    reader.worker_init_fn = partial(ignore_signals, reader.worker_init_fn)
     return loader
 
 

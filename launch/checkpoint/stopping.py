@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from launch.checkpoint.resume import newest_complete
 from launch.checks.errors import UserError
@@ -28,6 +28,23 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 class EvaluationSkipped(Exception):  # noqa: N818  (no error)
     """A rank got a signal; raised at the same batch on every rank."""
+
+
+class Exchange:
+    """An all-gather of flags that has begun: `mine` of every rank. Without a group there is one rank."""
+
+    def __init__(self, group: Any, mine: list[bool]) -> None:
+        self._mine = torch.tensor(mine, dtype=torch.long)
+        self._all, self._work = [self._mine], None
+        if group is not None:
+            self._all = [torch.empty_like(self._mine) for _ in range(dist.get_world_size(group))]
+            self._work = dist.all_gather(self._all, self._mine, group=group, async_op=True)
+
+    def read(self) -> list[list[int]]:
+        """Flag by flag, that of every rank."""
+        if self._work is not None:
+            self._work.wait()
+        return torch.stack(self._all).T.tolist()
 
 
 class Stopping(TrainerCallback):
@@ -43,8 +60,8 @@ class Stopping(TrainerCallback):
         self._signalled = False
         self._bad: Tensor | None = None  # on the device: was a loss of this step not finite?
         self._copy: tuple[Tensor, Any] | None = None  # that flag of the last step, on its way to the host
-        self._exchange: tuple[int, list[Tensor], Any] | None = None  # (step, what every rank said of it, the work)
-        self._asked: tuple[Tensor, list[Tensor], Any] | None = None  # the same, during an evaluation
+        self._exchange: tuple[int, Exchange] | None = None  # of a step
+        self._asked: Exchange | None = None  # during an evaluation
         self._streaks: list[int] = []  # of every rank
         self._group: Any = None
 
@@ -53,9 +70,7 @@ class Stopping(TrainerCallback):
         bad = ~torch.isfinite(loss.detach())
         self._bad = bad if self._bad is None else self._bad | bad
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         self._streaks = [0] * ranks
         if ranks > 1:
@@ -63,26 +78,20 @@ class Stopping(TrainerCallback):
         for number in SIGNALS:
             signal.signal(number, self._note_signal)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         signalled = self._read_exchange(args.output_dir)
         if signalled and not control.should_training_stop:
             self.preempted = True
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
-        mine = torch.tensor([int(self._signalled), int(self._copy is not None and _read(self._copy))])
+        bad = self._copy is not None and _read(self._copy)
         self._copy, self._bad = _to_host(self._bad), None
-        answers, work = [mine], None
-        if self._group is not None:
-            answers = [torch.empty_like(mine) for _ in self._streaks]
-            work = dist.all_gather(answers, mine, group=self._group, async_op=True)
-        self._exchange = (state.global_step - 1, answers, work)
+        self._exchange = state.global_step - 1, Exchange(self._group, [self._signalled, bad])
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.during_evaluation()
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.end_evaluation()
 
     def during_evaluation(self) -> None:
@@ -93,21 +102,12 @@ class Stopping(TrainerCallback):
         """
         if self.end_evaluation():
             raise EvaluationSkipped
-        mine = torch.tensor([int(self._signalled)])
-        answers, work = [mine], None
-        if self._group is not None:
-            answers = [torch.empty_like(mine) for _ in self._streaks]
-            work = dist.all_gather(answers, mine, group=self._group, async_op=True)
-        self._asked = mine, answers, work
+        self._asked = Exchange(self._group, [self._signalled])
 
     def end_evaluation(self) -> bool:
         """Reads what is on its way: whether any rank had got a signal."""
-        if self._asked is None:
-            return False
-        (_, answers, work), self._asked = self._asked, None
-        if work is not None:
-            work.wait()
-        return bool(torch.stack(answers).any())
+        asked, self._asked = self._asked, None
+        return asked is not None and any(asked.read()[0])
 
     def last_step_was_finite(self) -> bool:
         """Whether the step that has just ended had finite losses on all ranks.
@@ -123,17 +123,11 @@ class Stopping(TrainerCallback):
         self._signalled = True
 
     def _read_exchange(self, output_dir: str) -> bool:
-        """Whether any rank got a signal.
-
-        Raises:
-            UserError: too many steps in a row were not finite.
-        """
+        """Whether any rank got a signal."""
         if self._exchange is None:
             return False
-        step, answers, work = self._exchange
-        if work is not None:
-            work.wait()
-        signalled, bad = torch.stack(answers).T.tolist()
+        step, exchange = self._exchange
+        signalled, bad = exchange.read()
         self._streaks = [streak + 1 if wrong else 0 for streak, wrong in zip(self._streaks, bad, strict=True)]
         if self.nan_steps and max(self._streaks) >= self.nan_steps:
             raise UserError(_not_finite(step, self._streaks, output_dir))

@@ -8,7 +8,6 @@ them by name; the command line wins.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import os
@@ -25,6 +24,8 @@ from ds_moelora.optimizer.defaults import default_learning_rate
 from ds_moelora.redaction import redact_words, remember
 from launch.checks.errors import UsageError, UserError
 from launch.checks.flags import (
+    OTHER_FLAGS,
+    SCORING_FLAGS,
     TASKS,
     TRAINING_CLASSES,
     AdapterArguments,
@@ -45,13 +46,9 @@ MOST_USED = (
 
 @dataclass
 class Arguments:
-    """Everything the command line and the recipe said.
+    """Everything the command line and the recipe said. `training` is not started yet.
 
     Args:
-        run: model, data and task.
-        adapter: the mixture.
-        scoring: how evaluation data is scored.
-        training: `CausalConfig`, `ClassificationConfig` or `ImageConfig`, not started yet.
         demo: no model and no dataset was named: the embedded default runs.
     """
 
@@ -70,53 +67,25 @@ class _Parser(TrlParser):
     """
 
     def __init__(self, classes: tuple[type, ...], **kwargs: Any) -> None:
-        self.actions: list[argparse.Action] = []
-        self._titles = {getattr(c, "_argument_group_name", None) for c in classes} - {None}
-        self._trains = any(c in TRAINING_CLASSES.values() for c in classes)
-        self._first: Any = None
         super().__init__(classes, **kwargs)
-        for action in self.actions:
+        for action in self._actions:
             if getattr(action.type, "__name__", None) == "string_to_bool" and action.nargs is None:
                 action.nargs, action.const = "?", True
+        titles = [group.title for group in self._action_groups]
+        if OTHER_FLAGS in titles:
+            rest = self._action_groups[titles.index(OTHER_FLAGS)]
+            first = self.add_argument_group("training, most used")
+            self._action_groups.insert(titles.index(SCORING_FLAGS), self._action_groups.pop())
+            for action in [action for action in rest._group_actions if action.dest in MOST_USED]:
+                rest._group_actions.remove(action)
+                first._group_actions.append(action)
 
     def error(self, message: str) -> None:
         raise UsageError(message)
 
-    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
-        self.actions.append(super().add_argument(*args, **kwargs))
-        return self.actions[-1]
-
-    def add_argument_group(self, *args: Any, **kwargs: Any) -> Any:
-        title = args[0] if args else kwargs.get("title")
-        if title == ScoringArguments._argument_group_name and self._trains:
-            self._first = super().add_argument_group("training, most used")
-        group = super().add_argument_group(*args, **kwargs)
-        return _Group(self, group) if title in self._titles else group
-
-
-class _Group:
-    """What transformers' parser fills with the flags of a dataclass."""
-
-    def __init__(self, parser: _Parser, group: Any) -> None:
-        self.parser, self.group = parser, group
-
-    def add_argument(self, *flags: str, **options: Any) -> argparse.Action:
-        first = self.parser._first
-        group = first if first is not None and flags[0].lstrip("-") in MOST_USED else self.group
-        self.parser.actions.append(group.add_argument(*flags, **options))
-        return self.parser.actions[-1]
-
 
 def parse_arguments(argv: Sequence[str], demo_defaults: dict[str, Any]) -> Arguments:
-    """Reads the command line of `launch/train.py` and the recipe that it names.
-
-    Args:
-        argv: arguments without the program's name.
-        demo_defaults: defaults that apply when neither a model nor a dataset is named.
-
-    Raises:
-        UsageError: an unknown flag or recipe key, a value of the wrong kind, or half a choice (model without data).
-    """
+    """Reads the command line of `launch/train.py` and the recipe that it names; `demo_defaults` are the demo's."""
     recipe, words = _read_recipe(argv)
     chosen = {name: _peek(words, recipe, name) for name in ("task", "model_name_or_path", "dataset_name")}
     task = chosen["task"] or "causal-lm"
@@ -149,18 +118,10 @@ def read_flags(
     program: str,
     translate: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> tuple[Any, ...]:
-    """The command line of the other programs of this folder.
+    """The command line of another program of this folder as one instance of each class, whose fields are its flags.
 
     Args:
-        classes: dataclasses whose fields are the flags.
-        argv: arguments without the program's name; `--config recipe.yaml` may be among them.
         translate: what a recipe for training means here.
-
-    Returns:
-        one instance of each class.
-
-    Raises:
-        UsageError: an unknown flag or recipe key, or a value of the wrong kind.
     """
     recipe, words = _read_recipe(argv)
     return _parse(classes, words, translate(recipe), program, {})
@@ -172,7 +133,7 @@ def _parse(
     parser = _Parser(
         classes, prog=program, allow_abbrev=False, usage=f"{program} [flags]; --config recipe.yaml sets any"
     )
-    spelled = {option.lstrip("-").replace("-", "_") for action in parser.actions for option in action.option_strings}
+    spelled = {option.lstrip("-").replace("-", "_") for action in parser._actions for option in action.option_strings}
     known = spelled - {"h", "help"} | {"config"}
     _refuse_unknown(recipe, known, "recipe key")
     if defaults:
@@ -260,12 +221,8 @@ def _read_recipe(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _as_words(recipe: dict[str, Any], parser: _Parser) -> list[str]:
-    """A recipe as the command line would say it, so that both are read, and refused, in the same way.
-
-    Raises:
-        UsageError: a list for a flag that takes one value.
-    """
-    lists = {action.dest for action in parser.actions if action.nargs in ("+", "*")}
+    """A recipe as the command line would say it, so that both are read, and refused, in the same way."""
+    lists = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
     words = []
     for name, value in recipe.items():
         if value is None:

@@ -64,11 +64,7 @@ CHOICES = {
 
 
 def check_bounds(arguments: Arguments) -> None:
-    """Checks numbers, names and places among the flags.
-
-    Raises:
-        UserError: naming the flag, its value and its bound, or what there is to choose from.
-    """
+    """Checks numbers, names and places among the flags."""
     training, status_file = arguments.training, arguments.run.status_file
     _check_numbers(arguments.run, RUN_RULES)
     _check_numbers(training, RULES)

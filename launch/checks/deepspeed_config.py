@@ -65,11 +65,7 @@ ADAM_PARAMS = ("bias_correction", "amsgrad", "torch_adam", "adam_w_mode", "fp32_
 
 
 def read_deepspeed_config(path: str) -> dict[str, Any]:
-    """The DeepSpeed config as a dict.
-
-    Raises:
-        UserError: no such file, not JSON (with line and column), or not an object.
-    """
+    """The DeepSpeed config as a dict."""
     file = Path(path)
     if not os.path.isfile(file):  # not file.is_file(), which raises for a name that is too long for a path
         near = sorted(str(p) for p in file.parent.glob("*.json")) if file.parent.is_dir() else []
@@ -86,14 +82,9 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
 
 
 def check_optimizer(arguments: Arguments) -> str:
-    """Makes sure that the optimizer that will run is one that was asked for.
+    """Makes sure that the optimizer that will run was asked for; returns `type` in the DeepSpeed config, or `--optim`.
 
-    Returns:
-        The optimizer's name: the `type` in the DeepSpeed config, or `--optim`.
-
-    Raises:
-        UserError: no DeepSpeed optimizer block and no `--optim` (transformers would quietly run its AdamW), both of
-            them (DeepSpeed's would quietly win), an unknown type, or parameters the optimizer does not take.
+    Without either, transformers would quietly run its AdamW; with both, DeepSpeed's would quietly win.
     """
     path, optim = arguments.training.deepspeed, arguments.training.optim
     if path is None:
@@ -179,11 +170,7 @@ def _is_optimizer(candidate: object) -> bool:
 
 
 def _check_config(path: str, config: dict[str, Any], arguments: Arguments) -> None:
-    """Finds what DeepSpeed, or its optimizer or scheduler, would not take.
-
-    Raises:
-        UserError: a key or value that is refused, with the reason; or one that a flag contradicts.
-    """
+    """Finds what DeepSpeed, or its optimizer or scheduler, would not take."""
     filled = _filled(path, config, arguments.training)
     _attempt(path, lambda: deepspeed_config.DeepSpeedConfig(filled))
     dtype = config.get("data_types", {}).get("grad_accum_dtype")
@@ -218,11 +205,7 @@ def _check_shapes(path: str, config: dict[str, Any]) -> None:
 
 
 def _filled(path: str, config: dict[str, Any], training: Any) -> dict[str, Any]:
-    """The config with "auto" replaced as transformers will do it.
-
-    Raises:
-        UserError: a value that a flag contradicts.
-    """
+    """The config with "auto" replaced as transformers will do it."""
     flags = SimpleNamespace(**{**vars(training), "bf16": training.wants_bf16(), "world_size": process_rank()[1]})
     made = _attempt(path, lambda: HfTrainerDeepSpeedConfig(copy.deepcopy(config)))
     _attempt(path, lambda: made.trainer_config_process(flags))

@@ -8,6 +8,7 @@ version that stands in neither.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -109,11 +110,7 @@ TASK_FLAGS = {
 
 
 def check_effects(arguments: Arguments) -> None:
-    """Refuses the flags that would do harm or that contradict each other, and names those that do nothing.
-
-    Raises:
-        UserError: naming the flag, its value and the remedy.
-    """
+    """Refuses the flags that would do harm or that contradict each other, and names those that do nothing."""
     given = non_defaults(arguments.training) | non_defaults(arguments.adapter)
     for name in given.keys() & REFUSED.keys():
         raise UserError(f"--{name} {_shown(given[name])} is not supported: {REFUSED[name]}.")
@@ -125,14 +122,15 @@ def check_effects(arguments: Arguments) -> None:
             say(f"--{name}{shown} is not used: {reason}.")
     check_task(arguments.run)
     _check_own(arguments)
+    _check_weights(arguments.run)
+    if arguments.run.streaming:
+        _check_streaming(arguments)
+    if getattr(arguments.training, "packing", False):
+        _check_packing(arguments)
 
 
 def check_task(run: DataArguments) -> None:
-    """Refuses flags that mean nothing to the task.
-
-    Raises:
-        UserError: naming the flag and the tasks it is for.
-    """
+    """Refuses flags that mean nothing to the task."""
     for name, tasks in TASK_FLAGS.items():
         default = getattr(RunArguments, name)
         if run.task not in tasks and getattr(run, name, default) != default:
@@ -160,6 +158,51 @@ def _check_own(arguments: Arguments) -> None:
         }
         for flag in (name for name, given in needing.items() if given):
             raise UserError(f"{flag} has no effect without evaluation data: --eval_dataset_name, or --eval_fraction.")
+
+
+def _check_weights(run: RunArguments) -> None:
+    weights, sets = run.dataset_weights, len(run.dataset_name)
+    if not weights:
+        if run.dataset_stopping != "first_exhausted":
+            raise UserError(f"--dataset_stopping {run.dataset_stopping} has no effect without --dataset_weights.")
+        return
+    if sets < 2 or len(weights) != sets:
+        raise UserError(
+            f"--dataset_weights has {len(weights)} value(s) for {sets} data set(s); give one per data set, for two or "
+            "more."
+        )
+    for weight in weights:
+        if not (math.isfinite(weight) and weight > 0):
+            raise UserError(f"--dataset_weights {weight} must be above 0; leave out a data set that is not wanted.")
+
+
+def _check_streaming(arguments: Arguments) -> None:
+    run, training = arguments.run, arguments.training
+    if training.max_steps < 1:
+        raise UserError("--streaming needs --max_steps: how many rows a stream has shows at its end alone.")
+    if run.eval_fraction:
+        raise UserError(
+            f"--eval_fraction {run.eval_fraction} needs all rows, and --streaming reads them one by one. Name an "
+            "evaluation set with --eval_dataset_name."
+        )
+    if training.dataloader_num_workers:
+        raise UserError(
+            f"--dataloader_num_workers {training.dataloader_num_workers} with --streaming: workers split a stream by "
+            "its files, and what is cut is counted in their processes. Use 0."
+        )
+
+
+def _check_packing(arguments: Arguments) -> None:
+    training = arguments.training
+    if arguments.run.task != "causal-lm":
+        raise UserError(f"--packing is not for --task {arguments.run.task}; TRL packs text alone.")
+    if training.packing_strategy == "wrapped":
+        raise UserError(
+            "--packing_strategy wrapped cuts rows anywhere and lets a row attend to those before it in its pack. Use "
+            "bfd (long rows are cut) or bfd_split (long rows are continued in another pack)."
+        )
+    if training.max_length is None:
+        raise UserError("--packing needs --max_length, the length of a pack.")
 
 
 def _shown(value: Any) -> str:

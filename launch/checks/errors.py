@@ -1,7 +1,8 @@
 """One clear error per rank, an exit code, and no hang.
 
 Every rank reaches its verdict alone: the checks of this folder read files and settings, and exchange nothing. A rank
-that fails ends its process with a non-zero code, and the launcher (deepspeed, torchrun, mpirun) then ends the others;
+that fails raises `UserError` where a person can put it right (value, bound, remedy), which docstrings leave out. It
+ends with a non-zero code, and the launcher (deepspeed, torchrun, mpirun) then ends the others;
 once torch.distributed is open they end by themselves, as soon as `launch.cluster.watchdog` tells them.
 """
 
@@ -73,9 +74,6 @@ def adopt_rank() -> None:
     """Puts what another launcher said into torch's variables, where rank 0's address is known.
 
     Open MPI's and MPICH's ranks without MASTER_ADDR are left to DeepSpeed's discovery through mpi4py.
-
-    Raises:
-        UserError: srun's ranks, whom nobody has told that address.
     """
     launcher = next((name for name, names in LAUNCHER_VARIABLES.items() if {*names[:2]} <= {*os.environ}), None)
     if launcher in (None, "torch"):

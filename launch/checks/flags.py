@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,6 +23,9 @@ NO_TEMPLATE = "none"
 LOGGING_STEPS = 10
 _RATES = ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
 FORMATS = ("prompt_format", "completion_format")
+# Groups of --help.
+SCORING_FLAGS = "scoring"
+OTHER_FLAGS = "all other flags of TRL's and transformers' trainers"
 
 
 def flag(default: Any, help_text: str) -> Any:
@@ -77,7 +79,7 @@ class DataArguments:
     text_pattern: str | None = flag(
         None, "Classification: a regular expression; its first group in each text is what the model reads."
     )
-    image_column: str | None = flag(None, "Images: the column with the pictures. Default: image, img or picture.")
+    image_column: str | None = flag(None, "The column with the pictures. Default: image, images, img or picture.")
     label_column: str | None = flag(None, "Classification: the column with the label. Default: label or answer.")
     show_traceback: bool = flag(False, "Show the traceback of errors that are otherwise one message.")
 
@@ -143,7 +145,7 @@ else:
 class ScoringArguments:
     """How a model is scored on evaluation data: while it trains (`launch/train.py`) and afterwards (`evaluate.py`)."""
 
-    _argument_group_name: ClassVar = "scoring"
+    _argument_group_name: ClassVar = SCORING_FLAGS
 
     score: str = field(
         default="auto",
@@ -171,7 +173,7 @@ class _Deferred:
     `start()`, so that everything that can be wrong is found before any rank waits for another.
     """
 
-    _argument_group_name: ClassVar = "all other flags of TRL's and transformers' trainers"
+    _argument_group_name: ClassVar = OTHER_FLAGS
 
     output_dir: str = flag("outputs/run", "Folder for the adapter, checkpoints, TensorBoard logs and the summary.")
     optim: str | None = flag(None, "Only without an optimizer block in the DeepSpeed config: a transformers name.")
@@ -216,22 +218,6 @@ class _Deferred:
     def to_dict(self) -> dict[str, Any]:
         """What TensorBoard and other integrations write down: transformers hides a flag's token, not a nested one."""
         return redact(super().to_dict())
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a pickle of the arguments holds: no secret, and no object that may hold one."""
-        plain = {k: v for k, v in self.__dict__.items() if k not in ("hf_deepspeed_config", "deepspeed_plugin")}
-        return redact(plain)
-
-    def __copy__(self) -> Any:
-        """Copies within the process keep everything."""
-        made = object.__new__(type(self))
-        made.__dict__.update(self.__dict__)
-        return made
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        made = object.__new__(type(self))
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return made
 
 
 @dataclass

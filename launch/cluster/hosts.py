@@ -30,9 +30,6 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
 
     Returns:
         {name: slots}; ranks are numbered in this order, those of one host one after the other.
-
-    Raises:
-        UserError: the file cannot be read, or lines are wrong; all of them are named, by number.
     """
     hosts: dict[str, int] = {}
     first_lines: dict[str, int] = {}

@@ -42,9 +42,6 @@ def start(job: Job, node_rank: int | None, launcher_args: list[str]) -> int:
 
     Returns:
         The exit code; pdsh, Open MPI and no_ssh replace this process instead.
-
-    Raises:
-        UserError: the interpreter's path cannot go through pdsh.
     """
     if job.launcher not in ("ssh", "torchrun"):
         _become(job, node_rank, launcher_args)
@@ -71,11 +68,7 @@ def _become(job: Job, node_rank: int | None, launcher_args: list[str]) -> NoRetu
 
 
 def pdsh_command(job: Job, launcher_args: list[str]) -> list[str]:
-    """`deepspeed --launcher pdsh`. DeepSpeed joins its words with spaces and pdsh hands them to the hosts' shells.
-
-    Raises:
-        UserError: the interpreter's path cannot go this way.
-    """
+    """`deepspeed --launcher pdsh`. DeepSpeed joins its words with spaces and pdsh hands them to the hosts' shells."""
     if shlex.quote(job.python) != job.python:
         raise UserError(
             f"{job.python} has characters that DeepSpeed's pdsh launcher does not quote; use --launcher ssh, or an "

@@ -55,11 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def make_job(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Job, argparse.Namespace]:
-    """Reads flags, host file and variables.
-
-    Raises:
-        UserError: one of them is wrong.
-    """
+    """Reads flags, host file and variables."""
     options = make_parser().parse_args(argv)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
@@ -94,11 +90,7 @@ def make_job(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Job, argp
 
 
 def exported(environ: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
-    """Variables for the ranks: by prefix, by name, and those in .deepspeed_env (home folder, then working directory).
-
-    Raises:
-        UserError: a named variable is not set, or a line is not NAME=VALUE.
-    """
+    """Variables for the ranks: by prefix, by name, and those in .deepspeed_env (home, then working directory)."""
     chosen = {k: v for k, v in environ.items() if k.startswith(PREFIXES) and not SECRET.search(k)}
     for name in names:
         if name not in environ:

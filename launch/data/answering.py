@@ -16,8 +16,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -30,11 +28,7 @@ from launch.training.fit import position_limit
 
 
 def prompt_tokens(prompt: Any, tokenizer: PreTrainedTokenizerBase, tools: str | None = None) -> list[int]:
-    """A prompt (text or chat messages; `tools` as JSON) as the model reads it.
-
-    Raises:
-        UserError: messages, and a tokenizer without chat template.
-    """
+    """A prompt (text or chat messages; `tools` as JSON) as the model reads it."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     if not tokenizer.chat_template:
@@ -63,9 +57,6 @@ def write_answers(
         prompts: as of `prompt_tokens`, in any order; the answers come in the same.
         title: of a progress bar; None: no bar. after_batch: called after each batch.
         options: for `model.generate`; greedy decoding unless they say otherwise.
-
-    Raises:
-        UserError: a prompt and its answer are longer than the model's table of positions.
     """
     positions, longest = position_limit(model), max(map(len, prompts), default=0)
     if positions is not None and longest + options.get("max_new_tokens", 0) > positions:
@@ -138,14 +129,7 @@ class AnswerScores(TrainerCallback):
         self.wanted = [text if isinstance(text, str) else text[-1]["content"] for text in rows["completion"]]
         self.given: list[str] = []
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float],
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         tokenizer = self.trainer.processing_class
         self.given = write_answers_on_all_ranks(
             kwargs["model"],
@@ -168,11 +152,7 @@ def answer_rule(scoring: ScoringArguments) -> AnswerRule:
 
 
 def wants_answers(scoring: ScoringArguments, task: str) -> bool:
-    """Whether answers are to be written and scored.
-
-    Raises:
-        UserError: flags for answers that have no effect or cannot be.
-    """
+    """Whether answers are to be written and scored."""
     chosen = next((name for name in ("answer_pattern", "answer_ignore") if getattr(scoring, name)), None)
     if scoring.score == "loss" and chosen:
         raise UserError(f"--{chosen} has no effect with --score loss; use --score answers.")

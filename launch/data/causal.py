@@ -226,11 +226,7 @@ def causal_rows(
     Args:
         flag: the flag that named the data set, for messages. tokenizer: its chat template words messages; None: there
             is none. keep: a column that goes with every prompt. as_chat: make chat messages of text. whole: train all
-            of a row; a conversation is then one row.
-
-    Raises:
-        UserError: no usable columns; messages without a chat template; or a row that lacks a value or has one of
-            another kind, with its file and line. A stream's rows are looked at when they are read.
+            of a row; a conversation is then one row. A stream's rows are looked at when they are read.
     """
     convert = Converter(rows, run, flag, tokenizer, keep, as_chat, whole)
     # Not from the cache: every run says what is left out.

@@ -26,11 +26,7 @@ LABELS_OF_PICTURES = (*LABEL_COLUMNS, "fine_label")
 
 
 def classification_texts(rows: Dataset, run: DataArguments, flag: str, regression: bool = False) -> Dataset:
-    """`rows` as `text` (and `text_pair`, if there are two) and `label`: a class's name, or a number.
-
-    Raises:
-        UserError: no text or label column, a missing value, or a text that `--text_pattern` does not match.
-    """
+    """`rows` as `text` (and `text_pair`, if there are two) and `label`: a class's name, or a number."""
     text, pair = _text_columns(rows, run, flag)
     label = choose_column(rows, run.label_column, LABEL_COLUMNS, "--label_column", flag)
     pattern = _compile(run.text_pattern)
@@ -82,11 +78,7 @@ def class_options(names: list[str]) -> dict[str, Any]:
 
 
 def label_of(row: Row, column: str, where: str, names: list[str] | None, regression: bool) -> Any:
-    """A label: the name of a class, or with `regression` a finite number.
-
-    Raises:
-        UserError: missing, or of another kind.
-    """
+    """A label: the name of a class, or with `regression` a finite number."""
     value = row.get(column)
     # -1 is how data sets of the hub mark rows whose label is kept secret.
     if missing(value) or (names is not None and value == -1):
@@ -111,11 +103,7 @@ def label_of(row: Row, column: str, where: str, names: list[str] | None, regress
 
 
 def label_names(rows: Dataset, flag: str, names: list[str] | None = None) -> list[str]:
-    """Names of the classes, in the order of their ids: that of the data set, of numbers, or the alphabet's.
-
-    Raises:
-        UserError: fewer than two classes.
-    """
+    """Names of the classes, in the order of their ids: that of the data set, of numbers, or the alphabet's."""
     if names is not None:
         return names
     found = set(rows["label"])
@@ -126,11 +114,7 @@ def label_names(rows: Dataset, flag: str, names: list[str] | None = None) -> lis
 
 
 def number_labels(rows: Dataset, names: list[str], flag: str) -> Dataset:
-    """Replaces `label` by `labels`, the position in `names`; [] leaves numbers as they are.
-
-    Raises:
-        UserError: a label that the training data does not have.
-    """
+    """Replaces `label` by `labels`, the position in `names`; [] leaves numbers as they are."""
     if not names:
         return rows.rename_column("label", "labels")
     unknown = sorted(set(rows["label"]) - set(names))

@@ -26,11 +26,7 @@ PlacedRows = Iterator[tuple[str, str]]  # where a row stands in its file, and it
 
 
 def read_files(files: list[Path], flag: str, streaming: bool) -> Dataset | IterableDataset:
-    """All rows of `files` in the columns `PLACE` and `ROW`; a stream's are read when they are asked for.
-
-    Raises:
-        UserError: no rows, or a file that is not UTF-8 (names the byte) or not of its kind.
-    """
+    """All rows of `files` in the columns `PLACE` and `ROW`; a stream's are read when they are asked for."""
     # datasets keeps what it has read under a hash of these arguments: size and date tell versions of a file apart.
     stamped = [(str(file.absolute()), f"{file.stat().st_size} {file.stat().st_mtime_ns}") for file in files]
     if next(_rows(stamped, flag), None) is None:
@@ -40,11 +36,7 @@ def read_files(files: list[Path], flag: str, streaming: bool) -> Dataset | Itera
 
 
 def parse_row(text: str, where: str) -> dict[str, Any]:
-    """The values of a row by column.
-
-    Raises:
-        UserError: not a JSON object, nested too deeply, half of a surrogate pair in a text, or too long.
-    """
+    """The values of a row by column."""
     if len(text) > MAX_CHARACTERS:
         raise UserError(
             f"{where}: the row has {len(text):,} characters, more than {MAX_CHARACTERS:,}. Cut it, or split it into "

@@ -51,9 +51,6 @@ class AnswerRule:
         pattern: regular expression; its first group (the whole match, if it has none) at its first match is the answer.
             None: the whole text is.
         ignore: names of `NORMALIZERS`; spaces at both ends never count.
-
-    Raises:
-        UserError: not a regular expression, or an unknown name.
     """
 
     pattern: str | None = None
@@ -159,9 +156,6 @@ def token_scores(nll: float, right: float, tokens: float) -> dict[str, float]:
     Args:
         nll: sum of -log p over all tokens that have a label. right: how many of them are the most probable token.
         tokens: how many there are.
-
-    Raises:
-        UserError: no tokens.
     """
     if not tokens:
         raise UserError("no row of the evaluation data has an answer within --max_length tokens; raise it.")

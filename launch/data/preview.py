@@ -46,11 +46,7 @@ BOUNDARY = "\n--- next row of the pack ---\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the preview.
-
-    Raises:
-        UserError: as the launcher.
-    """
+    """Prints the preview."""
     options, flags = read_options(argv)
     quieten()
     datasets.disable_progress_bars()

@@ -43,9 +43,6 @@ def load_rows(
         limit: take the first `limit` rows only.
         pictures: a folder with pictures in it is read as such: one folder per class, or a metadata file.
         streaming: give an `IterableDataset`, whose rows are read when they are asked for.
-
-    Raises:
-        UserError: nothing there, unreadable, no such split, or no rows.
     """
     path, where = Path(name).expanduser(), f"{flag} {name}"
     if config is not None and os.path.exists(path):

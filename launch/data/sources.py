@@ -19,8 +19,7 @@ from launch.checks.errors import UserError, say
 from launch.checks.flags import LANGUAGE, NO_TEMPLATE, RunArguments
 from launch.data import classification
 from launch.data.causal import causal_rows, layout_of
-from launch.data.image_text import image_text_rows
-from launch.data.images import labelled_images
+from launch.data.pictures import image_text_rows, labelled_images
 from launch.data.rows import load_evaluation, load_splits
 from launch.data.values import Rows
 from launch.demo import defaults as demo
@@ -84,9 +83,6 @@ def mix(parts: list[Rows], run: RunArguments, seed: int) -> Rows:
 
     With `--dataset_weights` w every row comes from data set i with probability w_i / sum(w), in the order it has
     there. The draws depend on `seed` alone.
-
-    Raises:
-        UserError: columns that do not fit together, such as chat messages in one data set and text in another.
     """
     if len(parts) == 1:
         return parts[0]

@@ -73,11 +73,7 @@ def first_row(rows: Rows, flag: str) -> Row:
 
 
 def choose_column(rows: Rows, wish: str | None, usual: tuple[str, ...], choose_with: str, flag: str) -> str:
-    """The column called `wish`, or the first of the usual names that is there.
-
-    Raises:
-        UserError: there is none; names those that there are.
-    """
+    """The column called `wish`, or the first of the usual names that is there."""
     names = column_names(rows)
     if wish is not None and wish not in names:
         raise UserError(f"{choose_with} {wish}: {flag} has no such column. It has: {', '.join(names)}.")
@@ -98,11 +94,7 @@ def missing(value: Any) -> bool:
 
 
 def text_of(row: Row, column: str, where: str, optional: bool = False) -> str:
-    """The text in a column: text as it is, a number or a truth value as JSON writes it; "" for one that is optional.
-
-    Raises:
-        UserError: missing, or neither text nor a number.
-    """
+    """The text in a column: text as it is, a number or a truth value as JSON writes it; "" for one that is optional."""
     value = row.get(column)
     if missing(value):
         if optional:
@@ -127,9 +119,6 @@ def conversation_of(row: Row, column: str, where: str, pictures: bool = False) -
 
     Args:
         pictures: parts may be pictures, which are in a column of their own.
-
-    Raises:
-        UserError: no list of messages, or a message without content.
     """
     value = row.get(column)
     if isinstance(value, str) and value.lstrip().startswith("["):

@@ -40,11 +40,7 @@ def cache_folder() -> Path:
 
 
 def base_model() -> Path:
-    """Folder with the base model and its tokenizer; builds it if this machine does not have it, or not as a whole.
-
-    Raises:
-        UserError: the process that builds it has not finished in half an hour.
-    """
+    """Folder with the base model and its tokenizer; builds it if this machine does not have it, or not as a whole."""
     folder = cache_folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -63,7 +59,7 @@ def base_model() -> Path:
 def is_whole(folder: Path) -> bool:
     """Whether config, tokenizer and weights are there and can be read; a cleaner or a full disk may have cut them."""
     try:
-        LlamaConfig.from_pretrained(folder)
+        LlamaConfig.from_json_file(folder / "config.json")  # from_pretrained makes up a missing one
         PreTrainedTokenizerFast.from_pretrained(folder)
         with safe_open(folder / "model.safetensors", "pt") as weights:
             return bool(weights.keys())

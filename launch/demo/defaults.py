@@ -12,8 +12,6 @@ from torch import nn
 from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 
@@ -74,14 +72,10 @@ class ExactMatch(TrainerCallback):
         self.tokenizer = tokenizer
         self.accuracy: dict[str, dict[str, float]] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.accuracy["before"] = self._measure(kwargs["model"], args, "Exact match before")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.accuracy["after"] = self._measure(kwargs["model"], args, "Exact match after")
 
     def print_table(self) -> None:

@@ -22,9 +22,6 @@ def lora_config(arguments: Arguments, task_type: Any) -> PeftConfig | None:
     """The adapter that the flags describe; None without --target_parameters.
 
     PEFT's LoRA; with flags of mixtures, such as --num_experts, mixtures on the modules beside LoRA on the experts.
-
-    Raises:
-        UserError: flags that do not go together, or 4 bits.
     """
     targets, adapter = arguments.run.target_parameters, arguments.adapter
     if not targets:
@@ -56,11 +53,7 @@ def lora_config(arguments: Arguments, task_type: Any) -> PeftConfig | None:
 
 
 def name_experts(config: Any, skeleton: nn.Module) -> None:
-    """Replaces "experts" by the names of the model's stacked parameters.
-
-    Raises:
-        UserError: it has none.
-    """
+    """Replaces "experts" by the names of the model's stacked parameters."""
     if getattr(config, "target_parameters", None) != [ALL]:
         return
     found = {

@@ -11,6 +11,7 @@ from transformers import Trainer
 from ds_moelora.redaction import redact_text
 from ds_moelora.tuner import TrainingRecord
 from launch.checks.arguments import Arguments
+from launch.training.remembered import precision_of
 from launch.training.report import NOT_SCORES, parameter_counts
 
 HUB_TASKS = {
@@ -64,7 +65,7 @@ def _procedure(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "prompt template": record["prompt_template"],
         "maximum length": record["max_length"],
-        "precision": record["precision"] + (", base in 4 bits" if record["load_in_4bit"] else ""),
+        "precision": precision_of(record),
         "seed": record["seed"],
         "trainable parameters": f"{trainable:,} of {total:,}",
     }

@@ -28,15 +28,14 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 
 from ds_moelora.monitoring.meter import Report
 from ds_moelora.tuner.layer import MoELoRALayer
 from launch.checks.arguments import Arguments
 from launch.checks.flags import LOGGING_STEPS
+from launch.training.remembered import precision_of
 from launch.training.report import NOT_SCORES, parameter_counts, terminal
 
 REPORTS = 20  # at least so many lines, where there are as many steps
@@ -52,11 +51,12 @@ class Progress(TrainerCallback):
     """Prints, on the main process, and counts what this session has trained, on every process.
 
     Args:
-        trainer: whose bars and dicts on the screen it replaces. optimizer: its name in config or flags.
+        trainer: whose bars and dicts on the screen it replaces.
+        record: of `launch.training.remembered.Remember`, complete when training begins.
     """
 
-    def __init__(self, trainer: Trainer, arguments: Arguments, optimizer: str) -> None:
-        self.trainer, self.arguments, self.optimizer = trainer, arguments, optimizer
+    def __init__(self, trainer: Trainer, arguments: Arguments, record: dict[str, Any]) -> None:
+        self.trainer, self.arguments, self.record = trainer, arguments, record
         self.first_step = self.first_tokens = 0
         self.seconds, self.steps = 0.0, 0  # of this session
         self._mark, self._since = 0.0, (0.0, 0)
@@ -76,31 +76,22 @@ class Progress(TrainerCallback):
             name: text.format(report.scalars[tag]) for name, (tag, text) in HEALTH.items() if tag in report.scalars
         }
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.reports_often:
             state.logging_steps = max(1, min(LOGGING_STEPS, state.max_steps // REPORTS))
         self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
         if state.is_world_process_zero:
-            panel = describe(self.trainer, self.arguments, self.optimizer)
+            panel = describe(self.trainer, self.arguments, self.record)
             terminal().print(Panel(panel, title="Training", title_align="left", expand=False))
-        self._leave_out(args, state, control)
+        self._leave_out()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.perf_counter()
         self.seconds, self.steps, self._mark = self.seconds + now - self._mark, self.steps + 1, now
         if state.global_step >= state.max_steps and getattr(args.logging_strategy, "value", "") != "no":
             control.should_log = True
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or not self.steps:
             return
         before, self._since = self._since, (self.seconds, self.steps)
@@ -119,31 +110,18 @@ class Progress(TrainerCallback):
         self._say(state, line(shown | self._health, logs, sys.stdout.isatty()))
         self._health = {}
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        scores, step = {k: v for k, v in (metrics or {}).items() if not k.endswith(NOT_SCORES)}, state.global_step
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        scores, step = {k: v for k, v in metrics.items() if not k.endswith(NOT_SCORES)}, state.global_step
         shown = "  ".join(f"{k.removeprefix('eval_').replace('_', ' ')} {v:.4f}" for k, v in scores.items())
         shown = f"step {step}/{state.max_steps}  evaluation: {shown}"
         self._say(state, shown if sys.stdout.isatty() else dictionary(scores, {"step": f"{step}/{state.max_steps}"}))
-        self._leave_out(args, state, control)
+        self._leave_out()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._leave_out(args, state, control)
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._leave_out(args, state, control)
-
-    def _leave_out(self, *_: Any) -> None:
+    def _leave_out(self, *_: Any, **kwargs: Any) -> None:
         """What has passed since the last step is not training."""
         self._mark = time.perf_counter()
+
+    on_save = on_epoch_begin = _leave_out
 
     def _say(self, state: TrainerState, line: str) -> None:
         if state.is_world_process_zero:
@@ -179,32 +157,31 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def describe(trainer: Trainer, arguments: Arguments, optimizer: str) -> Table:
+def describe(trainer: Trainer, arguments: Arguments, record: dict[str, Any]) -> Table:
     """What is about to be trained, with what, and where it goes."""
-    run, args, state, engine = arguments.run, trainer.args, trainer.state, trainer.deepspeed
+    args, state = trainer.args, trainer.state
     model = trainer.accelerator.unwrap_model(trainer.model)
     trainable, total = parameter_counts(model)
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch = record["rows_per_step"]
     table = Table.grid(padding=(0, 2))
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    stage = "no DeepSpeed" if engine is None else f"ZeRO stage {engine.zero_optimization_stage()}"
-    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    stage = f"ZeRO stage {record['zero_stage']}" if "zero_stage" in record else "no DeepSpeed"
     resumed = f"; resumed after step {state.global_step}" if state.global_step else ""
-    table.add_row("model", "the demo's" if arguments.demo else f"{run.model_name_or_path}, {total:,} parameters")
+    table.add_row(
+        "model", "the demo's" if arguments.demo else f"{arguments.run.model_name_or_path}, {total:,} parameters"
+    )
     table.add_row("adapter", f"{adapted(model)}; {trainable:,} trainable ({100 * trainable / total:.2f} %)")
-    warmup = args.get_warmup_steps(state.max_steps)
-    rate = f"learning rate {args.learning_rate:g} ({schedule}, {warmup} steps of warm-up)"
-    table.add_row("optimizer", f"{optimizer}, {rate}, {stage}")
+    schedule = f"{record['lr_scheduler_type']}, {record['warmup_steps']} steps of warm-up"
+    rate = f"learning rate {record['learning_rate']:g} ({schedule})"
+    table.add_row("optimizer", f"{record['optimizer']}, {rate}, {stage}")
     rows = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else 0  # of a stream: not known
     epochs = f", {state.max_steps * batch / rows:.3g} epoch(s) of {rows:,} rows" if rows else ""
     parts = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size} process(es)"
     table.add_row("steps", f"{state.max_steps:,} of {batch} rows ({parts}){epochs}{resumed}")
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else str(args.device)
-    table.add_row("precision", f"{precision}{', base in 4 bits' if run.load_in_4bit else ''}, on {device}")
-    if run.template_used:
-        length = getattr(args, "max_length", None)
-        cut = f"at most {length} tokens" if length else "uncut"
-        table.add_row("prompts", f"template {run.template_used}, {cut}")
+    table.add_row("precision", f"{precision_of(record)}, on {device}")
+    if record["prompt_template"]:
+        cut = f"at most {record['max_length']} tokens" if record["max_length"] else "uncut"
+        table.add_row("prompts", f"template {record['prompt_template']}, {cut}")
     saves = getattr(args.save_strategy, "value", "") == "steps"
     table.add_row("output", str(args.output_dir) + (f", a checkpoint every {state.save_steps} steps" if saves else ""))
     if "tensorboard" in args.report_to:

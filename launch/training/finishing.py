@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from torch.utils.tensorboard import SummaryWriter
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from ds_moelora.monitoring.descriptions import add_scalar
@@ -36,7 +36,7 @@ class EvaluateOnce(TrainerCallback):
     Where the best checkpoint is to be found, the last step's scores are needed before.
     """
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         best = args.load_best_model_at_end or getattr(args.save_strategy, "value", args.save_strategy) == "best"
         if state.global_step >= state.max_steps and not best:
             control.should_evaluate = False
@@ -153,9 +153,7 @@ class HubUpload(TrainerCallback):
         self.repository: str | None = None
         self.every_save = str(getattr(training.hub_strategy, "value", training.hub_strategy)) != "end"
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Makes the repository first: a wrong token is found before training, not after."""
         if not self.wanted or not state.is_world_process_zero:
             return
@@ -166,7 +164,7 @@ class HubUpload(TrainerCallback):
             raise UserError(f"--push_to_hub: {name} cannot be made on the hub: {_one_line(error)}") from error
         self.repository = made.repo_id
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.every_save and self.repository is not None and checkpoint.is_dir():
             with not_fatal(f"the upload of {checkpoint.name}", args.output_dir):

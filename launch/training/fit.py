@@ -42,11 +42,7 @@ def position_limit(model: nn.Module) -> int | None:
 
 
 def check_weights(folder: str | None, flag: str) -> None:
-    """Opens the safetensors of a local folder: their headers say how long they must be.
-
-    Raises:
-        UserError: naming the first that is damaged.
-    """
+    """Opens the safetensors of a local folder: their headers say how long they must be."""
     if folder is None or not os.path.isdir(folder):
         return
     for file in sorted(Path(folder).glob("*.safetensors")):
@@ -62,9 +58,6 @@ def check_fit(arguments: Arguments, model: nn.Module, processor: Processor, *dat
 
     Args:
         model: may be without weights. data: what it will read; of a stream the first rows are looked at.
-
-    Raises:
-        UserError: naming the two things that do not fit, with their sizes.
     """
     tokenizer = tokenizer_of(processor)
     if tokenizer is None:

@@ -79,9 +79,6 @@ def find_source(flags: SourceArguments, task: str | None, classes: list[str] | N
     Args:
         task: None: the adapter's.
         classes: None or []: those in train_summary.json, in the adapter's folder or (for a checkpoint) the one above.
-
-    Raises:
-        UserError: something is missing; names the flag that gives it.
     """
     adapter, regression, classes = flags.adapter, False, classes or []
     if not adapter:
@@ -128,21 +125,13 @@ def _dtype(name: str, trained: Trained) -> torch.dtype:
 
 
 def load_processor(source: Source) -> Processor:
-    """The tokenizer (or what prepares pictures) that was saved with the adapter, otherwise the base model's.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The tokenizer (or what prepares pictures) that was saved with the adapter, otherwise the base model's."""
     flags = source.flags
     return processors.load_processor(source.base, source.task, flags.trust_remote_code, flags.revision, source.adapter)
 
 
 def load_for_inference(source: Source, processor: Processor) -> nn.Module:
-    """The base model with its adapter, in eval mode, on the accelerator if there is one.
-
-    Raises:
-        UserError: the base model or the adapter cannot be loaded, or they do not fit each other.
-    """
+    """The base model with its adapter, in eval mode, on the accelerator if there is one."""
     check_weights(source.base, "--model_name_or_path")
     check_weights(source.adapter, "--adapter")
     options: dict[str, Any] = {}

@@ -15,17 +15,17 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     PreTrainedModel,
 )
 
 import ds_moelora
 from ds_moelora.tuner.flags import config_from_flags, is_pattern
 from launch.checks.arguments import Arguments, non_defaults
-from launch.checks.errors import UserError, say
+from launch.checks.errors import UserError, local_rank, say
 from launch.checks.flags import AdapterArguments
-from launch.data.image_text import outside_text
-from launch.data.images import head_name
-from launch.training import base_experts, quantization
+from launch.data.pictures import head_name, outside_text
+from launch.training import base_experts
 from launch.training.processors import tokenizer_of
 
 AUTO_CLASSES = {
@@ -67,11 +67,7 @@ FOR_LOADING = (
 
 
 def start_adapter(arguments: Arguments) -> Any:
-    """The configuration of the adapter that `--model_name_or_path` names, whose base takes its place; None: it is none.
-
-    Raises:
-        UserError: no adapter of this tuner, no base, or flags that would make another adapter of it.
-    """
+    """The configuration of the adapter that `--model_name_or_path` names, replaced by its base; None: it is none."""
     run, folder = arguments.run, arguments.run.model_name_or_path
     if folder is None or not os.path.isfile(os.path.join(folder, "adapter_config.json")):
         return None
@@ -104,11 +100,7 @@ def start_adapter(arguments: Arguments) -> Any:
 
 
 def adapter_config(adapter: AdapterArguments, task: str) -> Any:
-    """The `MoELoRAConfig` that the flags describe.
-
-    Raises:
-        UserError: a value outside its bounds.
-    """
+    """The `MoELoRAConfig` that the flags describe."""
     try:
         return config_from_flags(vars(adapter), task_type=TASK_TYPES[task])
     except (ValueError, TypeError) as error:
@@ -119,9 +111,6 @@ def check_model(arguments: Arguments, config: Any, skeleton: PreTrainedModel) ->
     """Puts the adapter on the model without weights, so that a wrong target shows within a second.
 
     For pictures it completes `config` by the classification layer, or by the part of the model that stays frozen.
-
-    Raises:
-        UserError: the adapter does not fit the model.
     """
     run = arguments.run
     base_experts.name_experts(config, skeleton)
@@ -151,11 +140,7 @@ def check_model(arguments: Arguments, config: Any, skeleton: PreTrainedModel) ->
 
 
 def _start_from_lora(run: Any, model: PeftModel) -> None:
-    """Does what `--init_from_lora` asks; on a model without weights it only checks.
-
-    Raises:
-        UserError: the folder is no LoRA for this mixture, or another flag says how experts start.
-    """
+    """Does what `--init_from_lora` asks; on a model without weights it only checks."""
     if run.init_from_lora is None:
         return
     if run.start_adapter or run.target_parameters:
@@ -170,11 +155,7 @@ def _start_from_lora(run: Any, model: PeftModel) -> None:
 
 
 def loading_options(arguments: Arguments) -> dict[str, Any]:
-    """What `--model_init_kwargs` and `--attn_implementation` give to `from_pretrained`.
-
-    Raises:
-        UserError: no JSON object, or a key that a flag sets.
-    """
+    """What `--model_init_kwargs` and `--attn_implementation` give to `from_pretrained`."""
     given = arguments.training.model_init_kwargs or {}
     if isinstance(given, str):
         try:
@@ -193,11 +174,7 @@ def loading_options(arguments: Arguments) -> dict[str, Any]:
 
 
 def build_on_meta(arguments: Arguments, model_options: dict[str, Any]) -> PreTrainedModel:
-    """The model without weights. Options for loading that the model's config does not know are checked, too.
-
-    Raises:
-        UserError: its config cannot be read, or is of no model for the task.
-    """
+    """The model without weights. Options for loading that the model's config does not know are checked, too."""
     run, trust = arguments.run, arguments.training.trust_remote_code
     options = loading_options(arguments)
     try:
@@ -233,11 +210,7 @@ def _first_lines(error: Exception) -> str:
 
 
 def load_base(task: str, name: str, processor: Any, **options: Any) -> Any:
-    """A base model with its weights, which pads with the tokenizer's token if it has none of its own.
-
-    Raises:
-        UserError: weights that cannot be read, or that do not fit.
-    """
+    """A base model with its weights, which pads with the tokenizer's token if it has none of its own."""
     try:
         model = AUTO_CLASSES[task].from_pretrained(name, **options)
     except Exception as error:  # damaged files can raise anything
@@ -252,16 +225,16 @@ def load_model(arguments: Arguments, config: Any, model_options: dict[str, Any],
     """The model with its weights, and a fresh adapter or the one that training goes on with.
 
     Call it after `training.start()`: ZeRO-3 shards while loading.
-
-    Raises:
-        UserError: weights that cannot be read, or that do not fit.
     """
     run, training = arguments.run, arguments.training
     # In fp32 unless mixed precision was asked for: a checkpoint's own bf16 would train the adapter in bf16 unasked.
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     options = {"dtype": dtype, **loading_options(arguments), **model_options}
     options |= {"revision": run.revision, "trust_remote_code": training.trust_remote_code}
-    options |= quantization.loading_options(run.load_in_4bit, dtype)
+    if run.load_in_4bit:
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        device = local_rank() if torch.cuda.is_available() else "cpu"
+        options |= {"quantization_config": nf4, "device_map": {"": device}}
     model = load_base(run.task, run.model_name_or_path, processor, **options)
     try:
         if run.start_adapter is None:
@@ -273,7 +246,20 @@ def load_model(arguments: Arguments, config: Any, model_options: dict[str, Any],
         raise UserError(f"{which} does not fit {run.model_name_or_path}: {_first_lines(error)}") from error
     _start_from_lora(run, model)
     if run.load_in_4bit:
-        quantization.settle(model)
+        _settle_4bit(model)
     if getattr(config, "target_parameters", None):
         base_experts.settle(model)
     return model
+
+
+def _settle_4bit(model: PeftModel) -> None:
+    """Keeps 4-bit weights in the layout that training reads, and the adapter in the run's own precision.
+
+    On CPUs with AVX-512 bitsandbytes repacks a weight the first time that it is used without gradients (an evaluation),
+    and the layout that it then has cannot be dequantised for the backward pass of the next step. TRL casts the
+    adapter of a model with `is_loaded_in_4bit` to bf16, whatever precision was asked for.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model.is_loaded_in_4bit = False

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import pyarrow.compute as pc
 import torch
 from datasets import IterableDataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from launch.checks.errors import UserError
@@ -76,10 +76,6 @@ class Truncation:
             "are dropped"
         )
 
-    def as_dict(self) -> dict[str, int | bool | None]:
-        """For train_summary.json."""
-        return asdict(self)
-
 
 class CountingTrainer(SFTTrainer):
     """SFTTrainer that counts what it cuts, in `truncation`: a `Truncation` per data set ("train", "eval").
@@ -130,9 +126,7 @@ class PackingGuard(TrainerCallback):
     def __init__(self, trainer: SFTTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         leak = packed_leak(self.trainer)
         if leak > PROBE_TOLERANCE:
             raise UserError(

@@ -31,9 +31,6 @@ def prepare(arguments: Arguments) -> tuple[Prepared, Any]:
     """Reads tokenizer and data, and puts the adapter on a model without weights, which comes second.
 
     The demo's model is described, not built: that takes a minute, in which a typo should not be waiting.
-
-    Raises:
-        UserError: whatever does not fit.
     """
     task = modeling.TASK_TYPES[arguments.run.task]
     config = modeling.start_adapter(arguments) or base_experts.lora_config(arguments, task)

@@ -22,11 +22,7 @@ Processor = Any  # PreTrainedTokenizerBase, BaseImageProcessor or ProcessorMixin
 def load_processor(
     name: str, task: str, trust_remote_code: bool, revision: str | None = None, adapter: str | None = None
 ) -> Processor:
-    """The processor saved with an adapter, otherwise that of the model `name`; its tokenizer, if it has one, can pad.
-
-    Raises:
-        UserError: none there, not one for the task, or one that cannot end or pad sequences.
-    """
+    """The processor saved with an adapter, otherwise that of the model `name`. Its tokenizer, if any, can pad."""
     kind, called = KINDS.get(task, (AutoTokenizer, "tokenizer"))
     own = IMAGE_PROCESSOR_NAME if task == "image-classification" else "tokenizer_config.json"
     if adapter is not None and (Path(adapter) / own).is_file():
@@ -60,11 +56,7 @@ def tokenizer_of(processor: Processor) -> PreTrainedTokenizerBase | None:
 
 
 def processor_of_run(arguments: Arguments) -> Processor:
-    """The processor of a run, with the chat template and the special tokens that its flags name.
-
-    Raises:
-        UserError: as `load_processor`, or a template or token that the tokenizer cannot write.
-    """
+    """The processor of a run, with the chat template and the special tokens that its flags name."""
     run, training = arguments.run, arguments.training
     processor = load_processor(
         run.model_name_or_path, run.task, training.trust_remote_code, run.revision, run.start_adapter
@@ -89,9 +81,6 @@ def _adopt_template(training: Any, processor: Processor, tokenizer: PreTrainedTo
 
     TRL's own way adds the other tokenizer's tokens and resizes the model inside the adapter, after which the adapter
     fits no base model. So a template that needs tokens of its own is refused.
-
-    Raises:
-        UserError: nothing there, no template in it, or tokens that the model has not.
     """
     path = training.chat_template_path
     if os.path.isfile(path):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from ds_moelora.checkpoint.record import optimizer_settings
 from ds_moelora.monitoring.run_info import basic_optimizer
@@ -72,17 +72,13 @@ def note(text: str) -> None:
 class Remember(TrainerCallback):
     """Writes the record into the model's adapter configuration as training begins, so that every save has it."""
 
-    def __init__(self, arguments: Arguments, optimizer: str) -> None:
-        self.arguments, self.optimizer = arguments, optimizer
-        self.trainer: Trainer | None = None
+    def __init__(self, trainer: Trainer, arguments: Arguments, optimizer: str) -> None:
+        self.trainer, self.arguments, self.optimizer = trainer, arguments, optimizer
         self.record: dict[str, Any] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        assert self.trainer is not None
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         running = basic_optimizer(self.trainer.deepspeed or self.trainer.optimizer)
-        self.record = record_of(self.arguments, self.optimizer, running, state)
+        self.record |= record_of(self.arguments, self.optimizer, running, state)
         if self.trainer.deepspeed is not None:
             self.record["zero_stage"] = self.trainer.deepspeed.zero_optimization_stage()
         model: PeftModel = self.trainer.accelerator.unwrap_model(self.trainer.model)
@@ -116,3 +112,8 @@ def record_of(arguments: Arguments, name: str, optimizer: Any, state: TrainerSta
     }  # fmt: skip
     record |= {name: getattr(run, name) for name in FORMATS if getattr(run, name) is not None}
     return redact(record)
+
+
+def precision_of(record: dict[str, Any]) -> str:
+    """For people."""
+    return record["precision"] + (", base in 4 bits" if record["load_in_4bit"] else "")

@@ -53,11 +53,8 @@ def summarize(
     """What the run did, as plain values.
 
     Args:
-        trainer: after `train()`.
-        optimizer: the optimizer's name.
         eval_metrics: what `evaluate()` returned; empty without an evaluation set.
         session: steps and tokens since the start or the resume, and the seconds that these steps took.
-        extra: further entries, e.g. the demo's accuracies.
     """
     trainable, total = parameter_counts(trainer.model)
     history = trainer.state.log_history

@@ -25,8 +25,8 @@ from launch.checkpoint.stopping import Stopping
 from launch.checks.arguments import Arguments
 from launch.checks.errors import UserError
 from launch.checks.flags import LANGUAGE
-from launch.data import images
 from launch.data.metrics import head_scores, token_scores
+from launch.data.pictures import as_inputs
 from launch.data.values import Rows
 from launch.training.preparation import CountingTrainer, PackingGuard, Truncation
 
@@ -75,10 +75,6 @@ class MixtureSFTTrainer(CheckpointedTrainer, CountingTrainer):
         return output
 
 
-class HeadTrainer(CheckpointedTrainer):
-    """The trainer of models with a classification head."""
-
-
 def tokenize_texts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, Truncation]:
     """`text` (and `text_pair`) as token ids, cut at `max_length`, and a count of what was cut."""
     columns = [name for name in ("text", "text_pair") if name in rows.column_names]
@@ -108,9 +104,6 @@ def build_trainer(
     """The trainer of the task. `processor` is the tokenizer, or what prepares pictures.
 
     It has an attribute `truncation`: what was cut from each data set (`launch.training.preparation.Truncation`).
-
-    Raises:
-        UserError: no training row has an answer within `max_length`.
     """
     check_private_methods()
     common = {"model": model, "args": arguments.training, "processing_class": processor, "callbacks": callbacks}
@@ -121,11 +114,7 @@ def build_trainer(
 
 
 def check_private_methods() -> None:
-    """Makes sure that this transformers has the private methods that `CheckpointedTrainer` replaces.
-
-    Raises:
-        UserError: one is missing, or takes other arguments; the version is named.
-    """
+    """Makes sure that this transformers has the private methods that `CheckpointedTrainer` replaces."""
     for name, expected in PRIVATE.items():
         method = getattr(Trainer, name, None)
         found = None if method is None else list(inspect.signature(method).parameters)
@@ -155,14 +144,14 @@ def _language_trainer(train: Rows, evaluation: Dataset | None, args: Any, **comm
 def _head_trainer(task: str, train: Dataset, evaluation: Dataset | None, **common: Any) -> Trainer:
     processor, sets, truncation = common["processing_class"], {"train": train, "eval": evaluation}, {}
     if task == "image-classification":
-        sets = {name: rows and images.as_inputs(rows, processor) for name, rows in sets.items()}
+        sets = {name: rows and as_inputs(rows, processor) for name, rows in sets.items()}
         collator = default_data_collator
     else:
         for name, rows in sets.items():
             if rows is not None:
                 sets[name], truncation[name] = tokenize_texts(rows, processor, common["args"].max_length)
         collator = DataCollatorWithPadding(processor)
-    trainer = HeadTrainer(
+    trainer = CheckpointedTrainer(
         train_dataset=sets["train"],
         eval_dataset=sets["eval"],
         data_collator=collator,

@@ -24,9 +24,9 @@ from ds_moelora.checkpoint.gather import gather
 from ds_moelora.checkpoint.manifest import read_manifest
 from ds_moelora.checkpoint.trained import Run
 
-from ..support.expert_parallel import adapted, batches, whole_weights
+from ..support.expert_parallel import adapted, batches, one_step, whole_weights
 from ..support.ranks import close_pool, run_on_ranks
-from ..support.training import accelerator_answers, deviation, engine_config, full_weights
+from ..support.training import accelerator_answers, deviation, engine_config, engine_of, full_weights, trainable
 
 pytestmark = pytest.mark.dist
 
@@ -55,8 +55,6 @@ def train(
     **model: Any,
 ) -> dict[str, Any]:
     """On every rank: steps first..last of the one run; mean loss of every step, learning rates, whole weights."""
-    import deepspeed
-
     world = dist.get_world_size()
     clip = 0.0 if precision != "fp32" and stage == 0 and ep_size > 1 else 1.0
     config = engine_config(
@@ -64,12 +62,11 @@ def train(
     )
     config |= {"scheduler": copy.deepcopy(WARMUP), **(more or {})}
     module = adapted(ep_size, **model)
-    trained = [p for p in module.parameters() if p.requires_grad]
     if load:  # what was trained must come from the checkpoint
         with torch.no_grad():
-            for p in trained:
+            for p in trainable(module):
                 p.mul_(1.5)
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=config)
+    engine = engine_of(module, config)
     result: dict[str, Any] = {"losses": [], "lr": [], "changes": None}
     if load:
         _, lines = check_state(Run.of(engine), Path(load))
@@ -192,13 +189,8 @@ def test_the_same_topology_goes_on_to_the_bit(name: str, tmp_path: Path) -> None
 
 def resave(config: dict[str, Any], ep_size: int, load: str, save: str) -> None:
     """On every rank: a fresh engine takes a checkpoint over and writes it again."""
-    import deepspeed
-
-    module = adapted(ep_size)
     with accelerator_answers(fp16=True):  # whatever the CPU
-        engine, *_ = deepspeed.initialize(
-            model=module, model_parameters=[p for p in module.parameters() if p.requires_grad], config=config
-        )
+        engine = engine_of(adapted(ep_size), config)
     ds_moelora.load_elastic(engine, load)
     ds_moelora.save_elastic(engine, save)
     engine.destroy()
@@ -263,15 +255,12 @@ def test_nothing_changes_on_the_way(name: str, trained: Path, tmp_path: Path) ->
 
 def refused(damage: str, folder: str) -> tuple[str, bool]:
     """On every rank: the error's text, and whether the weights are still as they were."""
-    import deepspeed
-
     kind = "AdamW" if damage == "optimizer" else "GateRiemannianAdamW"
     module = adapted(r=2) if damage == "rank" else adapted()
     if damage == "frozen":
         for p in module.base_model.model.second.parameters():
             p.requires_grad_(False)
-    params = [p for p in module.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=params, config=engine_config(1, kind))
+    params, engine = trainable(module), engine_of(module, engine_config(1, kind))
     before = [p.detach().clone() for p in params]
     with pytest.raises(ValueError, match=r".") as caught:
         ds_moelora.load_elastic(engine, folder)
@@ -339,12 +328,9 @@ def change(path: Path, draw: random.Random) -> str:
 
 def loads_drawn_damage(folder: str, scratch: str, draws: int) -> list[str]:
     """On every rank: which damages were not refused with the engine as it was."""
-    import deepspeed
-
     module = adapted()
-    params = [p for p in module.parameters() if p.requires_grad]
     config = {**engine_config(1, "GateRiemannianAdamW"), "scheduler": copy.deepcopy(WARMUP)}
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=params, config=config)
+    params, engine = trainable(module), engine_of(module, config)
     sound, bad, wrong = Path(folder), Path(scratch), []
     before = [p.detach().clone() for p in params]
     counters = (engine.global_steps, engine.micro_steps)
@@ -377,20 +363,11 @@ def test_drawn_damage_is_refused_before_anything_changes(trained: Path, tmp_path
 
 def saves_what_is_not_finite(folder: str, where: str) -> tuple[str, bool]:
     """On every rank: one weight, or one number of the optimizer's, is NaN on the last rank alone."""
-    import deepspeed
-
-    module = adapted()
-    params = [p for p in module.parameters() if p.requires_grad]
-    stage = 2 if where == "state" else 0
-    engine, *_ = deepspeed.initialize(
-        model=module, model_parameters=params, config=engine_config(stage, "GateRiemannianAdamW")
-    )
-    x, target = batches(1, 1, 1)[0][0][0]
-    engine.backward(engine(x, target)["loss"])
-    engine.step()
+    engine = engine_of(adapted(), engine_config(2 if where == "state" else 0, "GateRiemannianAdamW"))
+    one_step(engine)
     if where == "weight":
         with torch.no_grad():
-            params[0].view(-1)[3] = math.nan
+            trainable(engine.module)[0].view(-1)[3] = math.nan
     elif dist.get_rank() == dist.get_world_size() - 1:
         next(iter(engine.basic_optimizer.state.values()))["exp_avg"][0] = math.inf
     with pytest.raises(ValueError, match="is not finite") as caught:
@@ -408,13 +385,7 @@ def test_what_is_not_finite_is_not_saved(where: str, tmp_path: Path) -> None:
 
 def fails_to_write(folder: str) -> str:
     """On every rank: the disk of rank 0 is full from the second file on."""
-    import deepspeed
-
-    module = adapted()
-    params = [p for p in module.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(
-        model=module, model_parameters=params, config=engine_config(2, "GateRiemannianAdamW")
-    )
+    engine = engine_of(adapted(), engine_config(2, "GateRiemannianAdamW"))
     written, original = [], files.save
 
     def full(tensors: Any, **options: Any) -> bytes:
@@ -454,16 +425,9 @@ def test_a_newer_checkpoint_takes_the_place_of_an_older_one(trained: Path, tmp_p
 
 def watched_save(folder: str) -> tuple[list[int], int]:
     """On every rank: bytes of every reduction while saving in buckets of 1,000 bytes, and what is saved."""
-    import deepspeed
-
     module = adapted(target_modules="all-linear", modules_to_save=None)
-    params = [p for p in module.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(
-        model=module, model_parameters=params, config=engine_config(3, "GateRiemannianAdamW")
-    )
-    x, target = batches(1, 1, 1)[0][0][0]
-    engine.backward(engine(x, target)["loss"])
-    engine.step()
+    engine = engine_of(module, engine_config(3, "GateRiemannianAdamW"))
+    one_step(engine)
     sizes: list[int] = []
     original, limit = dist.reduce, gather.__defaults__
 
@@ -477,7 +441,7 @@ def watched_save(folder: str) -> tuple[list[int], int]:
     finally:
         dist.reduce, gather.__defaults__ = original, limit
     engine.destroy()
-    return sizes, sum(4 * p.ds_numel * 3 for p in params)
+    return sizes, sum(4 * p.ds_numel * 3 for p in trainable(module))
 
 
 def test_small_tensors_share_a_reduction_and_large_ones_are_cut(tmp_path: Path) -> None:
@@ -488,16 +452,8 @@ def test_small_tensors_share_a_reduction_and_large_ones_are_cut(tmp_path: Path) 
 
 
 def saves_too_early(folder: str) -> str:
-    import deepspeed
-
-    module = adapted()
-    params = [p for p in module.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(
-        model=module, model_parameters=params, config=engine_config(1, "GateRiemannianAdamW", accumulate=2)
-    )
-    x, target = batches(1, 1, 1)[0][0][0]
-    engine.backward(engine(x, target)["loss"])
-    engine.step()
+    engine = engine_of(adapted(), engine_config(1, "GateRiemannianAdamW", accumulate=2))
+    one_step(engine)
     with pytest.raises(ValueError, match="accumulation boundary") as caught:
         ds_moelora.save_elastic(engine, folder)
     engine.destroy()

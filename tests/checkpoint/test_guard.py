@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from ds_moelora.checkpoint.guard import RECORD
 
-from ..support.expert_parallel import adapted, batches
+from ..support.expert_parallel import adapted, one_step
 from ..support.ranks import run_on_ranks
-from ..support.training import engine_config
+from ..support.training import engine_config, engine_of
 
 pytestmark = pytest.mark.dist
 LAYERS = {"target_modules": ["first"], "modules_to_save": None}
 
 
-def engine_of(kind: str = "GateRiemannianAdamW", **model: Any) -> Any:
-    import deepspeed
-
-    module = adapted(**{**LAYERS, **model})
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return deepspeed.initialize(model=module, model_parameters=trained, config=engine_config(2, kind))[0]
+def built(kind: str = "GateRiemannianAdamW", **model: Any) -> Any:
+    return engine_of(adapted(**{**LAYERS, **model}), engine_config(2, kind))
 
 
 def saves(folder: str) -> None:
-    engine = engine_of()
-    x, target = batches(1, 1, dist.get_world_size())[0][0][dist.get_rank()]
-    engine.backward(engine(x, target)["loss"])
-    engine.step()
+    engine = built()
+    one_step(engine)
     engine.save_checkpoint(folder)
     engine.destroy()
 
 
 def loads(folder: str, kind: str, model: dict[str, Any], options: dict[str, Any]) -> tuple[str, bool]:
     """On every rank: what was said ("" when it was loaded), and whether the weights are as they were."""
-    engine = engine_of(kind, **model)
+    engine = built(kind, **model)
     before = [p.detach().clone() for p in engine.module.parameters()]
     try:
         path, _ = engine.load_checkpoint(folder, **options)
@@ -80,8 +74,6 @@ def test_another_runs_checkpoint_is_refused(name: str, saved: str) -> None:
 
 @pytest.mark.parametrize("content", ["{", "[" * 100_000])
 def test_a_damaged_record_is_named(content: str, saved: str, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(saved, folder)
     (folder / "global_step1" / RECORD).write_text(content)

@@ -35,7 +35,7 @@ layer = st.tuples(widths, st.integers(1, 5), st.integers(1, 7))  # out, experts,
     kind=st.sampled_from(SHARDED),
     groups=st.sampled_from([one_group, loraplus_groups, scattered_groups]),
 )
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=24, deadline=None, derandomize=True)
 def test_any_stack(
     layers: list[tuple[int, int, int]], top_k: int, world: int, stage: int, kind: str, groups: object
 ) -> None:

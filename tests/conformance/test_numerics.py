@@ -133,9 +133,7 @@ def run_poisoned(kind: str, stage: int, value: float) -> list[dict[str, Any]]:
     return run_on_ranks(2, run_engine, config=config, model=functools.partial(PoisonedStack, value), steps=5)
 
 
-@pytest.mark.parametrize(
-    ("stage", "value"), [(0, math.nan), (1, math.inf), (2, math.nan), (3, math.inf), (0, math.inf), (3, math.nan)]
-)
+@pytest.mark.parametrize(("stage", "value"), [(0, math.nan), (1, math.inf), (2, math.nan), (3, math.inf)])
 def test_one_rank_with_a_gradient_that_is_not_finite(stage: int, value: float) -> None:
     """No hang, and all ranks end alike: DeepSpeed skips the step where it checks, as it does with plain AdamW."""
     ours = run_poisoned("GateRiemannianAdamW", stage, value)

@@ -68,10 +68,9 @@ def test_equals_the_reference(name: str, world: int, stage: int, report: Callabl
 
 @pytest.mark.parametrize("kind", SHARDED)
 def test_four_ranks(kind: str) -> None:
-    for stage in (2, 3):
-        results = run_on_ranks(4, run_engine, config=engine_config(stage, kind), model=plain_lora)
-        assert deviation(results[0]["weights"], run_reference(kind, 4, model=plain_lora)["weights"]) < 1e-5
-        assert all(len(calls) <= 2 for calls in results[0]["traffic"])
+    results = run_on_ranks(4, run_engine, config=engine_config(3, kind), model=plain_lora)
+    assert deviation(results[0]["weights"], run_reference(kind, 4, model=plain_lora)["weights"]) < 1e-5
+    assert all(len(calls) <= 2 for calls in results[0]["traffic"])
 
 
 def train_with_peft_optimizer(stage: int, which: str) -> dict[str, Any]:

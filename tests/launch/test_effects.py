@@ -47,7 +47,7 @@ accelerator_config ddp_timeout deepspeed local_rank model_init_kwargs trust_remo
 USED = frozenset(_USED.split())
 
 # The launcher's own flags. Which of them a task, a layout or another flag makes idle is refused by
-# `launch.checks.effects`, `launch.data.data_checks` and the readers of the data.
+# `launch.checks.effects` and the readers of the data.
 _OWN = """
 task model_name_or_path revision attn_implementation dataset_name dataset_config dataset_split max_eval_samples
 prompt_template instruction_column input_column output_column prompt_column completion_column messages_column

@@ -1,4 +1,4 @@
-"""One training run that is stopped in every way there is, restarted each time, and ends as if nothing had happened.
+"""One training run that is stopped in many ways, restarted each time, and ends as if nothing had happened.
 
 Each attempt is the launcher with two ranks, goes on from the newest complete checkpoint of the one before
 (`--resume_from_checkpoint auto`), and meets another fault. `pytest tests/launch/test_failures.py -s` prints the table
@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from launch.checkpoint.resume import checkpoints, fault
-from tests.soak import Soak, differences
+from tests.soak import Soak
 from tests.support.failures import (
     BATCH,
     FAULTY,
@@ -30,7 +30,6 @@ from tests.support.failures import (
     Run,
     Setting,
     check_end,
-    deepspeed_command,
     equal_so_far,
     errors_in,
     losses_of,
@@ -57,14 +56,10 @@ def by_itself(run: Run, step: int) -> float:
     return time.monotonic()
 
 
-def signalled(victim: Callable[[Run], int], number: int = signal.SIGTERM) -> Callable[[Run, int], float]:
-    def act(run: Run, step: int) -> float:
-        # A stopped rank saves nothing more: the step before has to be saved, which its number on the bar does not say.
-        wait_for_step(run, step if number == signal.SIGSTOP else step - 1)
-        os.kill(victim(run), number)
-        return time.monotonic()
-
-    return act
+def sigterm_to_rank_1(run: Run, step: int) -> float:
+    wait_for_step(run, step - 1)
+    os.kill(run.rank(1), signal.SIGTERM)
+    return time.monotonic()
 
 
 def helper_of(run: Run) -> int:
@@ -79,53 +74,39 @@ class Failure:
     Args:
         name: for the table.
         fault: FAULT of tests/support/faulty_train.py, without the step; None: launch/train.py as it is.
-        saves: whether the step in which it stops is saved.
         says: rank -> what it must have said.
-        at: the step; None: three or four after the last checkpoint.
-        more: arguments.
-        by_command: started by the command `deepspeed`, whose part in the end is tested too.
+        is_signal: the ranks save the step, and end well.
+        after: steps behind the last checkpoint; None: the last step of all.
     """
 
     name: str
     fault: str | None
     act: Callable[[Run, int], float]
     says: dict[str, str]
-    saves: bool = False
-    ends_well: bool | None = False  # None: the launcher ends with an error though its ranks do not
-    at: int | None = None
-    more: tuple[str, ...] = ()
-    by_command: bool = False
+    is_signal: bool = False
+    after: int | None = 3
 
     def start(self, setting: Setting, output_dir: Path, step: int) -> Run:
-        arguments = [*setting.arguments, *BATCH, *self.more, "--output_dir", str(output_dir)]
+        arguments = [*setting.arguments, *BATCH, "--output_dir", str(output_dir)]
         script = TRAIN if self.fault is None else FAULTY
         environment = {} if self.fault is None else {"FAULT": f"{self.fault}:{step}"}
         log = output_dir.with_name(f"{self.name.replace(' ', '-')}.log")
-        if self.by_command:
-            return Run(deepspeed_command(arguments, script=script), log, environment)
         return ForkedRun(arguments, log, environment, script=script)
 
 
 LOST = r"rank {} \(\S+, pid \d+\) was lost: its connection closed\."
 FAILURES = [
-    Failure("rank 1 killed in forward", "forward:1", by_itself, {"0": LOST.format(1)}),
     Failure("rank 0 killed in the optimizer's all-reduce", "all-reduce:0", by_itself, {"1": LOST.format(0)}),
+    Failure("rank 0 killed before the manifest", "manifest:0", by_itself, {"1": LOST.format(0)}, after=4),
     Failure(
-        "rank 1 stopped",
-        None,
-        signalled(lambda run: run.rank(1), signal.SIGSTOP),
-        {"0": r"rank 1 \(\S+, pid \d+\) has given no sign of life for \d+ s: .*; it had completed .*step \d+"},
-        more=("--ddp_timeout", "40"),
-    ),
-    Failure("rank 0 killed before the manifest", "manifest:0", by_itself, {"1": LOST.format(0)}),
-    Failure(
-        "rank 1 raises",
-        "raise:1",
+        "rank 1 raises while it saves",
+        "saving:1",
         by_itself,
         {
             "0": r"rank 1 \(\S+, pid \d+\) failed: RuntimeError: made up by a test",
             "1": "RuntimeError: made up by a test",
         },
+        after=4,
     ),
     Failure(
         "rank 1's loss is NaN",
@@ -133,29 +114,19 @@ FAILURES = [
         by_itself,
         dict.fromkeys("01", r"not finite for 3 steps in a row.*rank 1 since step \d+.*checkpoint-\d+ is from before"),
     ),
-    Failure("SIGTERM to rank 1", None, signalled(lambda run: run.rank(1)), {}, saves=True, ends_well=True),
-    Failure(  # it signals the data loaders' workers, too
-        "SIGTERM to DeepSpeed's launcher",
-        None,
-        signalled(helper_of),
-        {},
-        saves=True,
-        ends_well=None,
-        more=("--dataloader_num_workers", "1"),
-        by_command=True,
-    ),
+    Failure("SIGTERM to rank 1", None, sigterm_to_rank_1, {}, is_signal=True),
     # The next attempt finds the last step done already, and must not do another.
-    Failure("rank 1 killed before the final adapter is saved", "end:1", by_itself, {"0": LOST.format(1)}, at=STEPS),
+    Failure("rank 1 killed before the final adapter is saved", "end:1", by_itself, {"0": LOST.format(1)}, after=None),
 ]
 
 
 def check_end_of_attempt(failure: Failure, run: Run, code: int) -> str:
     """Asserts the exit code and the messages; returns one of them, for the table."""
-    assert (code == 0) == bool(failure.ends_well), f"{failure.name}: code {code}\n{run.output[-4000:]}"
+    assert (code == 0) == failure.is_signal, f"{failure.name}: code {code}\n{run.output[-4000:]}"
     said = errors_in(run.output)
     for rank, pattern in failure.says.items():
         assert re.search(pattern, said.get(rank, "")), f"{failure.name}: {said}\n{run.output[-6000:]}"
-    if failure.saves:
+    if failure.is_signal:
         match = re.search(r"Stopped by a signal after step \d+.*", run.output)
         assert match, run.output[-4000:]
         return match.group()
@@ -169,8 +140,7 @@ def test_every_failure_and_the_run_goes_on(
     output_dir = tmp_path / "run"
     reached = 0
     for failure in FAILURES:
-        saving = failure.fault == "manifest:0"  # only a step that is saved will do
-        step = failure.at or reached + (4 if saving else 3)
+        step = STEPS if failure.after is None else reached + failure.after
         run = failure.start(setting, output_dir, step)
         since = failure.act(run, step)
         code = run.finish(timeout=LIMIT)
@@ -231,25 +201,42 @@ def test_full_disk(setting: Setting, small_disk: Path, tmp_path: Path, report: C
     )
 
 
-@pytest.mark.parametrize(("ranks", "batch"), [(1, "4"), (4, "1")])
-def test_going_on_with_another_number_of_ranks(setting: Setting, tmp_path: Path, ranks: int, batch: str) -> None:
-    output_dir = tmp_path / "run"
-    shutil.copytree(setting.reference / "checkpoint-16", output_dir / "checkpoint-16")
-    arguments = [*setting.arguments, "--per_device_train_batch_size", batch, "--output_dir", str(output_dir)]
-    run = ForkedRun(arguments, tmp_path / "run.log", ranks=ranks)
+def test_going_on_with_another_number_of_ranks(setting: Setting, tmp_path: Path) -> None:
+    """On four; `test_launch_runs.py` goes on with one."""
+    output_dir, begun = tmp_path / "run", f"checkpoint-{STEPS - 6}"
+    shutil.copytree(setting.reference / begun, output_dir / begun)
+    arguments = [*setting.arguments, "--per_device_train_batch_size", "1", "--output_dir", str(output_dir)]
+    run = ForkedRun(arguments, tmp_path / "run.log", ranks=4)
     assert run.finish() == 0, run.output[-4000:]
-    assert f"topology.world_size 2 -> {ranks}" in run.output
-    # fp32 sums in another order, over eight steps of AdamW.
+    assert "topology.world_size 2 -> 4" in run.output
+    # fp32 sums in another order, over six steps of AdamW.
     assert losses_of(output_dir / f"checkpoint-{STEPS}") == pytest.approx(setting.losses(), rel=1e-4)
 
 
-def test_soak(setting: Setting, tmp_path: Path) -> None:
-    """The short form of `make soak`: launch/supervise.sh restarts what is killed at random."""
-    soak = Soak([*setting.arguments, *BATCH], tmp_path / "soaked", STEPS, seed=1)
+def test_supervised(setting: Setting, tmp_path: Path, report: Callable[[str, str], None]) -> None:
+    """The command `deepspeed` under launch/supervise.sh: restarted after a kill, saved after SIGTERM to its launcher.
+
+    DeepSpeed's launcher signals the data loaders' workers, too: here those of an epoch that began after the resume,
+    whose loader is another one than that of the resumed epoch. `make soak` kills more often.
+    """
+    output_dir = tmp_path / "run"
+    soak = Soak([*setting.arguments, *BATCH, "--dataloader_num_workers", "1"], output_dir, STEPS, seed=1)
     try:
-        kills = soak.kill(1, while_starting=0.0)
-        assert soak.run.finish() == 0, soak.run.output[-4000:]
+        assert soak.kill_at(2).seconds < LIMIT
+        soak.wait_for_step(10)
+        os.kill(helper_of(soak.run), signal.SIGTERM)
+        since = time.monotonic()
+        assert soak.run.finish(timeout=LIMIT) == 0, soak.run.output[-4000:]
+        seconds = time.monotonic() - since
     finally:
         soak.run.end()
-    assert max(kill.seconds for kill in kills) < LIMIT
-    assert differences(setting.reference, tmp_path / "soaked", STEPS) == []
+    stopped = re.search(r"Stopped by a signal after step \d+.*", soak.run.output)
+    assert stopped, soak.run.output[-4000:]
+    reached = equal_so_far(setting, output_dir)
+    assert reached >= 10
+    report(
+        "failures", f"| SIGTERM to DeepSpeed's launcher | {seconds:.1f} s | 1 | {stopped.group()} | {reached}: equal |"
+    )
+    run = ForkedRun([*setting.arguments, *BATCH, "--output_dir", str(output_dir)], tmp_path / "last.log")
+    assert run.finish() == 0, run.output[-4000:]
+    check_end(setting, output_dir)

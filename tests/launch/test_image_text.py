@@ -15,11 +15,10 @@ from PIL import Image as Picture
 from torch import nn
 
 from launch.checks.arguments import parse_arguments
-from launch.checks.effects import check_task
+from launch.checks.effects import check_effects, check_task
 from launch.checks.errors import UsageError, UserError
 from launch.checks.flags import RunArguments
-from launch.data import image_text, sources
-from launch.data.data_checks import check_data
+from launch.data import pictures, sources
 from launch.training import modeling, trainers
 from launch.training.processors import processor_of_run
 from tests.support.launch_support import chat_tokenizer, tiny_model
@@ -44,7 +43,7 @@ def test_every_layout_becomes_chat_with_pictures() -> None:
          RunArguments(prompt_format="{{ q }}", completion_format="{{ a }}"), 1),
         (rows_of([SQUARE], False, conversations=[talk]), RunArguments(), 2),
     ):  # fmt: skip
-        made = image_text.image_text_rows(rows, run, "data", chat_tokenizer())
+        made = pictures.image_text_rows(rows, run, "data", chat_tokenizer())
         assert set(made.column_names) == {"prompt", "completion", "images"}
         assert len(made) == count
         assert made[0]["prompt"] == [{"role": "user", "content": "What?"}]
@@ -56,11 +55,11 @@ def test_every_layout_becomes_chat_with_pictures() -> None:
 def test_rows_that_do_not_fit() -> None:
     rows = rows_of([SQUARE, None], False, prompt=["a", "b"], completion=["c", "d"])
     with pytest.raises(UserError, match=r"row 1 \(counted from 0\) has no picture"):
-        image_text.image_text_rows(rows, RunArguments(), "data", chat_tokenizer())
+        pictures.image_text_rows(rows, RunArguments(), "data", chat_tokenizer())
     with pytest.raises(UserError, match="column 'prompt' holds no pictures"):
-        image_text.image_text_rows(rows, RunArguments(image_column="prompt"), "data", chat_tokenizer())
+        pictures.image_text_rows(rows, RunArguments(image_column="prompt"), "data", chat_tokenizer())
     with pytest.raises(UserError, match="chat template"):
-        image_text.image_text_rows(rows.take(1), RunArguments(), "data", None)
+        pictures.image_text_rows(rows.take(1), RunArguments(), "data", None)
 
 
 def test_formats_name_what_is_wrong() -> None:
@@ -73,7 +72,7 @@ def test_formats_name_what_is_wrong() -> None:
         (RunArguments(prompt_format="{{ q }}", completion_format="{% if not q %}a{% endif %}"), "makes nothing of a"),
     ):
         with pytest.raises(UserError, match=message):
-            image_text.image_text_rows(rows, run, "data", chat_tokenizer())
+            pictures.image_text_rows(rows, run, "data", chat_tokenizer())
 
 
 def parse(model: Path, data: Path, *flags: str) -> Any:
@@ -123,7 +122,7 @@ def test_what_is_for_text_alone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="max_length"):
         parse(tmp_path, tmp_path, "--max_length", "8")
     with pytest.raises(UserError, match="--packing is not for --task image-text-to-text"):
-        check_data(parse(tmp_path, tmp_path, "--packing"))
+        check_effects(parse(tmp_path, tmp_path, "--packing"))
     with pytest.raises(UserError, match="--streaming has no effect with --task image-text-to-text"):
         check_task(parse(tmp_path, tmp_path, "--streaming").run)
     with pytest.raises(UserError, match="not a processor of pictures and text"):
@@ -135,5 +134,5 @@ def test_a_model_of_text_alone_is_adapted_whole() -> None:
         def get_decoder(self) -> nn.Module:
             return self
 
-    assert image_text.outside_text(Text()) is None
+    assert pictures.outside_text(Text()) is None
     assert re.fullmatch(r"(?!model\.language_model\.).*", "model.vision_tower.q_proj")

@@ -12,27 +12,40 @@ from safetensors.torch import load_file
 
 from launch.checks.arguments import parse_arguments
 from launch.checks.errors import UserError
-from launch.training import quantization
+from launch.checks.preflight import preflight
 from tests.launch.test_launch_runs import adapter_of, arguments, summary_of
-from tests.support.launch_support import alpaca_rows, launch, tiny_model, write_jsonl
+from tests.support.launch_support import alpaca_rows, assert_same_adapter, launch, tiny_model, write_jsonl
 
 # On CPUs bitsandbytes 0.50.2 dequantises rows shorter than its blocks wrongly.
 BLOCK = 64
-WISH = parse_arguments(["--model_name_or_path", "m", "--dataset_name", "d", "--load_in_4bit"], {})
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install bitsandbytes"
 )
 
 
-def test_what_stands_in_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install bitsandbytes"):
-        quantization.check_4bit(WISH, stage=2)
-    quantization.check_4bit(parse_arguments([], {}), stage=3)  # nobody asked
-    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: object())
-    with pytest.raises(UserError, match="--load_in_4bit with ZeRO stage 3"):
-        quantization.check_4bit(WISH, stage=3)
-    quantization.check_4bit(WISH, stage=2)
+@pytest.mark.parametrize(
+    ("config", "installed", "message"),
+    [
+        ("zero2", False, "pip install bitsandbytes"),
+        ("zero3", True, "--load_in_4bit with configs/zero3.json: ZeRO stage 3"),
+        ("zero2", True, None),
+    ],
+)
+def test_what_stands_in_the_way_is_named(
+    config: str, installed: bool, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    found = object() if installed else None
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: found if name == "bitsandbytes" else find(name, *more)
+    )
+    flags = ["--model_name_or_path", "m", "--dataset_name", "d", "--load_in_4bit", "--output_dir", str(tmp_path)]
+    arguments = parse_arguments([*flags, "--deepspeed", f"configs/{config}.json"], {})
+    if message is None:
+        preflight(arguments)
+    else:
+        with pytest.raises(UserError, match=message):
+            preflight(arguments)
 
 
 @pytest.mark.dist
@@ -42,18 +55,14 @@ def test_a_4bit_base_trains_and_an_evaluation_in_between_changes_nothing(tmp_pat
     model = tiny_model(tmp_path / "model", hidden_size=BLOCK)
     data = write_jsonl(tmp_path / "rows.jsonl", alpaca_rows(24))
     more = ("--load_in_4bit", "--max_steps", "4", "--eval_fraction", "0.25", "--save_strategy", "no")
-    outputs = {}
     for name, flags in (("plain", ()), ("evaluated", ("--eval_strategy", "steps", "--eval_steps", "1"))):
         finished = launch(arguments(model, data, "zero2", tmp_path / name, *more, *flags))
         assert finished.code == 0, finished.output[-4000:]
         summary = summary_of(tmp_path / name)
         assert summary["last_loss"] < summary["first_loss"]
         assert math.isfinite(summary["eval"]["eval_loss"])
-        outputs[name] = adapter_of(tmp_path / name)
-    assert outputs["plain"].keys() == outputs["evaluated"].keys()
-    for name, tensor in outputs["plain"].items():
-        assert tensor.dtype == torch.float32, name
-        assert torch.equal(tensor, outputs["evaluated"][name]), name
+        assert all(tensor.dtype == torch.float32 for tensor in adapter_of(tmp_path / name).values())
+    assert_same_adapter(tmp_path / "plain", tmp_path / "evaluated")
 
 
 @needs_bitsandbytes

@@ -14,7 +14,7 @@ from launch import train
 from launch.checks import errors
 from launch.checks.errors import UserError
 from launch.training import modeling
-from tests.support.launch_support import ROOT, alpaca_rows, launch, save_checkpoint, tiny_model, write_jsonl
+from tests.support.launch_support import ROOT, alpaca_rows, launch, tiny_model, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +90,7 @@ def test_good_input_passes(good: dict[str, Any]):
 
 ADAPTER = [
     ({"top_k": 9, "num_experts": 4}, ["top_k", "9", "4"]),
-    ({"top_k": 0}, ["top_k", "0"]),
-    ({"r": 0}, ["r", "0"]),
-    ({"scaling": "gamma"}, ["scaling", "gamma", "rslora"]),
     ({"init_lora_weights": "magic"}, ["init_lora_weights", "magic"]),
-    ({"ep_size": 2}, ["ep_size", "2"]),
-    ({"lora_dropout": 1.5}, ["lora_dropout", "1.5"]),
-    ({"router_aux_loss_coef": -1}, ["router_aux_loss_coef", "-1"]),
     ({"target_modules": ["nowhere"]}, ["nowhere", "q_proj", "down_proj"]),
     ({"target_modules": [r".*\.nowhere$"]}, ["nowhere", "q_proj"]),
     ({"target_modules": ["embed_tokens"]}, ["embed_tokens"]),
@@ -112,7 +106,6 @@ RUN = [
     ({"eval_fraction": 2}, ["--eval_fraction", "2"]),
     ({"status_file": "/nowhere/file"}, ["--status_file", "/nowhere"]),
     ({"max_train_samples": 0}, ["--max_train_samples", "0"]),
-    ({"label_smoothing_factor": 0.1}, ["--label_smoothing_factor", "load-balancing"]),
     ({"loss_type": "dft"}, ["dft"]),
     ({"resume_from_checkpoint": "gone"}, ["--resume_from_checkpoint", "gone", "no checkpoint"]),
     ({"resume_from_checkpoint": "true"}, ["--resume_from_checkpoint", "no checkpoint-* folder"]),
@@ -155,15 +148,6 @@ def test_bad_optimizer_blocks(good: dict[str, Any], tmp_path: Path, block: dict[
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "adam", "SGD", "GateRiemannianSGD"])
-def test_known_optimizers_pass(good: dict[str, Any], tmp_path: Path, name: str):
-    config = json.loads(Path(good["deepspeed"]).read_text())
-    config["optimizer"] = {"type": name, "params": {"lr": "auto"}}
-    (tmp_path / "ds.json").write_text(json.dumps(config))
-    with pytest.raises(PassedError):
-        run({**good, "deepspeed": tmp_path / "ds.json"})
-
-
 def test_optim_is_accepted_where_it_has_an_effect(good: dict[str, Any]):
     with pytest.raises(PassedError):
         run({**good, "deepspeed": None, "optim": "adamw_torch"})
@@ -181,12 +165,6 @@ def test_bad_deepspeed_files(good: dict[str, Any], tmp_path: Path, text: str, wo
         assert word in str(caught.value)
 
 
-def test_unusable_columns(good: dict[str, Any], tmp_path: Path):
-    rows = write_jsonl(tmp_path / "other.jsonl", [{"foo": "a", "bar": "b"}])
-    with pytest.raises(UserError, match=r"It has: foo, bar\. Usable are: instruction"):
-        run({**good, "dataset_name": rows})
-
-
 def test_non_empty_output_dir(good: dict[str, Any]):
     output_dir = Path(good["output_dir"])
     output_dir.mkdir()
@@ -198,24 +176,6 @@ def test_non_empty_output_dir(good: dict[str, Any]):
     with pytest.raises(PassedError):
         run({**good, "overwrite_output_dir": "true"})
     assert (output_dir / "notes.txt").read_text() == "mine"
-
-
-def test_resuming_from_a_checkpoint_that_was_cut_short(good: dict[str, Any]):
-    checkpoint = save_checkpoint(Path(good["output_dir"]), 7)
-    with pytest.raises(PassedError):
-        run({**good, "resume_from_checkpoint": "true"})
-    (checkpoint / "inside" / "data").write_bytes(b"")
-    with pytest.raises(UserError, match=r"data is incomplete: 0 of 200 bytes\. Resume from an older checkpoint"):
-        run({**good, "resume_from_checkpoint": "true"})
-    (checkpoint / "elastic.json").unlink()
-    with pytest.raises(UserError, match=r"has no elastic\.json: it was not saved to its end, or by something else"):
-        run({**good, "resume_from_checkpoint": str(checkpoint)})
-
-
-def test_output_dir_is_a_file(good: dict[str, Any]):
-    Path(good["output_dir"]).write_text("")
-    with pytest.raises(UserError, match="is a file"):
-        run(good)
 
 
 @pytest.mark.parametrize(("kind", "code"), [(errors.UserError, 1), (errors.UsageError, 2), (RuntimeError, 1)])
@@ -245,45 +205,24 @@ def test_a_failure_is_one_message_and_an_exit_code(
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.dist
-def test_every_rank_says_what_is_wrong(good: dict[str, Any]):
-    finished = launch(["--model_name_or_path", good["model_name_or_path"], "--dataset_name", "gone.jsonl",
-                       "--deepspeed", good["deepspeed"], "--output_dir", good["output_dir"]])  # fmt: skip
-    assert finished.code != 0
-    for rank in (0, 1):
-        assert f"[rank {rank}] error: --dataset_name gone.jsonl: there is no such file" in finished.output
-    assert "Traceback" not in finished.output
-
-
-FAILING_SCRIPT = """
+FAILING_SCRIPT = f"""
 import os, sys
-sys.path.insert(0, {root!r})
+sys.path.insert(0, {str(ROOT)!r})
 import launch.train as train
-from launch.checkpoint import saving
 
 def fail(*args, **kwargs):
     raise RuntimeError("rank 1 alone")
 
 if os.environ["RANK"] == "1":
-    {patch}
+    train.prepare = fail
 train.run_guarded(train.main, debug=False)
 """
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    "patch",
-    ["train.prepare = fail", "saving.write_state = fail"],
-    ids=["before the others wait", "in training"],
-)
-def test_a_failure_on_one_rank_ends_all(good: dict[str, Any], tmp_path: Path, patch: str):
+def test_a_failure_of_one_rank_before_the_others_wait_ends_all(good: dict[str, Any], tmp_path: Path):
     script = tmp_path / "failing.py"
-    script.write_text(FAILING_SCRIPT.format(root=str(ROOT), patch=patch))
-    argv = ["--max_steps", "4", "--save_steps", "2", "--per_device_train_batch_size", "2"]
-    for name, value in good.items():
-        argv += [f"--{name}", value]
-    finished = launch(argv, script=script)
+    script.write_text(FAILING_SCRIPT)
+    finished = launch([word for name, value in good.items() for word in (f"--{name}", value)], script=script)
     assert finished.code != 0
     assert re.search(r"\[rank 1\] error: RuntimeError: .*rank 1 alone", finished.output), finished.output[-4000:]
-    if "saving" in patch:
-        assert re.search(r"\[rank 0\] error: rank 1 \(.*\) failed: RuntimeError: .*rank 1 alone", finished.output)

@@ -26,10 +26,10 @@ from launch.checks.arguments import parse_arguments
 from launch.checks.effects import check_task
 from launch.checks.errors import UserError
 from launch.checks.flags import RunArguments
-from launch.data import classification, images
+from launch.data import classification, pictures
 from launch.data.rows import load_rows
-from tests.launch.test_launch_runs import SMALL, check_outputs
-from tests.support.launch_support import launch, write_jsonl
+from tests.launch.test_launch_runs import check_outputs
+from tests.support.launch_support import SMALL, launch, write_jsonl
 
 SIZE = 16
 
@@ -65,8 +65,8 @@ def test_a_run_on_pictures(tmp_path: Path) -> None:
     finished = launch(
         ["--task", "image-classification", "--model_name_or_path", str(tiny_clip(tmp_path / "clip")),
          "--dataset_name", str(data), "--eval_dataset_name", str(tmp_path / "held_out"),
-         "--output_dir", str(output_dir),
-         "--deepspeed", "configs/zero2.json", "--max_steps", "8", "--save_strategy", "no", *SMALL[:-2]]
+         "--output_dir", str(output_dir), "--learning_rate", "1e-2",
+         "--deepspeed", "configs/zero2.json", "--max_steps", "8", "--save_strategy", "no", *SMALL]
     )  # fmt: skip
     assert finished.code == 0, finished.output[-4000:]
     summary = check_outputs(output_dir, steps=8)
@@ -88,7 +88,7 @@ def test_pictures_in_folders_and_in_parquet_are_the_same_rows(tmp_path: Path) ->
     rows = load_rows(str(folder), "--dataset_name", "train", pictures=True)
     rows.rename_columns({"image": "img", "label": "answer"}).to_parquet(tmp_path / "rows.parquet")
     stored = load_rows(str(tmp_path / "rows.parquet"), "--dataset_name", "train", pictures=True)
-    first, second = (images.labelled_images(r, RunArguments(), "data") for r in (rows, stored))
+    first, second = (pictures.labelled_images(r, RunArguments(), "data") for r in (rows, stored))
     assert first.column_names == second.column_names == ["image", "label"]
     assert classification.label_names(first, "data") == classification.label_names(second, "data") == ["blue", "red"]
     for one, two in zip(first, second, strict=True):
@@ -100,10 +100,10 @@ def test_a_batch_is_what_the_processor_makes(tmp_path: Path) -> None:
     grey = Image.fromarray(np.full((SIZE, SIZE), 7, dtype=np.uint8))
     extra = datasets.Dataset.from_dict({"image": [grey], "label": [0]}, features=rows.features)
     rows = datasets.concatenate_datasets([rows, extra])
-    rows = images.labelled_images(rows, RunArguments(), "data")
+    rows = pictures.labelled_images(rows, RunArguments(), "data")
     rows = classification.number_labels(rows, ["blue", "red"], "data")
     processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
-    batch = default_data_collator([images.as_inputs(rows, processor)[i] for i in range(len(rows))])
+    batch = default_data_collator([pictures.as_inputs(rows, processor)[i] for i in range(len(rows))])
     assert batch["pixel_values"].shape == (5, 3, 8, 8)
     assert batch["labels"].tolist() == [0, 0, 1, 1, 0]
     expected = processor([row["image"].convert("RGB") for row in rows], return_tensors="pt").pixel_values
@@ -113,9 +113,9 @@ def test_a_batch_is_what_the_processor_makes(tmp_path: Path) -> None:
 def test_heads() -> None:
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     vit = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **small))
-    assert images.head_name(vit) == "classifier"
+    assert pictures.head_name(vit) == "classifier"
     with pytest.raises(UserError, match="ViTModel has none of classifier, head"):
-        images.head_name(vit.vit)
+        pictures.head_name(vit.vit)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_heads() -> None:
 def test_columns_that_do_not_fit(wish: dict[str, Any], message: str, tmp_path: Path) -> None:
     rows = load_rows(str(write_pictures(tmp_path / "data", 1)), "--dataset_name", "train", pictures=True)
     with pytest.raises(UserError, match=message):
-        classification.label_names(images.labelled_images(rows, RunArguments(**wish), "data"), "data")
+        classification.label_names(pictures.labelled_images(rows, RunArguments(**wish), "data"), "data")
 
 
 def test_folders_without_pictures_and_broken_pictures(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_folders_without_pictures_and_broken_pictures(tmp_path: Path) -> None:
     features = rows.features
     missing = datasets.Dataset.from_dict({"image": [None], "label": [1]}, features=features)
     with pytest.raises(UserError, match=r"row 2 \(counted from 0\) has no picture"):
-        images.labelled_images(datasets.concatenate_datasets([rows, missing]), RunArguments(), "data")
+        pictures.labelled_images(datasets.concatenate_datasets([rows, missing]), RunArguments(), "data")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_flags_of_other_tasks_are_refused(task: str, flag: str, value: str) -> N
         check_task(arguments.run)
 
 
-@pytest.mark.parametrize("columns", classification.TEXT_PAIRS)
+@pytest.mark.parametrize("columns", [classification.TEXT_PAIRS[0], classification.TEXT_PAIRS[-1]])
 def test_pairs_of_texts(columns: tuple[str, str], tmp_path: Path) -> None:
     rows = load_rows(str(pairs(tmp_path, columns)), "--dataset_name", "train")
     made = classification.classification_texts(rows, RunArguments(), "data")

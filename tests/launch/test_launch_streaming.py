@@ -6,10 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.launch.test_launch_runs import adapter_of, arguments, summary_of
-from tests.support.launch_support import alpaca_rows, launch, tiny_model, write_jsonl
+from tests.launch.test_launch_runs import arguments, summary_of
+from tests.support.launch_support import alpaca_rows, assert_same_adapter, launch, tiny_model, write_jsonl
 
 pytestmark = pytest.mark.dist
 
@@ -39,10 +38,7 @@ def test_a_stream_trains_and_resumes(tmp_path: Path) -> None:
     assert 0 < cut["rows_cut"] < cut["rows"]
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
     run(resumed, "--resume_from_checkpoint", "true")
-    expected, got = adapter_of(whole), adapter_of(resumed)
-    assert expected.keys() == got.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, got[name]), name
+    assert_same_adapter(whole, resumed)
 
 
 def test_packed_rows_train(tmp_path: Path) -> None:

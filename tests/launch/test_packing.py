@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 
 from launch.checks.arguments import Arguments, parse_arguments
+from launch.checks.effects import check_effects
 from launch.checks.errors import UserError
-from launch.data.data_checks import check_data
 from launch.training import modeling, trainers
 from launch.training.preparation import PROBE_TOLERANCE, PackingGuard, packed_leak
 from launch.training.processors import processor_of_run
@@ -97,4 +97,4 @@ def test_the_guard_finds_rows_that_see_each_other(build: Any) -> None:
 
 def test_a_packing_that_mixes_rows_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="--packing_strategy wrapped cuts rows anywhere"):
-        check_data(parse(folder, "--packing", "--packing_strategy", "wrapped"))
+        check_effects(parse(folder, "--packing", "--packing_strategy", "wrapped"))

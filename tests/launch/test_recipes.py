@@ -26,8 +26,8 @@ RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
 # What the header of the papers' recipes says for their other optimizer.
 SGD = ["--deepspeed", "configs/zero2_papers_sgd.json", "--learning_rate", "3e-5",
        "--lr_scheduler_kwargs", '{"lr_end": 3e-6, "power": 1}']  # fmt: skip
-RUNS = [(path, []) for path in RECIPES] + [(path, SGD) for path in RECIPES if path.stem.startswith("papers")]
-STEPS = 3
+RUNS = [*((path, []) for path in RECIPES), (ROOT / "configs" / "recipes" / "papers_glue.yaml", SGD)]
+STEPS = 2
 # load_in_4bit: test_launch_4bit.py, where bitsandbytes is installed.
 NOT_HERE = ("dataset_config", "load_in_4bit")
 pytestmark = pytest.mark.dist

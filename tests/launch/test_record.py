@@ -232,9 +232,3 @@ def test_data_are_recorded_by_number_and_content() -> None:
     stream = data_record(Dataset.from_list(rows).to_iterable_dataset())
     assert stream["data.rows"] == "streamed"
     assert stream != data_record(Dataset.from_list(rows[1:]).to_iterable_dataset())
-
-
-def test_records_survive_json(saved: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps(record(parsed())))
-    assert json.loads(path.read_text()) == saved

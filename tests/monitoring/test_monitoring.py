@@ -24,6 +24,7 @@ from ds_moelora.tuner import MoELoRAExperts
 
 from ..support.adapter_support import VOCAB, adapted
 from ..support.ranks import run_on_ranks
+from ..support.training import engine_of as start_engine
 
 # Of fp32 sums in another order; the loads are counts, and exact.
 TOLERANCE = 1e-4
@@ -41,8 +42,6 @@ def batch(step: int, rows: slice) -> dict[str, Tensor]:
 
 
 def engine_of(stage: int = 0, ep_size: int = 1, accumulate: int = 1, checkpointing: bool = False, **config: Any) -> Any:
-    import deepspeed
-
     model = adapted(ep_size=ep_size, shared_expert=True, num_experts_pattern={"v_proj": 2}).train()
     if checkpointing:
         model.enable_input_require_grads()
@@ -55,8 +54,7 @@ def engine_of(stage: int = 0, ep_size: int = 1, accumulate: int = 1, checkpointi
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         **config,
     }
-    params = [p for p in model.parameters() if p.requires_grad]
-    return deepspeed.initialize(model=model, model_parameters=params, config=config)[0]
+    return start_engine(model, config)
 
 
 def train(engine: Any, steps: int = STEPS) -> Any:

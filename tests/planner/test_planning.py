@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from ds_moelora.expert_parallel.dispatch import bytes_moved
 from ds_moelora.expert_parallel.gather import WINDOW_BYTES
 from ds_moelora.planner.hardware import Group, Hardware, hardware, load_calibration
-from ds_moelora.planner.memory import memory_per_gpu
 from ds_moelora.planner.model import ModelShape, describe_model
-from ds_moelora.planner.planner import EQUALLY_FAST, DoesNotFitError, candidates, choices, make_plan
-from ds_moelora.planner.timing import step_flops, step_time
+from ds_moelora.planner.planner import EQUALLY_FAST, DoesNotFitError, candidates, choices, evaluate, make_plan
+from ds_moelora.planner.timing import step_flops
 from ds_moelora.planner.traffic import expert_data_group, expert_group, step_traffic
 from ds_moelora.planner.workload import Choice, Workload
 from tests.support.planning import NET
@@ -163,12 +162,12 @@ def test_calibration_is_used(tmp_path: Path) -> None:
     assert seconds("all_to_all", Group(4, 4), 100, 7) == pytest.approx(7 * 3e-3 + 3e-7)
     assert seconds("all_reduce", Group(4, 4), 100, 1) == pytest.approx(3e-3 + 50 * 3e-9)
     way = Choice(stage=1, ep_size=2, dispatch="weights")
-    flops, time = step_flops(NET, TWO, way), step_time(NET, TWO, way, machine)
+    flops, time = step_flops(NET, TWO, way), evaluate(NET, TWO, way, machine).time
     assert time.compute == pytest.approx(sum(flops) / 1e10)
     assert time.overlapped == pytest.approx(1e-3 + 336e-9)  # both layers in one gather
     grouped = replace(TWO, expert_compute="grouped")
     base, experts = step_flops(NET, grouped, way)
-    assert step_time(NET, grouped, way, machine).compute == pytest.approx(base / 1e10 + experts / 5e9)
+    assert evaluate(NET, grouped, way, machine).time.compute == pytest.approx(base / 1e10 + experts / 5e9)
 
 
 @pytest.mark.parametrize(
@@ -272,9 +271,10 @@ def test_more_tokens_take_longer_and_more_room(few: int, more: int) -> None:
     machine: Hardware = hardware()
     small, large = (replace(TWO, gpus=4, sequence_length=n) for n in (few, few + more))
     for way in choices(small):
-        assert step_time(NET, small, way, machine).without_overlap < step_time(NET, large, way, machine).without_overlap
-        assert step_time(NET, small, way, machine).total <= step_time(NET, large, way, machine).total
-        assert memory_per_gpu(NET, small, way).total <= memory_per_gpu(NET, large, way).total
+        less, longer = (evaluate(NET, work, way, machine) for work in (small, large))
+        assert less.time.without_overlap < longer.time.without_overlap
+        assert less.time.total <= longer.time.total
+        assert less.memory.total <= longer.memory.total
 
 
 def test_published_models_have_their_published_size() -> None:

@@ -52,9 +52,9 @@ def base_model(architecture: str, **more: Any) -> Any:
     return model
 
 
-def lora_model(architecture: str, r: int = 3, **config: Any) -> Any:
+def lora_model(architecture: str, **config: Any) -> Any:
     """With B away from zero."""
-    options = {"r": r, "lora_alpha": 6, "target_parameters": TARGETS, "target_modules": [], "init_lora_weights": False}
+    options = {"r": 3, "lora_alpha": 6, "target_parameters": TARGETS, "target_modules": [], "init_lora_weights": False}
     return get_peft_model(base_model(architecture), LoraConfig(**{**options, **config}))
 
 

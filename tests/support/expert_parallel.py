@@ -37,9 +37,7 @@ class Net(nn.Module):
         return {"loss": F.mse_loss(self.head(run), target, reduction="sum") / 6}
 
 
-def adapted(
-    ep_size: int = 1, checkpointing: bool = False, half: bool = False, aux: float = 0.1, **fields: Any
-) -> PeftModel:
+def adapted(ep_size: int = 1, checkpointing: bool = False, aux: float = 0.1, **fields: Any) -> PeftModel:
     """4 experts of rank 3, two of them chosen; the head is trained as well. B away from zero."""
     torch.manual_seed(0)
     config = {
@@ -68,6 +66,13 @@ def batches(steps: int, accumulate: int, ranks: int, how: str = "even", seed: in
         return x, target
 
     return [[[one(rank) for rank in range(ranks)] for _ in range(accumulate)] for _ in range(steps)]
+
+
+def one_step(engine: Any) -> None:
+    """On this process's own first batch."""
+    x, target = batches(1, 1, dist.get_world_size())[0][0][dist.get_rank()]
+    engine.backward(engine(x, target)["loss"])
+    engine.step()
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -100,7 +105,6 @@ def run(
     how: str = "even",
     model: dict[str, Any] | None = None,
     client: bool = False,
-    data_ranks: int | None = None,
     load: str | None = None,
     save: str | None = None,
     export: str | None = None,

@@ -13,8 +13,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from transformers import LlamaModel
-
 from ds_moelora.optimizer.sharding.transfer import Transfer
 from launch import train
 from launch.checkpoint import saving
@@ -94,14 +92,10 @@ def preempt_in_evaluation() -> None:
 
 
 count_steps()
-if KIND == "forward":
-    replace(LlamaModel, "forward", die)
-elif KIND == "raise":
-    replace(LlamaModel, "forward", complain)
-elif KIND == "all-reduce":
+if KIND == "all-reduce":
     replace(Transfer, "__call__", die)
 elif KIND == "saving":
-    replace(saving, "write_state", die)
+    replace(saving, "write_state", complain)
 elif KIND == "evaluating":
     preempt_in_evaluation()
 elif KIND == "manifest":

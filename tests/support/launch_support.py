@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ds_moelora.checkpoint.manifest import write_manifest
@@ -23,6 +23,9 @@ from launch.demo.base import byte_tokenizer
 from tests.support.forks import ROOT, run_ranks, start_forked
 
 TRAIN = ROOT / "launch" / "train.py"
+# Of a run that is over soon.
+SMALL = ["--lora_r", "2", "--num_experts", "2", "--top_k", "1", "--per_device_train_batch_size", "2", "--seed", "3",
+         "--logging_steps", "1"]  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -90,6 +93,15 @@ def save_checkpoint(output_dir: Path, step: int) -> Path:
     return folder
 
 
+def assert_same_adapter(first: Path, second: Path, tolerance: float = 0.0) -> None:
+    """Two folders hold one adapter: to the bit, or up to a share of each tensor's norm."""
+    expected, got = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        error = (got[name] - tensor).norm() if tolerance else float(not torch.equal(got[name], tensor))
+        assert error <= tolerance * (tensor.norm() + 1e-3), name
+
+
 @dataclass
 class Finished:
     """A run of the launcher that has ended."""
@@ -103,8 +115,8 @@ def launch(arguments: list[str], ranks: int = 2, script: Path | None = None, tim
     """What `deepspeed --num_gpus <ranks> launch/train.py <arguments>` does, on a free port.
 
     The ranks are forked with their imports done (`tests.support.forks`): a run of two takes 5 s of a core instead of
-    30 s. As under DeepSpeed's launcher, a rank that fails ends the others, and its code is the run's. What the command
-    `deepspeed` itself does is for `launch_by_command`.
+    30 s. As under DeepSpeed's launcher, a rank that fails ends the others, and its code is the run's. The command
+    `deepspeed` itself runs in test_failures.py::test_supervised.
 
     Raises:
         AssertionError: still running after `timeout` seconds (all its processes are ended).
@@ -119,45 +131,13 @@ def launch(arguments: list[str], ranks: int = 2, script: Path | None = None, tim
         if process.is_alive():
             os.killpg(process.pid, signal.SIGKILL)
             raise AssertionError(f"still running after {timeout} s:\n{output[-4000:]}")
-    return _finished(process.exitcode, output, port, started)
-
-
-def launch_by_command(arguments: list[str], ranks: int = 2, timeout: float = 600.0) -> Finished:
-    """`deepspeed --num_gpus <ranks> launch/train.py <arguments>` in the repository's root, on a free port.
-
-    Raises:
-        AssertionError: still running after `timeout` seconds (all its processes are ended).
-    """
-    port = find_free_port()
-    command = ["deepspeed", "--master_port", str(port), "--num_gpus", str(ranks), str(TRAIN), *arguments]
-    started = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=launch_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        raise AssertionError(f"still running after {timeout} s:\n{output[-4000:]}") from None
-    return _finished(process.returncode, output, port, started)
+    # DeepSpeed's collectives for inference would leave 69 MB per rank there, in memory.
+    left = [path.name for path in Path("/dev/shm").glob(f"deepspeed_*_{port}_*")]
+    assert not left, left
+    return Finished(process.exitcode, output, time.monotonic() - started)
 
 
 def launch_environment() -> dict[str, str]:
     """What a run of the launcher is started with."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def _finished(code: int, output: str, port: int, started: float) -> Finished:
-    # DeepSpeed's collectives for inference would leave 69 MB per rank there, in memory.
-    left = [path.name for path in Path("/dev/shm").glob(f"deepspeed_*_{port}_*")]
-    assert not left, left
-    return Finished(code, output, time.monotonic() - started)

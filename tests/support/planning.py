@@ -9,7 +9,7 @@ import torch
 from ds_moelora.planner.model import Linear, ModelShape
 
 from .expert_parallel import adapted, batches
-from .training import engine_config
+from .training import engine_config, engine_of, trainable
 
 # tests.support.expert_parallel.Net: 7 -> 5 -> 11 -> 3 with biases, the first two adapted.
 NET = ModelShape(
@@ -26,18 +26,14 @@ NET = ModelShape(
 
 def engine_bytes(stage: int, ep_size: int) -> dict[str, int]:
     """On every rank: bytes of trainable weights, fp32 master copies and AdamW's states."""
-    import deepspeed
-
     module = adapted(ep_size=ep_size, modules_to_save=None)
-    trained = [p for p in module.parameters() if p.requires_grad]
-    config = engine_config(stage, "GateRiemannianAdamW", precision="bf16")
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=config)
+    engine = engine_of(module, engine_config(stage, "GateRiemannianAdamW", precision="bf16"))
     [[[(x, target)]]] = batches(1, 1, 1)
     engine.backward(engine(x.bfloat16(), target.bfloat16())["loss"])
     engine.step()
     state: dict[torch.Tensor, dict[str, Any]] = engine.basic_optimizer.state
     kept = [t for values in state.values() for t in values.values() if isinstance(t, torch.Tensor) and t.dim() > 0]
-    weights = [getattr(p, "ds_tensor", p) for p in trained]
+    weights = [getattr(p, "ds_tensor", p) for p in trainable(module)]
     found = {"experts and routers": weights, "fp32 master copy": list(state), "optimizer states": kept}
     result = {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in found.items()}
     engine.destroy()

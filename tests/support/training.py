@@ -66,8 +66,19 @@ def engine_config(
     return config
 
 
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def engine_of(module: nn.Module, config: dict[str, Any]) -> Any:
+    """DeepSpeed's engine for what a model trains."""
+    import deepspeed
+
+    return deepspeed.initialize(model=module, model_parameters=trainable(module), config=config)[0]
+
+
 def one_group(model: nn.Module) -> list[dict[str, Any]]:
-    return [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    return [{"params": trainable(model)}]
 
 
 def loraplus_groups(model: nn.Module) -> list[dict[str, Any]]:

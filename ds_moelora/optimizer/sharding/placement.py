@@ -110,16 +110,7 @@ def expert_blocks(first_row: int, num_rows: int, rows_per_expert: int) -> list[t
         first at row `row` (counted from `first_row`) and belonging to expert `expert`. At most three.
     """
     n, stop = rows_per_expert, first_row + num_rows
-    blocks = []
-    row = first_row
-    if row % n and row < stop:
-        end = min(stop, -(-row // n) * n)
-        blocks.append((row // n, 1, 0, end - row))
-        row = end
-    whole = (stop - row) // n
-    if whole > 0:
-        blocks.append((row // n, whole, row - first_row, n))
-        row += whole * n
-    if row < stop:
-        blocks.append((row // n, 1, row - first_row, stop - row))
-    return blocks
+    whole = min(-(-first_row // n) * n, stop)
+    rest = max(stop // n * n, whole)
+    parts = ((first_row, whole, whole - first_row), (whole, rest, n), (rest, stop, stop - rest))
+    return [(row // n, (end - row) // size, row - first_row, size) for row, end, size in parts if row < end]

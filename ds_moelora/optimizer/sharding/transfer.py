@@ -192,7 +192,7 @@ class Transfer:
         if self.is_direct:
             sent = self.pack(tables)
             received = sent.new_empty(sum(self.received), device=device or sent.device)
-            dist.all_to_all_single(received, sent.to(received.device), self.received, self.sent_to, group=group)
+            self.communicate({"sent": sent.to(received.device), "received": received}, group)
             self.unpack(tables, received.to(sent.device))
             return
         whole = []
@@ -202,7 +202,7 @@ class Transfer:
             whole.append(part.index_copy_(0, numbers.on(part.device), table.take(tables[name], held)).flatten())
         buffer = torch.cat(whole) if len(whole) > 1 else whole[0]
         there = buffer if device is None else buffer.to(device)
-        dist.all_reduce(there, group=group)
+        self.communicate({"sent": there}, group)
         sizes = [part.numel() for part in whole]
         for (name, table), part in zip(self.tables.items(), there.to(buffer.device).split(sizes), strict=True):
             *_, wanted, numbers = self._places[name]
@@ -255,6 +255,7 @@ class Transfer:
         return pack, unpack
 
     def communicate(self, buffers: Mapping[str, Tensor], group: Any) -> None:
+        """The collective."""
         if self.is_direct:
             sizes = self.received, self.sent_to
             dist.all_to_all_single(buffers["received"], buffers["sent"], *sizes, group=group)
