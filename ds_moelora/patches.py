@@ -211,23 +211,20 @@ def install_for_expert_parallelism() -> None:
     Raises:
         ValueError: a patch that expert parallelism cannot do without does not fit the installed versions.
     """
-    patches = expert_parallel()
-    if missing := {patch: problem for patch in patches if (problem := patch.problem())}:
+    if left_out := install(expert_parallel()):
         raise ValueError(
-            f"ep_size > 1 cannot be used here: {describe(missing)} Install a version in that range, or use ep_size=1."
+            f"ep_size > 1 cannot be used here: {describe(left_out)} Install a version in that range, or use ep_size=1."
         )
-    install(patches)
 
 
 def install(patches: Iterable[Patch]) -> dict[Patch, str]:
     """Installs what fits the installed versions, and returns the others with what is wrong."""
     left_out = {}
     for patch in patches:
-        problem = patch.problem()
-        if problem is None:
-            patch.install()
-        else:
+        if problem := patch.problem():
             left_out[patch] = problem
+        else:
+            patch.install()
     return left_out
 
 

@@ -54,7 +54,7 @@ class MoELoRAExperts(nn.Module):
         super().__init__()
         self.adapter_name = adapter_name
         self.was_called = False
-        self.num_experts, self.rank, self.top_k, self.top_p = config.num_experts, config.r, config.top_k, config.top_p
+        self.num_experts, self.rank = config.num_experts, config.r
         self.rule = RoutingRule(config.top_k, config.top_p, config.router_temperature)
         self.scaling = config.scaling_of(in_features)
         self.coefs = coefs_of(config)
@@ -107,6 +107,11 @@ class MoELoRAExperts(nn.Module):
         self._register_load_state_dict_pre_hook(self.cut_whole_tensors)
         self.register_load_state_dict_post_hook(_tag_after_load)
         self.tag()
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token."""
+        return self.rule.top_k
 
     def experts_shard(self) -> ShardedExperts:
         """The module that holds this rank's experts; only with `is_sharded`."""
@@ -246,9 +251,8 @@ class MoELoRAExperts(nn.Module):
 
     def _products(self, base_TO: Tensor) -> Products:
         sizes = (self.num_experts, self.top_k, self.rank, base_TO.dtype, base_TO.device.type)
-        num_A = len(self.lora_A)
-        more: dict[str, Any] = {"num_tokens": len(base_TO), "top_p": self.top_p, "num_A": num_A}
-        return choose_products(self.expert_compute, *sizes, **more)
+        batch: dict[str, Any] = {"num_tokens": len(base_TO), "top_p": self.rule.top_p, "num_A": len(self.lora_A)}
+        return choose_products(self.expert_compute, *sizes, **batch)
 
     def _hand_over(self, lead: tuple[int, ...], logits: Tensor, gates: Tensor) -> None:
         """Gives the router's losses to the active collector, and its decision to who listens."""
@@ -281,7 +285,7 @@ class MoELoRAExperts(nn.Module):
         return self.see_input_of_base() and not (self.training and self.router.jitter) and is_plain
 
     def extra_repr(self) -> str:
-        top_p = "" if self.top_p is None else f", top_p={self.top_p:g}"
+        top_p = "" if self.rule.top_p is None else f", top_p={self.rule.top_p:g}"
         return f"num_experts={self.num_experts}, rank={self.rank}, top_k={self.top_k}{top_p}, scaling={self.scaling:g}"
 
     # A saved adapter has whole tensors, whatever the topology it was trained in.

@@ -56,7 +56,7 @@ def test_expectation_at_the_start_is_the_base_model():
         experts.router.weight.data.zero_()
         x = x if x.shape[1] == layer.in_features else torch.randn(5, layer.in_features)
         torch.testing.assert_close(layer(x), original(x), rtol=0, atol=1e-6)
-        experts.top_k, total = 1, 0
+        experts.rule, total = experts.rule._replace(top_k=1), 0
         for i in range(3):
             experts.router.weight.data.zero_()[i] = 100 * x[0]
             total = total + layer(x[:1]) / 3

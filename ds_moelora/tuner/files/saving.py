@@ -89,7 +89,7 @@ def first_rank_writes(save: Callable[..., Any]) -> Callable[..., Any]:
         failure: Exception | None = None
         if kwargs.get("is_main_process", True) and dist.get_rank() == 0:
             try:
-                save(self, save_directory, *args, **kwargs, state_dict={**self.state_dict(), **whole})
+                save(self, save_directory, *args, **{**kwargs, "state_dict": {**self.state_dict(), **whole}})
             except Exception as error:
                 failure = error
         agree(failure, "The adapter was not saved", ValueError)
