@@ -241,7 +241,7 @@ def topology(run: Run) -> dict[str, Any]:
 
 def _sharded_experts(model: torch.nn.Module) -> list[Any]:
     """Modules whose experts are spread over processes; without DeepSpeed there are none."""
-    found = [m for m in model.modules() if hasattr(m, "first_expert")]
+    found = [m for m in model.modules() if hasattr(m, "first_expert") and hasattr(m, "topology")]
     if found:
         from ..expert_parallel.shard import ShardedExperts  # needs DeepSpeed, which need not be installed
 

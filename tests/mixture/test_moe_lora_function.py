@@ -77,8 +77,7 @@ def compare(shape, gate_scaling, scale_input_grad, dtype=torch.float64, inplace=
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("gate_scaling", "scale_input_grad"), list(itertools.product(GATE_SCALINGS, (False, True))))
 def test_gradients_are_those_of_the_per_expert_formula(shape, gate_scaling, scale_input_grad):
-    for dtype, inplace in itertools.product((torch.float64, torch.float32), (False, True)):
-        products = DENSE if inplace == (dtype == torch.float64) else FUSED
+    for dtype, inplace, products in itertools.product((torch.float64, torch.float32), (False, True), (DENSE, FUSED)):
         errors = compare(shape, gate_scaling, scale_input_grad, dtype, inplace, products=products)
         assert max(errors.values()) < TOLERANCE[dtype], (dtype, inplace, products.name, errors)
 
