@@ -234,7 +234,7 @@ def topology(run: Run) -> dict[str, Any]:
     return {
         "world_size": world_size(),
         "zero_stage": run.engine.zero_optimization_stage() if run.engine is not None else 0,
-        "ep_size": shards[0].ep_size if shards else 1,
+        "ep_size": int(shards[0].topology()[0]) if shards else 1,
         "samples_per_step": run.engine.train_batch_size() if run.engine is not None else None,
     }
 

@@ -1,7 +1,8 @@
 """DeepSpeed's expert-parallel and expert-data-parallel process groups, and what is used of its private functions.
 
-Groups are ep_size consecutive ranks. Launchers number the ranks of one node consecutively. So groups stay inside nodes
-if every node has a multiple of ep_size ranks; the exchange of every layer, forward and backward, then needs no network.
+DeepSpeed makes groups of ep_size consecutive ranks, or, with `use_data_before_expert_parallel_`, of every
+(world / ep_size)-th rank. Launchers number the ranks of one node consecutively. So groups stay inside nodes if every
+node has a multiple of ep_size ranks; the exchange of every layer, forward and backward, then needs no network.
 """
 
 from __future__ import annotations
@@ -48,21 +49,21 @@ def expert_data_group(name: str) -> dist.ProcessGroup:
     return groups._get_expert_data_parallel_group(name)
 
 
-def create_groups(ep_size: int) -> None:
+def create_groups(ep_size: int, data_before_expert: bool) -> None:
     """Creates DeepSpeed's expert-parallel and expert-data-parallel groups, unless they are there."""
     name = f"ep_size_{ep_size}"
     if expert_parallel_group(name) is None:
-        groups._create_expert_and_data_parallel(ep_size)
-        _look_at_nodes(expert_parallel_group(name))
+        groups._create_expert_and_data_parallel(ep_size, use_data_before_expert_parallel_=data_before_expert)
+        _look_at_nodes(expert_parallel_group(name), data_before_expert)
 
 
-def _look_at_nodes(group: dist.ProcessGroup | None) -> None:
+def _look_at_nodes(group: dist.ProcessGroup | None, data_before_expert: bool) -> None:
     """Warns, on the first process, of groups that lie on several nodes without need."""
     assert group is not None
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (socket.gethostname(), dist.get_process_group_ranks(group)))
     members = sorted({tuple(ranks) for _, ranks in found})
-    message = explain_split(members, [node for node, _ in found])
+    message = explain_split(members, [node for node, _ in found], data_before_expert)
     if message and dist.get_rank() == 0:
         logger.warning(message)
 
@@ -72,17 +73,20 @@ def split_groups(groups: Iterable[Sequence[int]], nodes: Sequence[str]) -> list[
     return [list(group) for group in groups if len({nodes[rank] for rank in group}) > 1]
 
 
-def explain_split(groups: Sequence[Sequence[int]], nodes: Sequence[str]) -> str | None:
+def explain_split(groups: Sequence[Sequence[int]], nodes: Sequence[str], data_before_expert: bool) -> str | None:
     """What to tell the user about groups that lie on several nodes and would fit on one; None if there are none.
 
     Args:
         groups: expert-parallel groups, all of one size. nodes: the node of every rank.
+        data_before_expert: the user asked for DeepSpeed's other order of ranks, which is respected.
     """
     split, ep_size = split_groups(groups, nodes), len(groups[0])
     sizes = Counter(nodes)
     if not split or ep_size > max(sizes.values()):
         return None
-    if any(size % ep_size for size in sizes.values()):
+    if data_before_expert:
+        why = "use_data_before_expert_parallel_ asks for ranks far apart; without it groups are consecutive ranks."
+    elif any(size % ep_size for size in sizes.values()):
         counts = ", ".join(f"{node} {size}" for node, size in sizes.items())
         why = f"Ranks per node ({counts}) are no multiples of {ep_size}; change the slots in the host file, or ep_size."
     else:

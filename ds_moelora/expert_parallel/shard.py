@@ -56,7 +56,8 @@ def rank_and_world() -> tuple[int, int]:
 class ShardedExperts(MoE):
     """E / ep_size experts of a layer: `lora_A` (L, I, R) and `lora_B` (L, O, R), on DeepSpeed's expert-parallel group.
 
-    The group is ep_size consecutive ranks, DeepSpeed's default.
+    Before `deepspeed.initialize` it takes the group to be ep_size consecutive ranks, DeepSpeed's default. Where the
+    engine finds otherwise (`use_data_before_expert_parallel_`), the experts change places then.
 
     Raises:
         ValueError: `ep_size` does not divide the world size, or the rank is not known.
@@ -112,18 +113,29 @@ class ShardedExperts(MoE):
             param.group_name = self.expert_group_name  # type: ignore[attr-defined]
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Called by the engine: creates the groups, once for all layers.
-
-        Raises:
-            ValueError: the config asks for groups of other ranks, whose experts would lie elsewhere.
-        """
-        if use_data_before_expert_parallel_:
-            raise ValueError(
-                "use_data_before_expert_parallelism wants groups of ranks far apart, and MoE-LoRA's experts are shared "
-                "by ep_size consecutive ones: leave it out."
-            )
-        create_groups(self.ep_size)
+        """Called by the engine: creates the groups, once for all layers, and settles whose experts these are."""
+        create_groups(self.ep_size, use_data_before_expert_parallel_)
         self.is_connected = True
+        self._move_to(dist.get_rank(self.group))
+
+    @torch.no_grad()
+    def _move_to(self, ep_rank: int) -> None:
+        """Makes this rank the `ep_rank`-th of its group; if any rank changes place, experts are exchanged."""
+        places = torch.zeros(dist.get_world_size(), 2, dtype=torch.long, device=self.lora_A.device)
+        places[dist.get_rank()] = torch.tensor([self.ep_rank, ep_rank], device=places.device)
+        dist.all_reduce(places)
+        if torch.equal(places[:, 0], places[:, 1]):
+            return
+        source = [places[:, 0].tolist().index(place) for place in range(self.ep_size)]
+        for name in self.factor_names:
+            param = getattr(self, name)
+            mine = param.detach().clone()
+            for place in range(self.ep_size):  # one shard at a time passes by
+                passing = mine if dist.get_rank() == source[place] else torch.empty_like(mine)
+                dist.broadcast(passing, source[place])
+                if place == ep_rank:
+                    param.copy_(passing)
+        self.ep_rank = ep_rank
 
     # -- the mixture --------------------------------------------------------------------------------------------------
 
@@ -170,6 +182,14 @@ class ShardedExperts(MoE):
         operands = gathered.operands(flat.dtype, x=rows, scaling=scaling, gates=gates)
         return mix(operands, flat, products=gathered).y.view(y.shape)
 
+    def topology(self) -> Tensor:
+        """[ep_size, distance between the ranks of a group]: which experts a rank's optimizer state belongs to.
+
+        It is saved with every expert: DeepSpeed would load the state of others, of the same size, in silence.
+        """
+        members = dist.get_process_group_ranks(self.group) if self.is_connected else [0, 1]
+        return torch.tensor([self.ep_size, members[1] - members[0]])
+
     # -- whole tensors ------------------------------------------------------------------------------------------------
 
     def gather(self, name: str) -> Tensor | None:
@@ -190,9 +210,7 @@ class ShardedExperts(MoE):
         return self.one_by_one(prefix, {name: tensor[own] for name, tensor in whole.items()}) if whole else {}
 
     def one_by_one(self, prefix: str, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # DeepSpeed would load the optimizer state of other experts, of the same size, in silence.
-        topology = torch.tensor([self.ep_size])
-        entries = {f"{prefix}{EXPERTS}{i}.{TOPOLOGY}": topology.clone() for i in range(self.num_local_experts)}
+        entries = {f"{prefix}{EXPERTS}{i}.{TOPOLOGY}": self.topology() for i in range(self.num_local_experts)}
         for name, stacked in factors.items():
             entries |= {f"{prefix}{EXPERTS}{i}.{name}": expert for i, expert in enumerate(stacked)}
         return entries
@@ -214,15 +232,16 @@ def _stack_experts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *
     """The reverse, before loading.
 
     Raises:
-        ValueError: the experts were saved with another ep_size.
+        ValueError: the experts were saved in another topology.
     """
     assert isinstance(module, ShardedExperts)
     for key in [k for k in state_dict if k.startswith(prefix + EXPERTS) and k.endswith("." + TOPOLOGY)]:
-        saved = int(state_dict.pop(key)[0])
-        if saved != module.ep_size:
+        saved = state_dict.pop(key).tolist()
+        if saved != module.topology().tolist():
             raise ValueError(
-                f"this checkpoint was saved with ep_size={saved}, the run has {module.ep_size}: its optimizer state "
-                "belongs to other experts. Resume with that ep_size, from an elastic checkpoint, or from the adapter."
+                f"this checkpoint was saved with ep_size={saved[0]} and expert-parallel ranks {saved[1]} apart, the "
+                f"run has {module.ep_size} and {module.topology().tolist()[1]}: its optimizer state belongs to other "
+                "experts. Resume in the same topology, from an elastic checkpoint, or anew from the saved adapter."
             )
     for name in module.factor_names:
         experts: dict[int, Tensor] = {}

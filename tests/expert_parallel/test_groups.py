@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ds_moelora.expert_parallel.groups import explain_split, split_groups
 
 
-def deepspeed_groups(world: int, ep_size: int) -> list[list[int]]:
+def deepspeed_groups(world: int, ep_size: int, data_before_expert: bool = False) -> list[list[int]]:
     """The expert-parallel groups that DeepSpeed would make, recorded where it would make them."""
     made: list[list[int]] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -27,7 +27,7 @@ def deepspeed_groups(world: int, ep_size: int) -> list[list[int]]:
         for name in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_PARALLEL_GROUP_RANKS",
                      "_EXPERT_DATA_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP_RANKS"):  # fmt: skip
             patch.setattr(groups, name, {})
-        groups._create_expert_and_data_parallel(ep_size)
+        groups._create_expert_and_data_parallel(ep_size, use_data_before_expert_parallel_=data_before_expert)
     return made[ep_size:]  # the first are the expert-data-parallel ones
 
 
@@ -39,6 +39,7 @@ def node_list(*sizes: int) -> list[str]:
 def test_rank_lists():
     assert deepspeed_groups(8, 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert deepspeed_groups(8, 2) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert deepspeed_groups(8, 2, data_before_expert=True) == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
 @given(st.integers(1, 4), st.lists(st.integers(1, 3), min_size=1, max_size=4))
@@ -47,20 +48,22 @@ def test_groups_stay_inside_nodes_that_they_fill(ep_size: int, multiples: list[i
     made = deepspeed_groups(sum(sizes), ep_size)
     assert sorted(rank for group in made for rank in group) == list(range(sum(sizes)))
     assert not split_groups(made, node_list(*sizes))
-    assert explain_split(made, node_list(*sizes)) is None
+    assert explain_split(made, node_list(*sizes), False) is None
 
 
 @pytest.mark.parametrize(
-    ("nodes", "ep_size", "message"),
+    ("nodes", "ep_size", "data_before_expert", "message"),
     [
-        (node_list(3, 3), 2, r"1 of 3 .* ranks 2 \(node0\), 3 \(node1\).*node0 3, node1 3.* multiples of 2"),
-        (["a", "b", "a", "b"], 2, r"2 of 2 .* ranks 0 \(a\), 1 \(b\).*--map-by slot"),
-        (node_list(2, 2), 4, None),  # larger than a node: it cannot be helped
-        (node_list(1, 1), 2, None),
+        (node_list(3, 3), 2, False, r"1 of 3 .* ranks 2 \(node0\), 3 \(node1\).*node0 3, node1 3.* multiples of 2"),
+        (node_list(2, 2), 2, True, r"2 of 2 .* ranks 0 \(node0\), 2 \(node1\).*use_data_before_expert_parallel_"),
+        (["a", "b", "a", "b"], 2, False, r"2 of 2 .* ranks 0 \(a\), 1 \(b\).*--map-by slot"),
+        (node_list(2, 2), 4, False, None),  # larger than a node: it cannot be helped
+        (node_list(1, 1), 2, False, None),
+        (node_list(4), 2, True, None),
     ],
 )
-def test_what_is_said(nodes: list[str], ep_size: int, message: Any):
-    said = explain_split(deepspeed_groups(len(nodes), ep_size), nodes)
+def test_what_is_said(nodes: list[str], ep_size: int, data_before_expert: bool, message: Any):
+    said = explain_split(deepspeed_groups(len(nodes), ep_size, data_before_expert), nodes, data_before_expert)
     if message is None:
         assert said is None
     else:
