@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,6 +17,8 @@ from peft import PeftModel, peft_model
 from safetensors.torch import load_file
 
 from ds_moelora import MoELoRAConfig
+from ds_moelora.expert_parallel.shard import ShardedExperts
+from ds_moelora.tuner.files import tensor_file
 
 from ..support.expert_parallel import IN_FEATURES, Net, adapted, batches, run, whole_weights
 from ..support.ranks import RankPool, run_on_ranks
@@ -46,28 +50,69 @@ def test_one_complete_file(saved: tuple[Path, dict[str, Any]]) -> None:
     assert MoELoRAConfig.from_pretrained(path).ep_size == 1
 
 
-def failing_save(folder: str, how: str) -> str:
-    """On every rank: the error of saving where rank 0's disk is full, or an expert of rank 1 is not finite."""
+def deepspeed_engine(model: Any) -> Any:
     import deepspeed
 
-    model = adapted(ep_size=2)
     trained = [p for p in model.parameters() if p.requires_grad]
-    deepspeed.initialize(model=model, model_parameters=trained, config=dict(CONFIG))
+    return deepspeed.initialize(model=model, model_parameters=trained, config=dict(CONFIG))[0]
+
+
+def failing_save(folder: str, how: str) -> str:
+    """On every rank: the error of saving where rank 0's disk is full, or an expert of rank 1 is not finite."""
+    model = adapted(ep_size=2)
+    deepspeed_engine(model)
     if how == "not finite" and dist.get_rank() == 1:
         next(p for name, p in model.named_parameters() if name.endswith("shard.lora_A")).data[0, 0, 0] = torch.nan
-    full = OSError(28, "No space left on device") if how == "full disk" else None
-    with mock.patch.object(peft_model, "safe_save_file", side_effect=full), pytest.raises(ValueError) as caught:  # noqa: PT011
+    full = OSError(28, "No space left on device")
+    writer = {"full disk": (peft_model, "safe_save_file"), "full disk later": (tensor_file.os, "fsync")}.get(how)
+    patched = mock.patch.object(*writer, side_effect=full) if writer else contextlib.nullcontext()
+    with patched, pytest.raises(ValueError) as caught:  # noqa: PT011
         model.save_pretrained(folder)
     return str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("full disk", "rank 0: OSError: [Errno 28] No space left on device"), ("not finite", "lora_A is not finite")],
+    [
+        ("full disk", "rank 0: OSError: [Errno 28] No space left on device"),
+        ("full disk later", "rank 0: OSError: [Errno 28] No space left on device"),
+        ("not finite", "lora_A is not finite"),
+    ],
 )
 def test_a_failure_is_told_to_every_rank(how: str, message: str, tmp_path: Path) -> None:
     for error in run_on_ranks(2, failing_save, folder=str(tmp_path), how=how):
         assert message in error
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def watched_save(folder: str) -> tuple[int, int]:
+    """On every rank: most bytes of gathered factors alive at once, and those of all."""
+    model = adapted(ep_size=2)
+    deepspeed_engine(model)
+    alive: list[Any] = []
+    peak = total = 0
+    original = ShardedExperts.gather
+
+    def gather(self: Any, name: str) -> Any:
+        nonlocal peak, total
+        whole = original(self, name)
+        if whole is not None:
+            alive.append(weakref.ref(whole.untyped_storage()))
+            total += whole.nbytes
+            peak = max(peak, sum(s.nbytes() for s in (ref() for ref in alive) if s is not None))
+        return whole
+
+    with mock.patch.object(ShardedExperts, "gather", gather):
+        model.save_pretrained(folder)
+    return peak, total
+
+
+def test_saving_holds_one_factor_at_a_time(tmp_path: Path) -> None:
+    peak, total = run_on_ranks(2, watched_save, folder=str(tmp_path))[0]
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    sizes = [t.nbytes for name, t in saved.items() if name.endswith(("lora_A", "lora_B"))]
+    assert total == sum(sizes)
+    assert max(sizes) <= peak < 2 * max(sizes) < total
 
 
 def load_adapter(path: str, ep_size: int, **options: Any) -> dict[str, Any]:
