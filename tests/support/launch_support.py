@@ -98,8 +98,8 @@ def assert_same_adapter(first: Path, second: Path, tolerance: float = 0.0) -> No
     expected, got = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
-        error = (got[name] - tensor).norm() if tolerance else float(not torch.equal(got[name], tensor))
-        assert error <= tolerance * (tensor.norm() + 1e-3), name
+        same = torch.equal(got[name], tensor)
+        assert same or (tolerance and (got[name] - tensor).norm() <= tolerance * (tensor.norm() + 1e-3)), name
 
 
 @dataclass
