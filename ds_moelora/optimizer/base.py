@@ -101,7 +101,7 @@ class GateRiemannian(torch.optim.Optimizer):
         """`given`: the constructor's `locals()`. What torch's class does not take are options of pairs."""
         given = {name: value for name, value in given.items() if name != "self"}
         groups = as_groups(given.pop("params"))
-        kernels = given.pop("kernels")
+        kernels = given.pop("kernels", "auto")
         known = inspect.signature(self._base).parameters
         options = {name: value for name, value in given.items() if name not in known}
         for group in groups or [{}]:
