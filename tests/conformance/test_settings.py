@@ -59,8 +59,11 @@ SETTINGS: dict[str, list[Any]] = {
     "round_robin_gradients": [False, True],
     "sub_group_size": [10**9, 40],
 }
-# fp32 after 10 steps against float64; what is seen stays below 5e-6.
+# fp32 after 10 steps against float64; what is seen stays below 5e-6 but for one draw of data (AdamW, "shared",
+# "scattered", 4 processes): 1.5e-5, without shards (stage 0) as well; two other draws 9e-7 and 4.5e-6. So where a draw
+# is above the tolerance, the median of three counts: a fault shows in all of them.
 TOLERANCE = 1e-5
+AT_MOST = 1e-4  # in any draw
 # Half precision: our drift over plain AdamW's from its own reference. Both are noise: in 16 settings the ratio lay
 # between 0.2 and 2.0. Muon makes the small directions of a gradient, which rounding has spoilt most, as long as the
 # others: between 0.3 and 4.2 in 20 settings. SGD keeps the errors in a gradient's length that AdamW divides out,
@@ -71,8 +74,6 @@ ALLOWANCE = {"GateRiemannianAdamW": 3.0, "GateRiemannianSGD": 6.0, "GateRiemanni
 def valid(case: dict[str, Any]) -> bool:
     """Settings that stand for themselves: what has no effect at a stage is left at one value there."""
     stage = case["stage"]
-    if [case[name] for name in ("kind", "world", "model", "groups")] == [SHARDED[0], 4, "shared", "scattered"]:
-        return False  # a draw of data that rounding decides: 1.5e-5 off, at stage 0 as well; with others 1e-6 to 5e-6
     if stage == 0 and (case["offload"] or case["overlap_comm"] or not case["contiguous_gradients"]):
         return False
     if stage != 3 and case["sub_group_size"] != 10**9:
@@ -124,6 +125,11 @@ def both(
     return results, reference
 
 
+def distance(results: list[dict[str, Any]], reference: dict[str, Any]) -> float:
+    """The largest relative deviation of any process's weights."""
+    return max(deviation(result["weights"], reference["weights"]) for result in results)
+
+
 def drift(case: dict[str, Any], kind: str) -> float:
     """Median over data of the distance to the reference, relative to the distance that training went."""
     found = []
@@ -166,7 +172,10 @@ def test_setting(case: dict[str, Any], report: Callable[[str, str], None]) -> No
     if case["precision"] == "fp32":
         results, reference = both(case, case["kind"])
         assert {result["basic"] for result in results} == {case["kind"]}
-        found, bound = max(deviation(r["weights"], reference["weights"]) for r in results), TOLERANCE
+        found, bound = distance(results, reference), TOLERANCE
+        assert found < AT_MOST
+        if found > bound:
+            found = statistics.median([found, *(distance(*both(case, case["kind"], seed)) for seed in (2, 3))])
         if case["stage"] > 0:
             # Clipping and its log are about raw gradients: nothing of ours happens before them.
             norms = torch.tensor(results[0]["norms"], dtype=torch.float64)
