@@ -12,6 +12,7 @@ tables and plots.
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Sources:
 def execute(run: Run, sources: Sources) -> dict[str, Any]:
     """One run, in this process, on one thread; the reported seeds alone are tested."""
     torch.set_num_threads(1)
+    gc.collect()  # the last run's model: models are in reference cycles
     language = load(sources.model, sources.data, run.task, run.device)
     return train(run, language, tested=run.seed != study.TUNING_SEED)
 
