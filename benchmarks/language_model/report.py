@@ -255,6 +255,19 @@ def gates(study: Study) -> str:
     return table((*head, "measured"), rows())
 
 
+def preconditioning(study: Study) -> str:
+    """What the preconditioner alone does, without gate scaling."""
+
+    def rows() -> Iterator[Sequence[str]]:
+        for plain in ("SGD", "AdamW"):
+            a, b = study.cell("mawps", f"R{plain}"), study.cell("mawps", plain)
+            if a.reported and b.reported:
+                columns = ("train_loss", "test_loss")
+                yield f"R{plain} - {plain}", *(str(Difference.of(a, b, column)) for column in columns)
+
+    return table(("difference", "training loss", "test loss"), rows())
+
+
 def losses_at(cell: Cell, lr: float) -> float:
     """Training loss of seed 0 at a rate."""
     found = [row for row in cell.rows if row["seed"] == str(TUNING_SEED) and float(row["lr"]) == lr]
@@ -312,6 +325,7 @@ def sections(study: Study) -> dict[str, str]:
         "GOAT": starts(study),
         "valleys": valleys(study),
         "transfer": transfers(study),
+        "preconditioning": preconditioning(study),
         "gates": gates(study),
         "spread": spreads(study),
     }

@@ -12,13 +12,13 @@ DAMPING = 1e-6  # docs/convergence.md: AdamW is indifferent up to 1e-2, SGD gets
 # the best of a ladder, rounded). MoELoRAConfig's own r and lora_alpha have that s; with another, lr * s is what counts.
 #   AdamW, GateRiemannianAdamW   3.2e-3 is the best of both; a third of it keeps nine tenths of the gain
 #   GateRiemannianMuon           1.8e-2
-#   GateRiemannianSGD            1e-2 (gate_scaling="sqrt"); 0.06 and more diverged
-#   SGD                          not measured below 0.06, where it diverged: GateRiemannianSGD's
+#   GateRiemannianSGD            1e-2 (gate_scaling "none" and "sqrt"; "full" diverged there with one seed of three)
+#   SGD                          0.18; at 0.32 it diverged, hence the lower one of two near it
 # Models of billions of parameters want less (docs/choosing.md).
 LEARNING_RATES = {
     "AdamW": 3e-3,
     "GateRiemannianAdamW": 3e-3,
-    "SGD": 1e-2,
+    "SGD": 1e-1,
     "GateRiemannianSGD": 1e-2,
     "GateRiemannianMuon": 2e-2,
 }
