@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
@@ -190,7 +191,7 @@ class CheckpointedTrainer(Trainer):
                 write()
                 if self.is_world_process_zero():
                     shutil.rmtree(run_dir / PARTIAL, ignore_errors=True)
-            except (OSError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError, SafetensorError) as error:
                 if not self.is_world_process_zero() and not is_agreed(error):
                     raise
                 failure = error

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 from transformers import TrainerControl, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from launch.checkpoint import saving
 from launch.checks.errors import UserError
 from launch.training import finishing, report
 from launch.training.finishing import Curves, HubUpload, guard_curves, not_fatal
@@ -148,3 +150,15 @@ def test_a_hub_that_refuses_is_found_before_training(tmp_path: Path, hub: Hub) -
     upload.on_train_begin(args, SimpleNamespace(is_world_process_zero=False), TrainerControl())
     upload.finish()  # a rank that made no repository
     assert hub.uploads == []
+
+
+def test_a_disk_that_is_full_for_safetensors_alone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small files still fit, and safetensors raises an error of its own, which is no OSError."""
+
+    def write() -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    trainer: Any = SimpleNamespace(is_world_process_zero=lambda: True, state=SimpleNamespace(global_step=3))
+    with pytest.raises(UserError, match=r"could not be saved: .*No space left.* Make room"):
+        saving.CheckpointedTrainer._save_safely(trainer, tmp_path / "model", tmp_path, write)
