@@ -60,15 +60,16 @@ def compare_when_loaded(load: Callable[..., Any]) -> Callable[..., Any]:
 
 def _compare(engine: Any, folder: Path, tag: Any, weights_alone: bool) -> list[str]:
     """The lines to say of a checkpoint that has a record; [] without one. A collective call."""
-    saved: dict[str, Any] = {}
+    saved: dict[str, Any] | None = None
     kinds = (OSError, ValueError, TypeError, RecursionError)
     with together(f"the {RECORD} of {folder} cannot be read", *kinds, kind=ValueError):
         latest = folder / ("latest_universal" if engine.load_universal_checkpoint() else "latest")
         folder /= str(tag) if tag is not None or not latest.is_file() else latest.read_text().strip()
         if (folder / RECORD).is_file():
             saved = dict(json.loads((folder / RECORD).read_text()))
-    if not all(everyone(bool(saved))):
+    if not all(everyone(saved is not None)):
         return []
+    assert saved is not None
     differences = compare(saved, run_record(Run.of(engine)))
     return refuse_others(
         [d for d in differences if not (weights_alone and d.name.startswith("optimizer."))], str(folder)

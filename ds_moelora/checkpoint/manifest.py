@@ -30,6 +30,7 @@ FORMAT = 3
 FILE_BYTES = 1 << 26  # a file is closed when it is this long
 MANIFEST_BYTES = 1 << 28  # the longest manifest that is read
 REMEDY = "Resume from an older checkpoint."
+STATE = ("tensors", "parameters", "run", "record")  # what a checkpoint that can be resumed has
 
 
 class TensorFiles:
@@ -174,15 +175,27 @@ def check_contents(folder: str | Path, manifest: dict[str, Any], share: tuple[in
 
 
 def _check_structure(manifest: dict[str, Any]) -> None:
-    """Every file is in the folder and has size and hash, every tensor is in one: a KeyError or ValueError otherwise."""
+    """Reads every entry as what it has to be: a KeyError, TypeError or ValueError otherwise."""
     for name, file in manifest["files"].items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{name!r:.60} is outside the folder")
         if int(file["size"]) < 0 or not isinstance(file["sha256"], str):
             raise ValueError(f"{name} has no size and hash")
-    for key, file in manifest.get("tensors", {}).items():
+    if not any(part in manifest for part in STATE):
+        return
+    for key, file in manifest["tensors"].items():
         if file not in manifest["files"]:
             raise ValueError(f"{key} lies in {file!r:.60}, which is not listed")
+    for name, entry in manifest["parameters"].items():
+        numbers = [entry["lr"], entry["base_lr"], *(number["value"] for number in entry["numbers"].values())]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"{name} has {numbers!r:.60} for numbers")
+        if f"{name}|weight" not in manifest["tensors"]:
+            raise ValueError(f"{name} has no weight")
+    run = manifest["run"]
+    for part in (manifest["record"], run["counters"], run["scheduler"] or {}, run["loss_scale"] or {}):
+        if not isinstance(part, dict):
+            raise ValueError(f"{part!r:.60} is no object")
 
 
 def _sha256(path: Path) -> str:

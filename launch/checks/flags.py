@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -218,6 +219,22 @@ class _Deferred:
     def to_dict(self) -> dict[str, Any]:
         """What TensorBoard and other integrations write down: transformers hides a flag's token, not a nested one."""
         return redact(super().to_dict())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle of the arguments holds: no secret, and no object that may hold one."""
+        plain = {k: v for k, v in self.__dict__.items() if k not in ("hf_deepspeed_config", "deepspeed_plugin")}
+        return redact(plain)
+
+    def __copy__(self) -> Any:
+        """Copies within the process keep everything."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = object.__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
 
 
 @dataclass

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import functools
 import multiprocessing as mp
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -256,10 +258,18 @@ def test_another_source_cpu_or_torch_is_another_library(monkeypatch: pytest.Monk
     assert len({*keys, build._key(SOURCE, "g++")}) == 5
 
 
-def test_a_place_that_cannot_be_written(
+def test_a_lock_that_stays_or_a_place_that_cannot_be_written(
     compiler: Callable[[], int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(build, "LIMIT", 0.0)
     monkeypatch.setattr(build, "_compile", lambda *_: (_ for _ in ()).throw(ValueError("built for itself")))
+    folder = build.cache_folder()
+    folder.mkdir(parents=True)
+    lock = folder / f"kernels-{build._key(SOURCE, os.environ['CXX'])}.lock"
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="built for itself"):
+            build.load_library(SOURCE)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(ValueError, match="built for itself"):

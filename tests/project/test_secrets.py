@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import logging
 import os
+import pickle
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -109,14 +111,16 @@ def test_secrets_of_the_deepspeed_config_are_remembered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", TRAINING_CLASSES)
 def test_training_arguments(task: str, tmp_path: Path) -> None:
-    """All fields, as an integration writes them."""
+    """All fields: what an integration writes, and what a pickle holds. A copy in the process keeps everything."""
     recipe = tmp_path / "recipe.yaml"
     more = f"model_init_kwargs: {{token: {SECRET}}}\n" if task in ("causal-lm", "image-text-to-text") else ""
     recipe.write_text(f"hub_token: {SECRET}\n{more}")
     words = ["--config", str(recipe), "--task", task, "--model_name_or_path", "m", "--dataset_name", "d"]
     training = parse_arguments(words, {}).training
     assert training.hub_token == SECRET
+    assert copy.deepcopy(training).hub_token == copy.copy(training).hub_token == SECRET
     assert SECRET not in json.dumps(training.to_dict(), default=str)
+    assert SECRET.encode() not in pickle.dumps(training)
     assert SECRET not in redact_text(f"a library complains of {SECRET}")
 
 

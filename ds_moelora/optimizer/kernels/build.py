@@ -2,7 +2,8 @@
 
 A library lies under a name that says all it depends on: source, flags, compiler, torch's version, CPU. So nothing gets
 stale, and machines that share a home do not get each other's instructions. It is written beside its place and moved
-there. Who builds holds a lock, which ends with the process; who cannot write there builds a copy of its own.
+there. Who builds holds a lock that ends with the process; who waits for it longer than `LIMIT` seconds, or cannot write
+there, builds a copy of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import os
 import platform
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,13 +38,12 @@ def load_library(source: Path) -> ctypes.CDLL:
     target = cache_folder() / f"{source.stem}-{_key(source, compiler)}.so"
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with target.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _locked(target.with_suffix(".lock")):
             if not target.exists():
                 with tempfile.TemporaryDirectory(dir=target.parent) as folder:
                     os.replace(_compile(compiler, source, Path(folder)), target)
             return ctypes.CDLL(str(target))
-    except OSError:  # no home, no locks there, a full disk, a read-only or noexec one
+    except OSError:  # no home, a full disk, a read-only or noexec one, a lock that never comes free
         with tempfile.TemporaryDirectory(prefix="ds_moelora_") as folder:
             return ctypes.CDLL(str(_compile(compiler, source, Path(folder))))
 
@@ -64,6 +67,26 @@ def _cpu() -> list[str]:
     except OSError:
         return [platform.processor(), platform.node()]
     return [line for line in lines if line.split("\t")[0] in ("model", "model name", "flags", "Features", "CPU part")]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock on a file, which the system takes back when the process ends.
+
+    Raises:
+        OSError: another process has held it for `LIMIT` seconds, or the file cannot be locked.
+    """
+    with path.open("w") as file:
+        deadline = time.monotonic() + LIMIT
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+        yield
 
 
 def _compile(compiler: str, source: Path, folder: Path) -> Path:
