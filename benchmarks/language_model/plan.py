@@ -24,18 +24,15 @@ MAIN = ("AdamW", "LoRA, AdamW", "gRAdamW (sqrt)", "RAdamW", "Muon", "gMuon (full
 MORE = ("LoRA+, AdamW", "gRAdamW (full)", "gMuon (sqrt)", "gRSGD (full)")
 SHORT = ("AdamW", "LoRA, AdamW", "Muon")
 USUAL = ("AdamW", "LoRA, AdamW")
-UNEVEN = ("RAdamW", "gRAdamW (full)", "RSGD", "gRSGD (full)")
 ON_BOTH = ("AdamW", "gRAdamW (sqrt)")  # run on every device that rows come from
 HALF = 15  # layers of SmolLM2-135M
 SOURCE = {"r": 4, "layers": HALF}
-TRANSFERS: tuple[dict[str, int], ...] = (
+FAR: tuple[dict[str, int], ...] = (
     {"r": 4, "layers": 0},
     *({"r": r, "layers": HALF} for r in (2, 32)),
     {"r": 4, "layers": HALF, "num_experts": 16},
-    {"r": 8, "layers": HALF},
-    {"r": 4, "layers": HALF, "num_experts": 2},
 )
-FAR = 4  # of them, the first ones
+NEARER: tuple[dict[str, int], ...] = ({"r": 8, "layers": HALF}, {"r": 4, "layers": HALF, "num_experts": 2})
 TRANSFER_METHODS = ("AdamW", "gRAdamW (sqrt)", "Muon")
 NEAR = (0, -1, 1)  # rungs beside the source's best
 
@@ -105,15 +102,15 @@ def plan(size: str = "full", device: str = "cpu") -> Iterator[tuple[str, list[Jo
     yield "MAWPS, more methods", jobs(tuned_near, "mawps", MORE)
     yield "GOAT", jobs(tuned_near, "mawps", ("AdamW", "Muon"), start="goat")
     yield "several skills", jobs(tuned_near, "skills", USUAL)
-    shapes = [jobs(transfer, "mawps", TRANSFER_METHODS, **shape) for shape in TRANSFERS]
-    yield "transfer", [job for shape in shapes[:FAR] for job in shape]
-    yield "all experts, k = E", jobs(tuned_near, "mawps", UNEVEN[:2], top_k=8)
+    yield "transfer", [job for shape in FAR for job in jobs(transfer, "mawps", TRANSFER_METHODS, **shape)]
+    yield "all experts, k = E", jobs(tuned_near, "mawps", ("RAdamW", "gRAdamW (full)"), top_k=8)
     yield "k = E / 2", jobs(tuned_near, "mawps", ON_BOTH, top_k=4)
     yield "GSM8K", jobs(tuned_near, "gsm8k", USUAL)
     yield "(20, 10, 4)", jobs(known, "mawps", ON_BOTH, num_experts=20, top_k=10)
     yield "routers at a thousandth", jobs(tuned_near, "mawps", ("AdamW",), gate_lr_scale=1e-3)
-    yield "transfer, nearer shapes", [job for shape in shapes[FAR:] for job in shape]
-    yield "all experts, k = E, with SGD", jobs(tuned_near, "mawps", UNEVEN[2:], top_k=8)
+    nearer = [job for shape in NEARER for job in jobs(transfer, "mawps", TRANSFER_METHODS, **shape)]
+    yield "transfer, nearer shapes", nearer
+    yield "all experts, k = E, with SGD", jobs(tuned_near, "mawps", ("RSGD", "gRSGD (full)"), top_k=8)
 
 
 def short(size: str = "full", device: str = "cpu") -> Iterator[tuple[str, list[Job]]]:

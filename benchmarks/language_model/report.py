@@ -205,7 +205,7 @@ def transfers(study: Study) -> str:
         return f"{tried[rates[0]]:.3f}, +{tried[rates[0]] - tried[best]:.3f}{moved}"
 
     def rows() -> Iterator[Sequence[str]]:
-        for shape in plans.TRANSFERS:
+        for shape in (*plans.FAR, *plans.NEARER):
             layers = "all" if not shape["layers"] else str(shape["layers"])
             name = f"r = {shape['r']}, {layers} layers, E = {shape.get('num_experts', 8)}"
             yield name, *(cost(method, shape) for method in plans.TRANSFER_METHODS)
@@ -391,7 +391,7 @@ def _over_rate(axes: object, study: Study) -> None:
 
 def _over_shape(axes: object, study: Study) -> None:
     for i, name in enumerate(plans.TRANSFER_METHODS):
-        shapes = (plans.SOURCE, *plans.TRANSFERS)
+        shapes = (plans.SOURCE, *plans.FAR, *plans.NEARER)
         found = [_points(study.cells[replace(study.run("mawps", name), **shape)]) for shape in shapes]
         for j, points in enumerate(found if found[0] else []):
             if len(points) > 1:
