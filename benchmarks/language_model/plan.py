@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from ..study import SEEDS, TUNING_SEED, Execute, Job, reported, rung, tune
+from ..study import SEEDS, Execute, Job, reported, rung, tune
 from .runs import FAILED_LOSS, Run
 
 SIZES = {  # (steps, batch)
@@ -32,9 +32,9 @@ FAR: tuple[dict[str, int], ...] = (
     *({"r": r, "layers": HALF} for r in (2, 32)),
     {"r": 4, "layers": HALF, "num_experts": 16},
 )
+REPEATED = {"r": 32, "layers": HALF}  # with the reported seeds
 NEARER: tuple[dict[str, int], ...] = ({"r": 8, "layers": HALF}, {"r": 4, "layers": HALF, "num_experts": 2})
 TRANSFER_METHODS = ("AdamW", "gRAdamW (sqrt)", "Muon")
-NEAR = (0, -1, 1)  # rungs beside the source's best
 
 
 def first_rung(cell: Run) -> int:
@@ -42,14 +42,14 @@ def first_rung(cell: Run) -> int:
     return next(number for part, number in FIRST_RUNGS.items() if part in cell.method)
 
 
-def best_rung(cell: Run, execute: Execute, strides: tuple[int, ...] = (2, 1)) -> int:
+def best_rung(cell: Run, execute: Execute, strides: tuple[int, ...] = (2, 1), first: int | None = None) -> int:
     """The tuned one. A run that ends worse than it began is no minimum, however its neighbours do."""
 
     def finite(run: Run) -> dict[str, Any]:
         outcome = execute(run)
         return {"train_loss": math.inf if outcome["train_loss"] > FAILED_LOSS else outcome["train_loss"]}
 
-    return tune(cell, finite, first_rung(cell), strides)
+    return tune(cell, finite, first_rung(cell) if first is None else first, strides)
 
 
 def tuned(cell: Run, execute: Execute) -> None:
@@ -73,10 +73,16 @@ def on_this_device(cell: Run, execute: Execute) -> None:
 
 
 def transfer(cell: Run, execute: Execute) -> None:
-    """The rate found at `SOURCE`, and rungs beside it, in another shape; seed 0."""
-    best = best_rung(replace(cell, **SOURCE, num_experts=8), execute, (1,))
-    for distance in NEAR:
-        execute(replace(cell, lr=rung(best + distance), seed=TUNING_SEED))
+    """The rate found at `SOURCE` in another shape, and from there on that shape's own best rate; seed 0."""
+    source = best_rung(replace(cell, **SOURCE, num_experts=8), execute, (1,))
+    best_rung(cell, execute, (1,), first=source)
+
+
+def transferred(cell: Run, execute: Execute) -> None:
+    """The reported seeds at both rates: the source's, and the shape's own."""
+    source = best_rung(replace(cell, **SOURCE), execute, (1,))
+    for number in {source: None, best_rung(cell, execute, (1,), first=source): None}:
+        reported(cell, execute, rung(number))
 
 
 def untrained(cell: Run, execute: Execute) -> None:
@@ -108,9 +114,10 @@ def plan(size: str = "full", device: str = "cpu") -> Iterator[tuple[str, list[Jo
     yield "GSM8K", jobs(tuned_near, "gsm8k", USUAL)
     yield "(20, 10, 4)", jobs(known, "mawps", ON_BOTH, num_experts=20, top_k=10)
     yield "routers at a thousandth", jobs(tuned_near, "mawps", ("AdamW",), gate_lr_scale=1e-3)
+    yield "all experts, k = E, with SGD", jobs(tuned_near, "mawps", ("RSGD", "gRSGD (full)"), top_k=8)
+    yield "transfer, three seeds", jobs(transferred, "mawps", ("AdamW", "Muon"), **REPEATED)
     nearer = [job for shape in NEARER for job in jobs(transfer, "mawps", TRANSFER_METHODS, **shape)]
     yield "transfer, nearer shapes", nearer
-    yield "all experts, k = E, with SGD", jobs(tuned_near, "mawps", ("RSGD", "gRSGD (full)"), top_k=8)
 
 
 def short(size: str = "full", device: str = "cpu") -> Iterator[tuple[str, list[Job]]]:

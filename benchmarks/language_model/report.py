@@ -189,20 +189,15 @@ def untrained_loss(study: Study) -> float:
 
 
 def transfers(study: Study) -> str:
-    """What the rate found at r = 4, half the layers, E = 8 costs in other shapes, against the best of three rungs."""
+    """What the rate found at r = 4, half the layers, E = 8 costs in other shapes, against their own best rates."""
 
     def cost(method: str, shape: dict[str, int]) -> str:
-        source = study.cell("mawps", method, **plans.SOURCE)
-        if not settled(source) or source.lr is None:
+        source, cell = (study.cell("mawps", method, **options) for options in (plans.SOURCE, shape))
+        if not (settled(source) and settled(cell)) or source.lr is None or cell.lr is None:
             return "-"
-        rates = [rung(rung_number(source.lr) + distance) for distance in plans.NEAR]
-        rows = [row for row in study.cell("mawps", method, **shape).rows if row["seed"] == str(TUNING_SEED)]
-        tried = {float(row["lr"]): float(row["train_loss"]) for row in rows}
-        if any(lr not in tried for lr in rates):
-            return "-"
-        best = min(rates, key=lambda lr: tried[lr])
-        moved = "" if best == source.lr else f" (best at x {best / source.lr:.2g})"
-        return f"{tried[rates[0]]:.3f}, +{tried[rates[0]] - tried[best]:.3f}{moved}"
+        moved = "" if cell.lr == source.lr else f" (best at x {cell.lr / source.lr:.2g})"
+        loss = losses_at(cell, source.lr)
+        return f"{loss:.3f}, +{loss - losses_at(cell, cell.lr):.3f}{moved}"
 
     def rows() -> Iterator[Sequence[str]]:
         for shape in (*plans.FAR, *plans.NEARER):
@@ -211,6 +206,23 @@ def transfers(study: Study) -> str:
             yield name, *(cost(method, shape) for method in plans.TRANSFER_METHODS)
 
     return table(("shape", *plans.TRANSFER_METHODS), rows())
+
+
+def repeated(study: Study) -> str:
+    """What the source's rate costs in one shape, with the reported seeds."""
+
+    def rows() -> Iterator[Sequence[str]]:
+        for name in plans.TRANSFER_METHODS:
+            source, own = (study.cell("mawps", name, **options) for options in (plans.SOURCE, plans.REPEATED))
+            moved = Cell([row for row in own.rows if float(row["lr"]) == source.lr])
+            if not (own.reported and moved.reported):
+                continue
+            for cell in (moved, own):
+                lost = "" if cell is own else [str(Difference.of(moved, own, c)) for c in ("train_loss", "test_loss")]
+                rate = f"{name}, {'its own' if cell is own else 'from r = 4'} ({cell.lr:g})"
+                yield rate, entry(cell, "train_loss"), entry(cell, "test_loss"), *(lost or ("", ""))
+
+    return table(("rate at r = 32", "training loss", "test loss", "lost: training", "test"), rows())
 
 
 SCALED = (  # plain, scaled, power of the gate, k
@@ -325,6 +337,7 @@ def sections(study: Study) -> dict[str, str]:
         "GOAT": starts(study),
         "valleys": valleys(study),
         "transfer": transfers(study),
+        "transfer, three seeds": repeated(study),
         "preconditioning": preconditioning(study),
         "gates": gates(study),
         "spread": spreads(study),

@@ -174,6 +174,24 @@ def test_a_search_among_diverged_runs_goes_down() -> None:
     assert plan.best_rung(replace(RUN, method="SGD"), execute) == -14
 
 
+def test_a_transferred_rate_is_compared_with_the_best_one() -> None:
+    """The search in another shape begins at the source's rate and goes on to an optimum that is far off."""
+    tried: list[Run] = []
+
+    def execute(run: Run) -> dict[str, float]:
+        tried.append(run)
+        best = -8 if run.r == plan.SOURCE["r"] else -11
+        return {"train_loss": 1 + abs(study.rung_number(run.lr) - best) / 10}
+
+    shape = replace(RUN, method="AdamW", r=32, layers=plan.HALF)
+    plan.transfer(shape, execute)
+    assert {study.rung_number(run.lr) for run in tried if run.r == 32} == {-7, -8, -9, -10, -11, -12}
+    tried.clear()
+    plan.transferred(shape, execute)
+    reported = [(study.rung_number(run.lr), run.seed) for run in tried if run.seed != study.TUNING_SEED]
+    assert sorted(reported) == [(number, seed) for number in (-11, -8) for seed in study.SEEDS]
+
+
 def test_a_run_without_hope_stops(sources: bench.Sources, monkeypatch: pytest.MonkeyPatch) -> None:
     """After some steps above the loss at which a run counts as diverged."""
     monkeypatch.setattr(runs, "PATIENCE", 2)
