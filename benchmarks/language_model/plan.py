@@ -110,14 +110,15 @@ def plan(size: str = "full", device: str = "cpu") -> Iterator[tuple[str, list[Jo
     yield "several skills", jobs(tuned_near, "skills", USUAL)
     yield "transfer", [job for shape in FAR for job in jobs(transfer, "mawps", TRANSFER_METHODS, **shape)]
     yield "all experts, k = E", jobs(tuned_near, "mawps", ("RAdamW", "gRAdamW (full)"), top_k=8)
-    yield "k = E / 2", jobs(tuned_near, "mawps", ON_BOTH, top_k=4)
+    yield "k = E / 2", jobs(tuned_near, "mawps", ("AdamW",), top_k=4)
     yield "GSM8K", jobs(tuned_near, "gsm8k", USUAL)
     yield "(20, 10, 4)", jobs(known, "mawps", ON_BOTH, num_experts=20, top_k=10)
     yield "routers at a thousandth", jobs(tuned_near, "mawps", ("AdamW",), gate_lr_scale=1e-3)
+    nearer = [job for shape in NEARER for job in jobs(transfer, "mawps", ("AdamW", "Muon"), **shape)]
+    yield "transfer, nearer shapes", nearer
     yield "all experts, k = E, with SGD", jobs(tuned_near, "mawps", ("RSGD", "gRSGD (full)"), top_k=8)
     yield "transfer, three seeds", jobs(transferred, "mawps", ("AdamW", "Muon"), **REPEATED)
-    nearer = [job for shape in NEARER for job in jobs(transfer, "mawps", TRANSFER_METHODS, **shape)]
-    yield "transfer, nearer shapes", nearer
+    yield "k = E / 2, with gate scaling", jobs(tuned_near, "mawps", ("gRAdamW (sqrt)",), top_k=4)
 
 
 def short(size: str = "full", device: str = "cpu") -> Iterator[tuple[str, list[Job]]]:
