@@ -117,6 +117,34 @@ def methods(study: Study, task: str, names: Sequence[str], **options: object) ->
     return table((*head, "steps to AdamW's loss", "s per step"), rows())
 
 
+CHANGES: dict[str, dict[str, object]] = {  # from 2 of 8 experts, routers at the experts' rate
+    "k = E / 2 = 4": {"top_k": 4},
+    "k = E = 8": {"top_k": 8},
+    "routers at a thousandth": {"gate_lr_scale": 1e-3},
+}
+
+
+def changes(study: Study) -> str:
+    """What another k, or slow routers, change: each method against itself."""
+
+    def rows() -> Iterator[Sequence[str]]:
+        for change, options in CHANGES.items():
+            for name in ALL:
+                cell, usual = study.cell("mawps", name, **options), study.cell("mawps", name)
+                if cell.reported:
+                    columns = ("train_loss", "test_loss")
+                    figures = [
+                        entry(cell, "train_loss"),
+                        entry(cell, "test_loss"),
+                        entry(cell, "test_accuracy", 100, 1),
+                    ]
+                    differences = [str(Difference.of(cell, usual, column)) for column in columns]
+                    yield f"{change}: {name} ({cell.lr:g}){study.mark(cell.reported)}", *figures, *differences
+
+    head = ("change: method (rate)", "training loss", "test loss", "right, %")
+    return table((*head, "training loss - without the change", "test loss - without"), rows())
+
+
 def once(study: Study, task: str, names: Sequence[str], **options: object) -> str:
     """One seed at MAWPS's rate."""
 
@@ -317,11 +345,6 @@ def starts(study: Study) -> str:
 
 def sections(study: Study) -> dict[str, str]:
     """All tables, by the names of their markers."""
-    more: dict[str, dict[str, object]] = {
-        "k = E / 2": {"top_k": 4},
-        "k = E": {"top_k": 8},
-        "slow routers": {"gate_lr_scale": 1e-3},
-    }
     found = {
         "origin": "\n\n".join(
             f"{device}: {origin([row for row in study.rows if row['device'] == device], 'time')}"
@@ -331,7 +354,7 @@ def sections(study: Study) -> dict[str, str]:
         "MAWPS": methods(study, "mawps", ALL),
         "several skills": methods(study, "skills", ALL),
         "GSM8K": methods(study, "gsm8k", ALL),
-        **{name: methods(study, "mawps", ALL, **options) for name, options in more.items()},
+        "changes": changes(study),
         "20, 10, 4": once(study, "mawps", plans.ON_BOTH, num_experts=20, top_k=10),
         "devices": devices(study),
         "GOAT": starts(study),
