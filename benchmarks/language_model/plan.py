@@ -32,7 +32,6 @@ FAR: tuple[dict[str, int], ...] = (
     *({"r": r, "layers": HALF} for r in (2, 32)),
     {"r": 4, "layers": HALF, "num_experts": 16},
 )
-REPEATED = {"r": 32, "layers": HALF}  # with the reported seeds
 NEARER: tuple[dict[str, int], ...] = ({"r": 8, "layers": HALF}, {"r": 4, "layers": HALF, "num_experts": 2})
 TRANSFER_METHODS = ("AdamW", "gRAdamW (sqrt)", "Muon")
 
@@ -78,13 +77,6 @@ def transfer(cell: Run, execute: Execute) -> None:
     best_rung(cell, execute, (1,), first=source)
 
 
-def transferred(cell: Run, execute: Execute) -> None:
-    """The reported seeds at both rates: the source's, and the shape's own."""
-    source = best_rung(replace(cell, **SOURCE), execute, (1,))
-    for number in {source: None, best_rung(cell, execute, (1,), first=source): None}:
-        reported(cell, execute, rung(number))
-
-
 def untrained(cell: Run, execute: Execute) -> None:
     """What all runs start from."""
     execute(replace(cell, lr=0.0, seed=SEEDS[0]))
@@ -117,8 +109,6 @@ def plan(size: str = "full", device: str = "cpu") -> Iterator[tuple[str, list[Jo
     nearer = [job for shape in NEARER for job in jobs(transfer, "mawps", ("AdamW", "Muon"), **shape)]
     yield "transfer, nearer shapes", nearer
     yield "all experts, k = E, with SGD", jobs(tuned_near, "mawps", ("RSGD", "gRSGD (full)"), top_k=8)
-    yield "transfer, three seeds", jobs(transferred, "mawps", ("AdamW", "Muon"), **REPEATED)
-    yield "k = E / 2, with gate scaling", jobs(tuned_near, "mawps", ("gRAdamW (sqrt)",), top_k=4)
 
 
 def short(size: str = "full", device: str = "cpu") -> Iterator[tuple[str, list[Job]]]:

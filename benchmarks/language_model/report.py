@@ -227,30 +227,26 @@ def transfers(study: Study) -> str:
         loss = losses_at(cell, source.lr)
         return f"{loss:.3f}, +{loss - losses_at(cell, cell.lr):.3f}{moved}"
 
-    def rows() -> Iterator[Sequence[str]]:
-        for shape in (*plans.FAR, *plans.NEARER):
-            layers = "all" if not shape["layers"] else str(shape["layers"])
-            name = f"r = {shape['r']}, {layers} layers, E = {shape.get('num_experts', 8)}"
-            yield name, *(cost(method, shape) for method in plans.TRANSFER_METHODS)
-
-    return table(("shape", *plans.TRANSFER_METHODS), rows())
+    rows = ((shape_name(s), *(cost(method, s) for method in plans.TRANSFER_METHODS)) for s in plans.FAR + plans.NEARER)
+    return table(("shape", *plans.TRANSFER_METHODS), rows)
 
 
-def repeated(study: Study) -> str:
-    """What the source's rate costs in one shape, with the reported seeds."""
+def shape_name(shape: dict[str, int]) -> str:
+    """Of a shape that rates are transferred to."""
+    return f"r = {shape['r']}, {shape['layers'] or 'all'} layers, E = {shape.get('num_experts', 8)}"
 
-    def rows() -> Iterator[Sequence[str]]:
-        for name in plans.TRANSFER_METHODS:
-            source, own = (study.cell("mawps", name, **options) for options in (plans.SOURCE, plans.REPEATED))
-            moved = Cell([row for row in own.rows if float(row["lr"]) == source.lr])
-            if not (own.reported and moved.reported):
-                continue
-            for cell in (moved, own):
-                lost = "" if cell is own else [str(Difference.of(moved, own, c)) for c in ("train_loss", "test_loss")]
-                rate = f"{name}, {'its own' if cell is own else 'from r = 4'} ({cell.lr:g})"
-                yield rate, entry(cell, "train_loss"), entry(cell, "test_loss"), *(lost or ("", ""))
 
-    return table(("rate at r = 32", "training loss", "test loss", "lost: training", "test"), rows())
+def rungs(study: Study) -> str:
+    """The losses of seed 0, shape by shape, at all rates that were tried in more than one."""
+    found = {}
+    for name in plans.TRANSFER_METHODS:
+        for shape in (plans.SOURCE, *plans.FAR, *plans.NEARER):
+            rows = [row for row in study.cell("mawps", name, **shape).rows if row["seed"] == str(TUNING_SEED)]
+            found[f"{name}, {shape_name(shape)}"] = {float(row["lr"]): float(row["train_loss"]) for row in rows}
+    shapes = Counter(lr for losses in found.values() for lr in losses)
+    rates = sorted(lr for lr, number in shapes.items() if number > 1)
+    text = {name: [f"{losses[lr]:.3f}" if lr in losses else "" for lr in rates] for name, losses in found.items()}
+    return table(("seed 0", *(f"{lr:g}" for lr in rates)), ((name, *row) for name, row in text.items() if any(row)))
 
 
 SCALED = (  # plain, scaled, power of the gate, k
@@ -360,7 +356,7 @@ def sections(study: Study) -> dict[str, str]:
         "GOAT": starts(study),
         "valleys": valleys(study),
         "transfer": transfers(study),
-        "transfer, three seeds": repeated(study),
+        "rungs": rungs(study),
         "preconditioning": preconditioning(study),
         "gates": gates(study),
         "spread": spreads(study),

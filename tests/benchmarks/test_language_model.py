@@ -186,10 +186,6 @@ def test_a_transferred_rate_is_compared_with_the_best_one() -> None:
     shape = replace(RUN, method="AdamW", r=32, layers=plan.HALF)
     plan.transfer(shape, execute)
     assert {study.rung_number(run.lr) for run in tried if run.r == 32} == {-7, -8, -9, -10, -11, -12}
-    tried.clear()
-    plan.transferred(shape, execute)
-    reported = [(study.rung_number(run.lr), run.seed) for run in tried if run.seed != study.TUNING_SEED]
-    assert sorted(reported) == [(number, seed) for number in (-11, -8) for seed in study.SEEDS]
 
 
 def test_a_run_without_hope_stops(sources: bench.Sources, monkeypatch: pytest.MonkeyPatch) -> None:
