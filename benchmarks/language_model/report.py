@@ -31,10 +31,10 @@ TASKS = {"mawps": "MAWPS", "skills": "several skills", "gsm8k": "GSM8K"}
 
 
 class Study:
-    """The rows of one size, cell by cell; where several devices made one, that of most rows comes first."""
+    """The rows of one size, cell by cell; where several devices made one, that of the file's first row comes first."""
 
     def __init__(self, rows: list[Row], size: str = "full") -> None:
-        self.devices = [device for device, _ in Counter(row["device"] for row in rows).most_common()]
+        self.devices = list(dict.fromkeys(row["device"] for row in rows))
         self.rows = sorted(rows, key=lambda row: self.devices.index(row["device"]))
         failed = {"train_loss": "inf"}
         rated = [row if float(row["train_loss"]) <= FAILED_LOSS else {**row, **failed} for row in self.rows]
