@@ -26,6 +26,7 @@ from .runs import FAILED_LOSS, Run
 DOCUMENT = ROOT.parent / "docs" / "language_model.md"
 OPEN = tuple(field.name for field in fields(Run) if field.name not in ("seed", "lr", "device"))
 ALL = (*plans.MAIN, "SGD", *plans.MORE)
+SHAPES = (plans.SOURCE, *plans.FAR, *plans.NEARER)
 KEPT_GAIN = 0.9  # the valley is where that share of the gain is kept
 TASKS = {"mawps": "MAWPS", "skills": "several skills", "gsm8k": "GSM8K"}
 
@@ -133,12 +134,8 @@ def changes(study: Study) -> str:
                 cell, usual = study.cell("mawps", name, **options), study.cell("mawps", name)
                 if cell.reported:
                     columns = ("train_loss", "test_loss")
-                    figures = [
-                        entry(cell, "train_loss"),
-                        entry(cell, "test_loss"),
-                        entry(cell, "test_accuracy", 100, 1),
-                    ]
-                    differences = [str(Difference.of(cell, usual, column)) for column in columns]
+                    figures = (*(entry(cell, column) for column in columns), entry(cell, "test_accuracy", 100, 1))
+                    differences = (str(Difference.of(cell, usual, column)) for column in columns)
                     yield f"{change}: {name} ({cell.lr:g}){study.mark(cell.reported)}", *figures, *differences
 
     head = ("change: method (rate)", "training loss", "test loss", "right, %")
@@ -240,7 +237,7 @@ def rungs(study: Study) -> str:
     """The losses of seed 0, shape by shape, at all rates that were tried in more than one."""
     found = {}
     for name in plans.TRANSFER_METHODS:
-        for shape in (plans.SOURCE, *plans.FAR, *plans.NEARER):
+        for shape in SHAPES:
             rows = [row for row in study.cell("mawps", name, **shape).rows if row["seed"] == str(TUNING_SEED)]
             found[f"{name}, {shape_name(shape)}"] = {float(row["lr"]): float(row["train_loss"]) for row in rows}
     shapes = Counter(lr for losses in found.values() for lr in losses)
@@ -423,8 +420,7 @@ def _over_rate(axes: object, study: Study) -> None:
 
 def _over_shape(axes: object, study: Study) -> None:
     for i, name in enumerate(plans.TRANSFER_METHODS):
-        shapes = (plans.SOURCE, *plans.FAR, *plans.NEARER)
-        found = [_points(study.cells[replace(study.run("mawps", name), **shape)]) for shape in shapes]
+        found = [_points(study.cells[replace(study.run("mawps", name), **shape)]) for shape in SHAPES]
         for j, points in enumerate(found if found[0] else []):
             if len(points) > 1:
                 label = name if j == 0 else None
